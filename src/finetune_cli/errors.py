@@ -1,0 +1,96 @@
+"""Every error that the tool raises on purpose, with the exit code that the command line ends with.
+
+    FinetuneError              1   anything that failed although the input was fine
+    +-- UsageError             2   a wrong option or argument
+    |   +-- ConfigError        2   a wrong key or value in the YAML file
+    +-- DataError              3   something about the photos
+    |   +-- BadImage           3   one photo that cannot be decoded
+    +-- GateError              4   a quality or parity limit was missed
+    +-- WeightsError           1   a weight or model file that is missing, foreign or damaged
+    +-- RunError               1   a run directory that is missing, unfinished, locked or damaged
+    +-- CheckpointError        1   a checkpoint that is damaged or belongs to other data
+    +-- StorageError           1   disk full, no permission, a file system fault
+    +-- MissingExtra           1   an optional package that is not installed
+    +-- Interrupted      130/143   a signal; what was whole is saved
+
+An error carries one line that says what is wrong and one that says what to do. Third-party exceptions are translated
+where they enter the package, with ``raise ... from exc``.
+"""
+
+from pathlib import Path
+
+
+class FinetuneError(Exception):
+    """Base class: `problem` says what is wrong, `remedy` what to do (may be empty)."""
+
+    exit_code = 1
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}\n{self.remedy}" if self.remedy else self.problem
+
+
+class UsageError(FinetuneError):
+    """A wrong option or argument."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """One or more wrong keys or values in a configuration; `problem` lists all of them."""
+
+
+class DataError(FinetuneError):
+    """Something about the photos or their labels."""
+
+    exit_code = 3
+
+
+class BadImage(DataError):
+    """One photo that cannot be used; `reason` is one line without the path."""
+
+    def __init__(self, path: Path | str, reason: str) -> None:
+        super().__init__(f"{path}: {reason}")
+        self.path = path
+        self.reason = reason
+
+
+class GateError(FinetuneError):
+    """A quality or parity limit was missed."""
+
+    exit_code = 4
+
+
+class WeightsError(FinetuneError):
+    """A weight or model file that is missing, foreign or damaged."""
+
+
+class RunError(FinetuneError):
+    """A run directory that is missing, unfinished, locked or damaged."""
+
+
+class CheckpointError(FinetuneError):
+    """A checkpoint that is damaged or belongs to other data."""
+
+
+class StorageError(FinetuneError):
+    """Disk full, no permission, or another fault of the file system."""
+
+
+class MissingExtra(FinetuneError):
+    """An optional package that a feature needs is not installed."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f"{feature} needs packages that are not installed", f"pip install 'finetune-cli[{extra}]'")
+
+
+class Interrupted(FinetuneError):
+    """The person (SIGINT) or the system (SIGTERM) asked the tool to stop."""
+
+    def __init__(self, signal_number: int, remedy: str = "") -> None:
+        super().__init__("interrupted", remedy)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,1 @@
+"""What learns: backbones, their features, and the head on top of them."""

@@ -1,0 +1,1 @@
+"""What comes in: image files, data sets of them, and their augmented views."""
