@@ -1,0 +1,167 @@
+"""Where a model is run: OpenVINO on the CPU, TensorFlow on a GPU, behind one small protocol.
+
+A runtime takes ``uint8 (n, H, W, 3)`` RGB photos and gives ``float32 (n, K)``: features, or probabilities. `infer`
+blocks and may be called from several threads at once; that is how decoding and inference overlap (`features.py`).
+"""
+
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_cli.errors import FinetuneError, RunError, UsageError
+
+if TYPE_CHECKING:
+    import openvino
+
+Precision = Literal["float32", "bfloat16", "mixed"]
+
+
+class Runtime(Protocol):
+    """A compiled model."""
+
+    device: str
+    precision: Precision
+
+    def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """``uint8 (n, H, W, 3)`` -> ``float32 (n, K)``."""
+        ...
+
+
+def import_openvino() -> Any:
+    """The `openvino` package, with its telemetry out of the way.
+
+    On import, OpenVINO starts a process that writes to the home directory and posts to an analytics server. Without
+    the package `openvino_telemetry` it uses a stub of its own instead.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    import openvino
+
+    return openvino
+
+
+class OpenVinoRuntime:
+    """An OpenVINO model on the CPU.
+
+    `latency`: all cores work on one call (a single photo); otherwise each call runs on one core, and as many threads
+    as there are cores keep all of them busy, which is the fastest for many photos.
+    """
+
+    device = "cpu"
+
+    def __init__(
+        self, model: "openvino.Model", precision: Precision = "float32", workers: int = 1, latency: bool = False
+    ) -> None:
+        ov = import_openvino()
+        self.precision = precision
+        preprocess = ov.preprocess.PrePostProcessor(model)
+        preprocess.input().tensor().set_element_type(ov.Type.u8)
+        # AUTO streams would leave the cores idle that the decoding threads do not need at that moment, and pinned
+        # streams would fight with those threads for the same cores.
+        settings: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+            "ENABLE_CPU_PINNING": False,
+        }
+        settings |= (
+            {"PERFORMANCE_HINT": "LATENCY"}
+            if latency
+            else {
+                "NUM_STREAMS": workers,
+                "INFERENCE_NUM_THREADS": workers,
+            }
+        )
+        try:
+            self._compiled = ov.Core().compile_model(preprocess.build(), "CPU", settings)
+        except RuntimeError as exc:
+            raise RunError(f"OpenVINO cannot compile the model: {str(exc).splitlines()[0]}") from exc
+        self._local = threading.local()
+
+    def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """``uint8 (n, H, W, 3)`` -> ``float32 (n, K)``."""
+        request = getattr(self._local, "request", None)
+        if request is None:
+            request = self._local.request = self._compiled.create_infer_request()
+        request.infer([photos], share_inputs=True)
+        return np.array(request.get_output_tensor(0).data, dtype=np.float32)
+
+
+class TensorFlowRuntime:
+    """A Keras model on the first GPU that TensorFlow sees.
+
+    With precision `mixed`, TensorFlow's graph rewriter runs convolutions and matrix products in float16 and keeps
+    the rest in float32 (https://www.tensorflow.org/guide/mixed_precision); the output is float32.
+    """
+
+    device = "gpu"
+
+    def __init__(self, model: Any, precision: Precision = "float32") -> None:
+        import tensorflow as tf
+
+        self.precision = precision
+        tf.config.optimizer.set_experimental_options({"auto_mixed_precision": precision == "mixed"})
+        self._function = tf.function(
+            lambda photos: model(tf.cast(photos, tf.float32), training=False),
+            input_signature=[tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8)],
+        )
+
+    def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """``uint8 (n, H, W, 3)`` -> ``float32 (n, K)``."""
+        return np.asarray(self._function(photos), dtype=np.float32)
+
+
+def choose_device(wanted: str) -> Literal["cpu", "gpu"]:
+    """Decide once where the backbone runs: `auto` takes a GPU when TensorFlow sees one.
+
+    Raises `UsageError` when `gpu` is demanded and there is none.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    import tensorflow as tf
+
+    if tf.config.list_physical_devices("GPU"):
+        return "gpu"
+    if wanted == "gpu":
+        raise UsageError(
+            "runtime.device is gpu, but TensorFlow sees no GPU",
+            "install the extra with: pip install 'finetune-cli[gpu]', or set runtime.device: auto",
+        )
+    return "cpu"
+
+
+def training_precision(device: str, wanted: str) -> Precision:
+    """The precision of training features for `runtime.feature_precision`; validation is always float32.
+
+    Raises `UsageError` when bfloat16 is demanded of a CPU that has no such arithmetic.
+    """
+    if wanted == "float32":
+        return "float32"
+    if device == "gpu":
+        return "mixed"
+    has_bfloat16 = "BF16" in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if wanted == "bfloat16" and not has_bfloat16:
+        raise UsageError(
+            "runtime.feature_precision is bfloat16, but this CPU has no bfloat16 arithmetic",
+            "set runtime.feature_precision: auto",
+        )
+    return "bfloat16" if has_bfloat16 else "float32"
+
+
+def convert(model: Any) -> "openvino.Model":
+    """The OpenVINO form of a Keras model, in float32. Raises `FinetuneError` when OpenVINO lacks an operation."""
+    ov = import_openvino()
+    try:
+        return ov.convert_model(model)
+    except Exception as exc:  # noqa: BLE001 - the converter raises dozens of unrelated types
+        raise FinetuneError(f"OpenVINO cannot convert this backbone: {str(exc).splitlines()[0]}") from exc
+
+
+def read_ir(xml: Path) -> "openvino.Model":
+    """The OpenVINO model in `xml` and the `.bin` file beside it. Raises `RunError` when damaged."""
+    ov = import_openvino()
+    try:
+        return ov.Core().read_model(xml)
+    except RuntimeError as exc:
+        raise RunError(f"{xml} cannot be read as an OpenVINO model: {str(exc).splitlines()[0]}") from exc

@@ -1,0 +1,228 @@
+"""The run directory: its layout, its manifest `run.json`, how a run is named, found and loaded.
+
+`run.json` is written last, so a directory without it is an unfinished run. Every file it lists carries its SHA-256,
+and a file is checked before it is used. No file holds a pickle or an absolute path.
+
+Format versions: 1 is the first. For version 2: raise `FORMAT`, keep reading the old one in `Run.load`, and add a run
+of the old format to the tests.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from finetune_cli import files
+from finetune_cli.errors import RunError, UsageError
+from finetune_cli.photos.images import ImageSettings
+
+FORMAT = 1
+MANIFEST = "run.json"
+
+
+@dataclass(frozen=True, slots=True)
+class SplitRow:
+    """One line of split.csv: `split` is train, val or test; `path` is relative to that split's data root."""
+
+    split: str
+    label: str
+    digest: str
+    path: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run."""
+
+    folder: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The directory's name."""
+        return self.folder.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, in the order of the model's outputs."""
+        return tuple(self.manifest["classes"])
+
+    @property
+    def image_settings(self) -> ImageSettings:
+        """How photos are decoded for this model."""
+        return ImageSettings(**self.manifest["image"])
+
+    @property
+    def temperature(self) -> float:
+        """The calibration T inside the model; 1 if none."""
+        return float(self.manifest["temperature"])
+
+    @classmethod
+    def load(cls, folder: Path) -> "Run":
+        """The finished run in `folder`. Raises `RunError` when it is missing, unfinished or not readable."""
+        path = folder / MANIFEST
+        if not folder.is_dir():
+            raise RunError(f"there is no run {folder}", "list the finished ones with: ls runs/*/run.json")
+        if not path.is_file():
+            raise RunError(
+                f"{folder} is not a finished run: it has no {MANIFEST}",
+                f"finish it with: finetune train --resume {folder}",
+            )
+        try:
+            manifest = json.loads(path.read_text("utf-8"))
+            _check_manifest(manifest)
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise RunError(f"{path} is damaged: {exc}", "restore the run from a copy, or train again") from exc
+        if manifest["format"] != FORMAT:
+            raise RunError(
+                f"{folder} has format {manifest['format']}, this version reads {FORMAT}", "update finetune-cli"
+            )
+        return cls(folder, manifest)
+
+    def file(self, name: str) -> Path:
+        """The path of a listed file, after its SHA-256 was checked. Raises `RunError` when damaged or missing."""
+        path = self.folder / name
+        expected = self.manifest["files"].get(name)
+        if expected is None:
+            raise RunError(f"{self.folder} lists no file {name}")
+        try:
+            actual = files.sha256(path)
+        except OSError as exc:
+            raise RunError(f"{path} cannot be read: {exc.strerror}", "restore it from a copy, or train again") from exc
+        if actual != expected:
+            raise RunError(
+                f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}", "restore it from a copy, or train again"
+            )
+        return path
+
+    def split(self) -> list[SplitRow]:
+        """The photos of the run, by split."""
+        return read_split(self.file("split.csv"))
+
+    def data_roots(self) -> dict[str, Path]:
+        """Split -> the folder that its photos were in when the run was made."""
+        return {split: Path(os.path.normpath(self.folder / root)) for split, root in self.manifest["roots"].items()}
+
+
+def _check_manifest(manifest: Any) -> None:
+    """Refuse a manifest that lacks a field or names a file outside the run directory. Raises `ValueError`."""
+    wanted = {
+        "format": int,
+        "classes": list,
+        "image": dict,
+        "backbone": dict,
+        "temperature": (int, float),
+        "roots": dict,
+        "files": dict,
+        "metrics": dict,
+    }
+    for key, kind in wanted.items():
+        if not isinstance(manifest[key], kind):
+            raise ValueError(f"{key} has the wrong type")
+    if len(manifest["classes"]) < 2 or not all(isinstance(name, str) for name in manifest["classes"]):
+        raise ValueError("classes are not at least two names")
+    ImageSettings(**manifest["image"])
+    for name in manifest["files"]:
+        parts = PurePosixPath(name).parts
+        if PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or ":" in name or not parts:
+            raise ValueError(f"it lists {name!r}, which is outside the run directory")
+
+
+def create(directory: Path, name: str | None, stem: str) -> Path:
+    """Make a new run directory and return it: `name`, or `stem` with the next free number.
+
+    Raises `UsageError` when `name` exists; a run is never overwritten.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if name is not None:
+            (directory / name).mkdir()
+            return directory / name
+        number = 1
+        while True:
+            try:
+                (directory / f"{stem}-{number}").mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return directory / f"{stem}-{number}"
+    except FileExistsError as exc:
+        raise UsageError(
+            f"{directory / str(name)} exists already, and runs are never overwritten",
+            "choose another --name, or remove that folder",
+        ) from exc
+    except OSError as exc:
+        raise files.storage_error(exc, directory) from exc
+
+
+def find(directory: Path) -> Path:
+    """The newest finished run under `directory`. Raises `RunError` when there is none."""
+    found = [path.parent for path in directory.glob(f"*/{MANIFEST}")]
+    if not found:
+        raise RunError(
+            f"there is no finished run under {directory}",
+            "train one with: finetune train CONFIG, or name one with --run",
+        )
+    return max(found, key=lambda folder: ((folder / MANIFEST).stat().st_mtime_ns, folder.name))
+
+
+def find_unfinished(directory: Path) -> Path:
+    """The newest run under `directory` that was begun and not finished. Raises `RunError` when there is none."""
+    found = [path.parent for path in directory.glob("*/split.csv") if not (path.parent / MANIFEST).exists()]
+    if not found:
+        raise RunError(f"there is no unfinished run under {directory}")
+    return max(found, key=lambda folder: ((folder / "split.csv").stat().st_mtime_ns, folder.name))
+
+
+def finish(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> Run:
+    """Write `run.json` with the SHA-256 of the files `names`; the run is finished from here on."""
+    listed = {name: files.sha256(folder / name) for name in sorted(names)}
+    files.write_json(folder / MANIFEST, {"format": FORMAT, **manifest, "files": listed})
+    return Run.load(folder)
+
+
+def write_split(path: Path, rows: Iterable[SplitRow]) -> None:
+    """Write split.csv; names that are not UTF-8 keep their bytes."""
+    write_csv(path, ("split", "class", "digest", "path"), ((r.split, r.label, r.digest, r.path) for r in rows))
+
+
+def read_split(path: Path) -> list[SplitRow]:
+    """Read split.csv. Raises `RunError` when it is damaged."""
+    try:
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            rows = [
+                SplitRow(*(_undo_defuse(row[key]) for key in ("split", "class", "digest", "path")))
+                for row in csv.DictReader(file)
+            ]
+    except (OSError, KeyError, TypeError, csv.Error) as exc:
+        raise RunError(f"{path} is damaged: {exc}") from exc
+    return rows
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file atomically, with cells that a spreadsheet would run as a formula defused by an apostrophe."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([defuse(cell) for cell in header])
+    writer.writerows([defuse(cell) for cell in row] for row in rows)
+    files.write_text(path, text.getvalue())
+
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+
+
+def defuse(cell: object) -> object:
+    """Text that starts like a formula gets an apostrophe in front, as spreadsheets themselves mark text.
+
+    Text that starts with an apostrophe gets one more, so that the change can be undone. Numbers stay as they are.
+    Source: https://owasp.org/www-community/attacks/CSV_Injection
+    """
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
+
+
+def _undo_defuse(cell: str) -> str:
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
