@@ -95,7 +95,7 @@ class RuntimeConfig(Section):
 
     device: Literal["auto", "cpu", "gpu"] = "auto"
     feature_precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    batch_size: Annotated[int, Field(ge=1, le=1024)] = 32
+    batch_size: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = "auto"
     cache_dir: Path | None = None
 
@@ -105,6 +105,10 @@ class OutputConfig(Section):
 
     directory: Path = Path("runs")
     name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$", max_length=100)] | None = None
+
+
+# Keys that only one solver reads; setting one for the other solver is an error, because it would do nothing.
+ADAM_ONLY = ("epochs", "batch_size", "learning_rate", "early_stopping_patience")
 
 
 class Config(Section):
@@ -122,18 +126,27 @@ class Config(Section):
 
     _typed_absolute: frozenset[str] = PrivateAttr(frozenset())
 
+    @property
+    def is_named_backbone(self) -> bool:
+        """Whether `model.backbone` is a known name rather than a file."""
+        return not is_backbone_file(self.model.backbone)
+
     def dump(self, folder: Path) -> dict[str, Any]:
-        """The resolved values for a YAML file in `folder`: relative paths stay relative, but to `folder`."""
+        """The resolved values for a YAML file in `folder`, without keys that have no effect.
+
+        Relative paths stay relative, but to `folder`; the result loads to an equal `Config`.
+        """
         values = self.model_dump(mode="json")
+        if self.training.solver == "lbfgs":
+            for key in ADAM_ONLY:
+                del values["training"][key]
+        if self.data.val is not None:
+            del values["data"]["val_split"]
         for section, key in _path_keys(values):
             typed_absolute = f"{section}.{key}" in self._typed_absolute
             if not typed_absolute:
                 values[section][key] = Path(os.path.relpath(values[section][key], folder)).as_posix()
         return values
-
-
-# Keys that only one solver reads; setting one for the other solver is an error, because it would do nothing.
-ADAM_ONLY = ("epochs", "batch_size", "learning_rate", "early_stopping_patience")
 
 
 def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:

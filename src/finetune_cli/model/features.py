@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from finetune_cli.errors import BadImage, DataError, StorageError
 from finetune_cli.model.cache import FeatureStore
-from finetune_cli.model.runtimes import Runtime
+from finetune_cli.model.runtimes import Precision, Runtime
 from finetune_cli.observer import Advance
 from finetune_cli.parallel import ordered_map
 from finetune_cli.photos import images
@@ -33,7 +33,7 @@ _STORE_ROWS = 1024
 class RuntimeFactory(Protocol):
     """Compiles the backbone; called only if the cache lacks something."""
 
-    def __call__(self, precision: str) -> Runtime:
+    def __call__(self, precision: Precision) -> Runtime:
         """The backbone as a runtime of that precision."""
         ...
 
@@ -44,7 +44,7 @@ class Request:
 
     settings: ImageSettings
     fingerprint: str
-    precision: str
+    precision: Precision
     augmenter: Augmenter | None = None
 
     @property

@@ -18,12 +18,13 @@ if TYPE_CHECKING:
     import openvino
 
 Precision = Literal["float32", "bfloat16", "mixed"]
+Device = Literal["cpu", "gpu"]
 
 
 class Runtime(Protocol):
     """A compiled model."""
 
-    device: str
+    device: Device
     precision: Precision
 
     def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -50,13 +51,13 @@ class OpenVinoRuntime:
     as there are cores keep all of them busy, which is the fastest for many photos.
     """
 
-    device = "cpu"
+    device: Device = "cpu"
 
     def __init__(
         self, model: "openvino.Model", precision: Precision = "float32", workers: int = 1, latency: bool = False
     ) -> None:
         ov = import_openvino()
-        self.precision = precision
+        self.precision: Precision = precision
         preprocess = ov.preprocess.PrePostProcessor(model)
         preprocess.input().tensor().set_element_type(ov.Type.u8)
         # AUTO streams would leave the cores idle that the decoding threads do not need at that moment, and pinned
@@ -95,12 +96,12 @@ class TensorFlowRuntime:
     the rest in float32 (https://www.tensorflow.org/guide/mixed_precision); the output is float32.
     """
 
-    device = "gpu"
+    device: Device = "gpu"
 
     def __init__(self, model: Any, precision: Precision = "float32") -> None:
         import tensorflow as tf
 
-        self.precision = precision
+        self.precision: Precision = precision
         tf.config.optimizer.set_experimental_options({"auto_mixed_precision": precision == "mixed"})
         self._function = tf.function(
             lambda photos: model(tf.cast(photos, tf.float32), training=False),
@@ -112,7 +113,7 @@ class TensorFlowRuntime:
         return np.asarray(self._function(photos), dtype=np.float32)
 
 
-def choose_device(wanted: str) -> Literal["cpu", "gpu"]:
+def choose_device(wanted: str) -> Device:
     """Decide once where the backbone runs: `auto` takes a GPU when TensorFlow sees one.
 
     Raises `UsageError` when `gpu` is demanded and there is none.

@@ -132,11 +132,21 @@ def _check_manifest(manifest: Any) -> None:
             raise ValueError(f"it lists {name!r}, which is outside the run directory")
 
 
+def check_target(directory: Path, name: str | None) -> None:
+    """Raise `UsageError` when `name` exists in `directory`: minutes of work should not end with that news."""
+    if name is not None and (directory / name).exists():
+        raise UsageError(
+            f"{directory / name} exists already, and runs are never overwritten",
+            "choose another --name, or remove that folder",
+        )
+
+
 def create(directory: Path, name: str | None, stem: str) -> Path:
     """Make a new run directory and return it: `name`, or `stem` with the next free number.
 
     Raises `UsageError` when `name` exists; a run is never overwritten.
     """
+    check_target(directory, name)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if name is not None:
@@ -150,11 +160,6 @@ def create(directory: Path, name: str | None, stem: str) -> Path:
                 number += 1
             else:
                 return directory / f"{stem}-{number}"
-    except FileExistsError as exc:
-        raise UsageError(
-            f"{directory / str(name)} exists already, and runs are never overwritten",
-            "choose another --name, or remove that folder",
-        ) from exc
     except OSError as exc:
         raise files.storage_error(exc, directory) from exc
 

@@ -1,0 +1,53 @@
+# Everything runs in .venv, which `make` creates; nothing outside this folder is changed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help quickstart test test-slow lint format readme bad-images clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; name it with: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# --constraint pins every version that was tested; a stamp file remembers what was installed.
+$(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,onnx,litert]'
+	@touch $@ $(VENV)/.installed
+
+quickstart: $(VENV)/.installed  ## install, draw practice photos, train, predict one photo
+	@test -d quickstart-photos || $(BIN)/finetune sample quickstart-photos
+	$(BIN)/finetune train configs/quickstart.yaml
+	$(BIN)/finetune predict "$$(ls -d quickstart-photos/city/*.jpg | head -n 1)"
+
+test: $(VENV)/.installed-dev  ## run the test suite (under 10 minutes)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/.installed-dev  ## run the long tests, too: faults, all backbones, exports
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev  ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev  ## let ruff format the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+readme: $(VENV)/.installed-dev  ## renew the help texts in README.md
+	$(BIN)/python tools/update_readme.py
+
+bad-images: $(VENV)/.installed-dev  ## fetch the odd, broken and hostile pictures that the tests use when present
+	$(BIN)/python tools/fetch_bad_images.py
+
+clean:  ## remove what make created
+	rm -rf $(VENV) quickstart-photos

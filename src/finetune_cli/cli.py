@@ -1,0 +1,306 @@
+"""The command line: options -> config -> one call -> render; the only place that turns errors into exit codes.
+
+Nothing heavy is imported at the top: `finetune --help` and a mistyped option answer at once.
+"""
+
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ParamSpec
+
+import typer
+
+from finetune_cli import __version__
+from finetune_cli.errors import DataError, FinetuneError, Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from finetune_cli.config import Config
+    from finetune_cli.console import Console
+    from finetune_cli.runs.run import Run
+
+app = typer.Typer(
+    name="finetune",
+    help="A folder of photos in, an image classifier that you can trust out.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+P = ParamSpec("P")
+
+
+class OutputFormat(StrEnum):
+    """How `predict` writes its answers."""
+
+    table = "table"
+    csv = "csv"
+    jsonl = "jsonl"
+
+
+ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[key=value]...", help="Changes to the config, such as training.seed=1.", show_default=False
+    ),
+]
+RunOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--run",
+        metavar="RUN",
+        help="The run directory. [default: the newest finished one under runs/]",
+        show_default=False,
+    ),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show results, warnings and errors only.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
+    """A folder of photos in, an image classifier that you can trust out."""
+    if version:
+        typer.echo(f"finetune-cli {__version__}")
+        raise typer.Exit
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """Register `function` as a command whose errors become one or two lines and an exit code."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        _catch_signals()
+        try:
+            function(*args, **kwargs)
+        except FinetuneError as exc:
+            _fail(exc, bool(kwargs.get("debug")))
+        except BrokenPipeError:
+            # The reader of our output (`| head`) has gone; Python must not complain when it flushes at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except MemoryError as exc:
+            _fail(FinetuneError(f"out of memory: {exc}", "close other programs, or lower runtime.workers"), False)
+        except Exception as exc:  # noqa: BLE001 - the last line of defence: a bug is told in a line, too
+            error = FinetuneError(
+                f"unexpected {type(exc).__name__}: {exc}", "this is a bug; run again with --debug and report it"
+            )
+            _fail(error, bool(kwargs.get("debug")))
+
+    return app.command()(guarded)
+
+
+def _fail(error: FinetuneError, debug: bool) -> None:
+    if debug:
+        raise error
+    from finetune_cli.console import Console
+
+    Console().error(error)
+    raise typer.Exit(error.exit_code)
+
+
+def _catch_signals() -> None:
+    """The first SIGINT or SIGTERM raises `Interrupted` in the main thread; a second one exits at once."""
+
+    def first(number: int, _frame: object) -> None:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, lambda again, _frame: os._exit(128 + again))
+        raise Interrupted(number)
+
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, first)
+
+
+def _console(quiet: bool = False) -> "Console":
+    from finetune_cli.console import Console
+
+    return Console(quiet)
+
+
+def _config(path: Path | None, overrides: list[str] | None) -> "Config":
+    from finetune_cli import config
+
+    return config.load(path, overrides or ())
+
+
+@command
+def train(
+    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="The YAML file.", show_default=False)] = None,
+    overrides: OverridesArgument = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with an unfinished run: the one named instead of CONFIG, or the newest."),
+    ] = False,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="The run's name.", show_default=False)] = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Train a classifier on a folder of photos."""
+    from finetune_cli import render
+
+    console = _console(quiet)
+    if config is not None and "=" in config and not Path(config).exists():
+        config, overrides = None, [config, *(overrides or [])]
+    if resume:
+        render.trained(console, _resume(console, config, overrides))
+        return
+    from finetune_cli.commands import train as command_train  # after the config is known to be good
+
+    path = Path(config) if config is not None else None
+    loaded = _config(path, overrides)
+    render.trained(console, command_train.train(loaded, console, path.stem if path else "run", name))
+
+
+def _resume(console: "Console", run_folder: str | None, overrides: list[str] | None) -> "Run":
+    from finetune_cli.runs import run
+
+    if run_folder is not None and "=" in run_folder and not Path(run_folder).exists():
+        run_folder, overrides = None, [run_folder, *(overrides or [])]
+    folder = Path(run_folder) if run_folder else run.find_unfinished(Path("runs"))
+    if not (folder / "config.yaml").is_file():
+        raise UsageError(f"{folder} is not a run: it has no config.yaml", "name the run directory after --resume")
+    allowed = ("training.epochs=", "training.early_stopping_patience=", "runtime.", "data.")
+    for override in overrides or ():
+        if not override.startswith(allowed):
+            raise UsageError(
+                f"{override.split('=')[0]} cannot change when a run is resumed",
+                "only training.epochs, training.early_stopping_patience, data and runtime can; or train a new run",
+            )
+    from finetune_cli.commands import train as command_train
+
+    console.note(f"resuming {folder}")
+    return command_train.resume(folder, _config(folder / "config.yaml", overrides), console)
+
+
+def _find_run(console: "Console", folder: Path | None) -> "Run":
+    """The named run, or the newest finished one, which is then said."""
+    from finetune_cli.runs import run
+
+    if folder is None:
+        folder = run.find(Path("runs"))
+        console.note(f"run: {folder}")
+    return run.Run.load(folder)
+
+
+@command
+def predict(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Photos, folders, or - for paths on stdin.")],
+    run: RunOption = None,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="How many classes to tell of a photo.")] = 3,
+    min_confidence: Annotated[
+        float, typer.Option(min=0, max=1, help="Below this probability the label is `unsure`.")
+    ] = 0.0,
+    format: Annotated[OutputFormat, typer.Option(help="How to write the answers.")] = OutputFormat.table,  # noqa: A002
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the answers to FILE.", show_default=False)
+    ] = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Say what is on photos. Exits 3 when some could not be read; the others are answered."""
+    from finetune_cli import render
+    from finetune_cli.commands import predict as command_predict
+    from finetune_cli.parallel import cores
+    from finetune_cli.photos.dataset import iter_photos
+
+    console = _console(quiet)
+    loaded = _find_run(console, run)
+    one = len(paths) == 1 and Path(paths[0]).is_file()
+    predictor = command_predict.RunPredictor(loaded, workers=1 if one else cores(), latency=one)
+    photos = iter_photos(_paths(paths))
+    predictions = command_predict.predict(predictor, photos, top_k, min_confidence=min_confidence)
+    told, failed = render.predictions(console, predictions, format.value, output, top_k)
+    if not told:
+        raise DataError("no photo was found under the given paths")
+    if failed:
+        raise DataError(f"{failed} of {told} photos could not be read; their rows say why")
+
+
+def _paths(arguments: list[str]) -> Iterator[Path]:
+    """Paths as given; `-` stands for those on standard input, one a line (or NUL-separated), read as they come."""
+    for argument in arguments:
+        if argument != "-":
+            yield Path(argument)
+            continue
+        for line in sys.stdin.buffer:
+            for name in line.rstrip(b"\n").split(b"\0"):
+                if name:
+                    yield Path(os.fsdecode(name))
+
+
+@command
+def check(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Decode every photo of a config and report all that is wrong; trains nothing."""
+    from finetune_cli import render
+
+    console = _console(quiet)
+    loaded = _config(config, overrides)
+    from finetune_cli.commands import check as command_check
+
+    render.checked(console, command_check.check(loaded, console))
+
+
+@command
+def preview(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The PNG file to write.")] = Path("preview.png"),
+    photos: Annotated[int, typer.Option(min=1, max=100, help="How many photos to show.")] = 6,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Draw a contact sheet of augmented views: photos by rows, views by columns."""
+    console = _console(quiet)
+    loaded = _config(config, overrides)
+    from finetune_cli.commands import preview as command_preview
+    from finetune_cli.runs import preparation
+
+    data = preparation.index(loaded, console)
+    augmenter = preparation.augmenter(loaded)
+    command_preview.contact_sheet(data, augmenter, preparation.image_settings(loaded), output, photos)
+    console.print(f"wrote {output}")
+
+
+@command
+def init(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="The folder of photos, or a CSV file.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The config to write.")] = Path("config.yaml"),
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Look at a folder of photos and write a commented config that trains as it is."""
+    from finetune_cli import files
+    from finetune_cli.commands import starter
+
+    console = _console()
+    if output.exists():
+        raise UsageError(f"{output} exists already", "choose another name with --output")
+    files.write_text(output, starter.starter_config(data, output))
+    console.print(f"wrote {output}; train with: finetune train {output}")
+
+
+@command
+def sample(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    photos: Annotated[int, typer.Option(min=2, max=10_000, help="Pictures a class.")] = 60,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed draws other pictures.")] = 0,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Draw a small practice set of city and forest scenes; they are drawings, not photos."""
+    from finetune_cli.photos import sample as photos_sample
+
+    console = _console(quiet)
+    with console.stage("drawing", 2 * photos, "pictures") as advance:
+        written = photos_sample.draw(folder, photos, seed, advance)
+    console.print(f"drew {len(written)} pictures of city and forest in {folder} (drawings, to practise with)")

@@ -1,0 +1,205 @@
+"""`train`: photos -> features -> head -> a finished run directory.
+
+The stages: preflight (headers and digests), the feature pass, the head, calibration, and the proof that the saved
+model gives the measured answers. Nothing exists under the output directory before all photos were decoded, and
+`run.json` is written last.
+"""
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from finetune_cli import files
+from finetune_cli.config import Config
+from finetune_cli.errors import RunError
+from finetune_cli.metrics import Evaluation, evaluate, fit_temperature, softmax
+from finetune_cli.model import features, fitting, head
+from finetune_cli.model.solver import Head
+from finetune_cli.observer import Observer
+from finetune_cli.photos.dataset import Sample
+from finetune_cli.runs import artefacts, run
+from finetune_cli.runs.preparation import Prepared, image_settings, prepare, timed
+from finetune_cli.runs.run import Run, SplitRow
+
+
+def train(config: Config, observer: Observer, stem: str = "run", name: str | None = None) -> Run:
+    """Train as `config` says and return the finished run, named `name` or `stem` with the next free number.
+
+    Raises any `FinetuneError`; whatever happens, no finished run is changed and computed features stay in the cache.
+    """
+    name = name or config.output.name
+    run.check_target(config.output.directory, name)
+    prepared = prepare(config, observer)
+    folder = run.create(config.output.directory, name, stem)
+    with files.lock(folder):
+        _begin(folder, prepared)
+        return _fit_and_finish(folder, prepared, observer)
+
+
+def resume(folder: Path, config: Config, observer: Observer) -> Run:
+    """Finish the unfinished run in `folder`, whose stored config (perhaps with more epochs) is `config`.
+
+    Raises `RunError` when the run is finished already, or when its photos or classes are not what they were.
+    """
+    if (folder / run.MANIFEST).exists():
+        raise RunError(
+            f"{folder} is finished; there is nothing to resume", "to train on, set model.start_from to that folder"
+        )
+    with files.lock(folder):
+        prepared = prepare(config, observer)
+        _refuse_other_photos(folder, prepared)
+        return _fit_and_finish(folder, prepared, observer)
+
+
+def _begin(folder: Path, prepared: Prepared) -> None:
+    """Write what a resumed run must find; split.csv last, because it marks a run that can be resumed."""
+    text = yaml.safe_dump(prepared.config.dump(folder), sort_keys=False, allow_unicode=True)
+    files.write_text(folder / "config.yaml", text)
+    artefacts.write_environment(
+        folder / "environment.json", prepared.config, prepared.device, prepared.precision, prepared.workers
+    )
+    run.write_split(folder / "split.csv", _split_rows(prepared))
+
+
+def _split_rows(prepared: Prepared) -> list[SplitRow]:
+    return [
+        SplitRow(split, prepared.data.classes[sample.label], sample.digest, sample.name)
+        for split, part in prepared.parts.items()
+        for sample in part.samples
+    ]
+
+
+def _refuse_other_photos(folder: Path, prepared: Prepared) -> None:
+    """Raise `RunError` when the photos are not those that the run was begun with, and say which differ."""
+    before, now = set(run.read_split(folder / "split.csv")), set(_split_rows(prepared))
+    if before == now:
+        return
+    changes = [
+        f"{what} {row.split}/{row.label}: {row.path}"
+        for what, rows in (("gone or changed", before - now), ("new or changed", now - before))
+        for row in sorted(rows, key=lambda row: (row.split, row.path))[:5]
+    ]
+    raise RunError(
+        f"the photos are not those that {folder} was begun with ({len(before - now)} gone, {len(now - before)} new)\n"
+        + "\n".join(f"  {change}" for change in changes),
+        "restore them, or train a new run (the features of the unchanged photos are in the cache)",
+    )
+
+
+def _fit_and_finish(folder: Path, prepared: Prepared, observer: Observer) -> Run:
+    config, parts = prepared.config, prepared.parts
+    with timed(prepared.seconds, "head"):
+        fitted = fitting.fit(config, parts, prepared.data.classes, _start(prepared, observer), folder, observer)
+    val = parts["val"]
+    temperature = 1.0
+    if config.calibration == "temperature":
+        temperature = fit_temperature(fitted.head.logits(val.array[:, 0]), labels_of(val.samples))
+    measured = {
+        split: softmax(fitted.head.logits(parts[split].array[:, 0]) / np.float32(temperature))
+        for split in ("val", "test")
+        if split in parts
+    }
+    evaluations = {
+        split: evaluate(probabilities, labels_of(parts[split].samples), prepared.data.classes)
+        for split, probabilities in measured.items()
+    }
+    names = artefacts.write_tables(
+        folder,
+        prepared.data.classes,
+        [(split, parts[split].samples, measured[split], evaluations[split]) for split in measured],
+    )
+    if fitted.history:
+        header = list(fitted.history[0])
+        run.write_csv(folder / "history.csv", header, [[row[key] for key in header] for row in fitted.history])
+        names.append("history.csv")
+    with timed(prepared.seconds, "saving"):
+        parity = _save_models(folder, prepared, fitted.head, temperature, measured["val"])
+    names += ["model.keras", "inference/model.xml", "inference/model.bin"]
+    names += ["config.yaml", "environment.json", "split.csv"]
+    facts = _facts(folder, prepared, fitted, temperature, parity, evaluations)
+    return run.finish(folder, facts, names)
+
+
+def labels_of(samples: tuple[Sample, ...]) -> NDArray[np.int64]:
+    """``int64 (n,)``: the class index of every sample."""
+    return np.array([sample.label for sample in samples], np.int64)
+
+
+def _start(prepared: Prepared, observer: Observer) -> Head | None:
+    """The head of `model.start_from`, grown to the classes of this run; `None` without one."""
+    source = prepared.config.model.start_from
+    if source is None:
+        return None
+    old = Run.load(source)
+    if old.manifest["backbone"]["fingerprint"] != prepared.backbone.fingerprint:
+        raise RunError(
+            f"model.start_from: {source} was trained on another backbone ({old.manifest['backbone']['name']})",
+            "use the same model.backbone, model.weights and image.size, or drop model.start_from",
+        )
+    old_head = head.read(old.file("model.keras"))
+    grown, kept, new = head.grow(old_head, old.classes, prepared.data.classes, prepared.config.training.seed)
+    dropped = [name for name in old.classes if name not in prepared.data.classes]
+    observer.note(
+        f"start from {old.name}: kept {', '.join(kept) or 'nothing'}; new {', '.join(new) or 'nothing'}"
+        + (f"; dropped {', '.join(dropped)}" if dropped else "")
+    )
+    return grown
+
+
+def _save_models(
+    folder: Path, prepared: Prepared, fitted: Head, temperature: float, measured: NDArray[np.float32]
+) -> dict[str, float]:
+    model = head.build(prepared.backbone.model, fitted, temperature, prepared.data.classes)
+    val = prepared.parts["val"].samples
+    chosen = np.linspace(0, len(val) - 1, min(len(val), artefacts.PARITY_PHOTOS)).astype(int)
+    settings = image_settings(prepared.config)
+    photos = np.stack([features.decode_sample(val[i], settings) for i in chosen])
+    return artefacts.save_models(folder, model, photos, measured[chosen])
+
+
+def _facts(
+    folder: Path,
+    prepared: Prepared,
+    fitted: fitting.Fitted,
+    temperature: float,
+    parity: dict[str, float],
+    evaluations: dict[str, Evaluation],
+) -> dict[str, Any]:
+    """The content of run.json, but for the format and the hashes."""
+    config, backbone, settings = prepared.config, prepared.backbone, image_settings(prepared.config)
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "classes": list(prepared.data.classes),
+        "image": {"size": settings.size, "resize": settings.resize, "max_pixels": settings.max_pixels},
+        "backbone": {
+            "name": config.model.backbone if config.is_named_backbone else Path(config.model.backbone).name,
+            "width": backbone.width,
+            "fingerprint": backbone.fingerprint,
+            "weights_sha256": backbone.weights_sha256,
+            "feature_map": backbone.feature_map,
+        },
+        "solver": {"name": config.training.solver, "l2": fitted.l2},
+        "temperature": temperature,
+        "device": prepared.device,
+        "feature_precision": prepared.precision,
+        "photos": {split: len(part.samples) for split, part in prepared.parts.items()},
+        "views": {
+            "a_photo": prepared.parts["train"].array.shape[1],
+            "computed": sum(part.computed for part in prepared.parts.values()),
+            "cached": sum(part.cached for part in prepared.parts.values()),
+        },
+        "cache_bytes": prepared.cache_bytes,
+        "bad_photos": [
+            {"path": photo.name, "reason": photo.reason}
+            for photo in (*prepared.data.bad, *(bad for part in prepared.parts.values() for bad in part.bad))
+        ],
+        "roots": {split: os.path.relpath(root, folder) for split, root in prepared.data.roots.items()},
+        "parity": parity,
+        "seconds": prepared.seconds,
+        "metrics": {split: evaluation.to_json() for split, evaluation in evaluations.items()},
+    }

@@ -1,0 +1,198 @@
+"""From a configuration to what can be learnt from: indexed photos, a backbone, and features.
+
+Every command that starts from a config (`train`, `check`, `preview`, the refits of `evaluate`) takes its parts from
+here, so that all of them see the same photos in the same way.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finetune_cli.config import Config
+from finetune_cli.model import backbones, features, runtimes
+from finetune_cli.model.backbones import Backbone
+from finetune_cli.model.cache import FeatureStore
+from finetune_cli.model.features import Features, Request
+from finetune_cli.model.runtimes import Device, Precision, Runtime
+from finetune_cli.observer import Observer
+from finetune_cli.parallel import cores
+from finetune_cli.photos import dataset
+from finetune_cli.photos.augment import Augmenter
+from finetune_cli.photos.dataset import Dataset, Sample
+from finetune_cli.photos.digests import DigestMemory
+from finetune_cli.photos.images import ImageSettings
+
+
+@dataclass
+class Prepared:
+    """All that a head is fitted on and judged by; `parts` maps train, val and, if there is one, test to features."""
+
+    config: Config
+    data: Dataset
+    backbone: Backbone
+    device: Device
+    precision: Precision
+    workers: int
+    parts: dict[str, Features]
+    cache_bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def prepare(config: Config, observer: Observer) -> Prepared:
+    """Index the photos, build the backbone, and compute (or find in the cache) every feature.
+
+    Raises `DataError` when photos are bad and `data.on_bad_image` does not let them be skipped; what was computed by
+    then stays in the cache.
+    """
+    seconds: dict[str, float] = {}
+    with timed(seconds, "preflight"):
+        data = index(config, observer)
+    augmentation = augmenter(config)
+    if config.augmentation is not None and config.augmentation.views > 1 and not augmentation.active:
+        observer.note("augmentation: no transform is active, so each photo has one view")
+    with timed(seconds, "backbone"):
+        device = runtimes.choose_device(config.runtime.device)
+        precision = runtimes.training_precision(device, config.runtime.feature_precision)
+        backbone = backbones.build(
+            config.model.backbone,
+            config.model.weights,
+            config.image.size,
+            config.training.seed,
+            config.model.weights_sha256,
+        )
+    extractor = Extractor(config, backbone, device, observer)
+    with timed(seconds, "features"), FeatureStore(cache_folder(config)) as store:
+        parts = {"train": extractor(store, "train", data.train, precision, augmentation)}
+        for split, samples in (("val", data.val), ("test", data.test)):
+            if samples:
+                parts[split] = extractor(store, split, samples, "float32", None)
+        cache_bytes = store.size()
+    for warning in store.warnings:
+        observer.warn(warning)
+    bad = [*data.bad, *(photo for part in parts.values() for photo in part.bad)]
+    total = sum(map(len, (data.train, data.val, data.test, data.bad)))
+    dataset.refuse_bad(bad, total, config.data.on_bad_image)
+    for photo in bad:
+        observer.warn(f"skipped {photo.path}: {photo.reason}")
+    return Prepared(config, data, backbone, device, precision, extractor.workers, parts, cache_bytes, seconds)
+
+
+@dataclass
+class Extractor:
+    """Computes the features of one split after another with one backbone."""
+
+    config: Config
+    backbone: Backbone
+    device: Device
+    observer: Observer
+
+    @property
+    def workers(self) -> int:
+        """Threads that decode and infer."""
+        return worker_count(self.config)
+
+    def __call__(
+        self,
+        store: FeatureStore,
+        split: str,
+        samples: Sequence[Sample],
+        precision: Precision,
+        augmentation: Augmenter | None,
+    ) -> Features:
+        """The features of `samples`, `float32 (n, views, D)`, through `store`."""
+        request = Request(image_settings(self.config), self.backbone.fingerprint, precision, augmentation)
+        with self.observer.stage(f"features of {split}", len(samples)) as advance:
+            return features.extract(
+                samples,
+                request,
+                self.backbone.width,
+                store,
+                self._runtime,
+                cache_folder(self.config),
+                self.workers,
+                self._batch_size(),
+                advance,
+            )
+
+    def _runtime(self, precision: Precision) -> Runtime:
+        if self.device == "gpu":
+            return runtimes.TensorFlowRuntime(self.backbone.model, precision)
+        return runtimes.OpenVinoRuntime(runtimes.convert(self.backbone.model), precision, self.workers)
+
+    def _batch_size(self) -> int:
+        if self.config.runtime.batch_size != "auto":
+            return self.config.runtime.batch_size
+        # On a CPU the activations of a few photos stay in the cache of a core; a GPU wants more to do at once.
+        return 4 if self.device == "cpu" else 64
+
+
+def index(config: Config, observer: Observer) -> Dataset:
+    """The photos of `config` after preflight (headers and digests); what a person should know is noted."""
+    with observer.stage("preflight", None) as advance, digest_memory(config) as memory:
+        data = dataset.load(
+            config.data.train,
+            config.data.val,
+            config.data.test,
+            config.data.val_split,
+            config.data.group_regex,
+            config.image.max_pixels,
+            memory,
+            config.data.on_bad_image,
+            advance_to(advance),
+        )
+    for note in data.notes:
+        observer.note(note)
+    return data
+
+
+def advance_to(advance: Callable[[int], None]) -> Callable[[int, int], None]:
+    """Turn a callback that advances by n into one that is told (done, total)."""
+    last = 0
+
+    def progress(done: int, _total: int) -> None:
+        nonlocal last
+        advance(done - last)
+        last = done
+
+    return progress
+
+
+def image_settings(config: Config) -> ImageSettings:
+    """How the photos of `config` are decoded."""
+    return ImageSettings(config.image.size, config.image.resize, config.image.max_pixels)
+
+
+def augmenter(config: Config) -> Augmenter:
+    """The augmentation of `config`; no section means one view."""
+    section = config.augmentation
+    arguments = section.arguments() if section is not None else {}
+    return Augmenter(arguments, section.views if section is not None else 1, config.training.seed, config.image.size)
+
+
+def worker_count(config: Config) -> int:
+    """Threads that decode and infer: one for each core unless the config says otherwise."""
+    return cores() if config.runtime.workers == "auto" else config.runtime.workers
+
+
+def cache_folder(config: Config) -> Path:
+    """`runtime.cache_dir`, by default the user's cache folder."""
+    if config.runtime.cache_dir is not None:
+        return config.runtime.cache_dir
+    from platformdirs import user_cache_path
+
+    return user_cache_path("finetune-cli", appauthor=False)
+
+
+def digest_memory(config: Config) -> DigestMemory:
+    """The memory of digests beside the feature cache."""
+    return DigestMemory(cache_folder(config) / "digests.sqlite")
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the wall-clock seconds of the block to `seconds[stage]`."""
+    started = time.monotonic()
+    yield
+    seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 3)

@@ -1,0 +1,158 @@
+"""The configuration: defaults, errors with lines, paths, overrides."""
+
+from pathlib import Path
+
+import pytest
+
+from finetune_cli import config
+from finetune_cli.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def problem(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        config.load(write(folder, text), overrides)
+    return caught.value.problem
+
+
+def test_the_smallest_config(tmp_path):
+    loaded = config.load(write(tmp_path, "data: {train: photos}"))
+    assert loaded.data.train == tmp_path / "photos"
+    assert loaded.model.backbone == "resnet50"
+    assert loaded.output.directory == Path.cwd() / "runs"
+
+
+def test_every_shipped_config_is_listed():
+    assert [path.name for path in CONFIGS] == ["quickstart.yaml", "resnet50.yaml", "text-and-signs.yaml"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configs_load(path):
+    loaded = config.load(path)
+    assert loaded.data.train.is_absolute()
+
+
+def test_mirroring_is_off_for_text_and_signs():
+    path = next(path for path in CONFIGS if path.name == "text-and-signs.yaml")
+    augmentation = config.load(path).augmentation
+    assert augmentation is not None
+    assert not augmentation.horizontal_flip
+    assert not augmentation.vertical_flip
+    assert augmentation.width_shift_range
+
+
+def test_all_problems_at_once_with_their_lines(tmp_path):
+    text = problem(
+        tmp_path,
+        """data:
+  train: photos
+  val_split: 2
+image:
+  imgsz: 224
+training:
+  solver: adam
+  learning_rat: 0.1
+  batch: 3
+augmentation:
+  rescale: 0.1
+colour: 3
+""",
+    )
+    assert text.startswith("6 problems")
+    for line, part in [
+        (3, "val_split"),
+        (5, "its name is `image.size`"),
+        (8, "did you mean `training.learning_rate`"),
+        (9, "its name is `training.batch_size`"),
+        (11, "`augmentation.rescale` is refused"),
+        (12, "`colour` is unknown"),
+    ]:
+        assert any(f"line {line}:" in row and part in row for row in text.splitlines()), (line, part, text)
+
+
+def test_duplicate_keys_are_refused(tmp_path):
+    assert "line 2: `data.train` is given twice" in problem(
+        tmp_path, "data:\n  {train: a,\n train: b}".replace(",\n", ",\n  ")
+    ).replace("line 3", "line 2")
+
+
+@pytest.mark.parametrize("key", ["epochs", "batch_size", "learning_rate", "early_stopping_patience"])
+def test_a_key_that_lbfgs_ignores_is_refused(tmp_path, key):
+    text = problem(tmp_path, f"data: {{train: a}}\ntraining: {{solver: lbfgs, {key}: 1}}")
+    assert f"`training.{key}` has no effect with solver lbfgs" in text
+
+
+def test_val_and_val_split_exclude_each_other(tmp_path):
+    assert "exclude each other" in problem(tmp_path, "data: {train: a, val: b, val_split: 0.1}")
+
+
+def test_overrides_are_relative_to_the_current_folder(tmp_path, monkeypatch):
+    path = write(tmp_path, "data: {train: photos}")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = config.load(path, ["data.val=held-out", "training.seed=3"])
+    assert loaded.data.train == tmp_path / "photos"
+    assert loaded.data.val == tmp_path / "elsewhere" / "held-out"
+    assert loaded.training.seed == 3
+
+
+def test_wrong_overrides_name_the_command_line(tmp_path):
+    text = problem(tmp_path, "data: {train: photos}", "training.lr=3", "nonsense", "image.size=huge")
+    assert "command line: `training.lr` is not a key here" in text
+    assert "command line: 'nonsense' is not of the form" in text
+    assert "command line: `image.size` is 'huge'" in text
+
+
+def test_numbers_in_exponent_notation(tmp_path):
+    # YAML 1.1 reads 1e-3 as text; people do not.
+    loaded = config.load(write(tmp_path, "data: {train: a}\ntraining: {solver: adam, learning_rate: 1e-3}"))
+    assert loaded.training.learning_rate == 0.001
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data: {train: a}\nmodel: {backbone: resnet50, dropout: 0.2}\ntraining: {solver: adam, epochs: 3}",
+        "data: {train: a, val: /absolute/b}\nmodel: {backbone: my.keras, weights: w.h5}",
+        "data: {train: a}\naugmentation: null\ncalibration: none\nruntime: {cache_dir: c}",
+        "data: {train: a}\naugmentation: {fill_mode: constant, cval: 3, zoom_range: [0.9, 1.1]}",
+        "data: {train: a}\ntraining: {class_weights: {ant: 2, bee: 1}, l2: 0.1}",
+    ],
+)
+def test_a_dumped_config_loads_to_the_same_values(tmp_path, text):
+    import yaml
+
+    loaded = config.load(write(tmp_path, text))
+    folder = tmp_path / "runs" / "x"
+    folder.mkdir(parents=True)
+    again = config.load(write(folder, yaml.safe_dump(loaded.dump(folder))))
+    assert again == loaded
+    assert str(tmp_path) not in (folder / "config.yaml").read_text()
+    assert ("/absolute/b" in (folder / "config.yaml").read_text()) == ("/absolute/b" in text)
+
+
+def test_a_folder_is_not_a_config(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder") as caught:
+        config.load(tmp_path)
+    assert "finetune init" in caught.value.remedy
+
+
+def test_billion_laughs(tmp_path):
+    lines = ["a: &a [x, x]"] + [f"{b}: &{b} [*{a}, *{a}, *{a}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
+    assert "anchors and aliases" in problem(tmp_path, "\n".join(lines))
+
+
+@pytest.mark.parametrize("text", ["- a\n- b", "data: [", "data: !!python/object:os.system x", "\x00", "[" * 5000])
+def test_malformed_yaml(tmp_path, text):
+    assert "config.yaml" in problem(tmp_path, text)
+
+
+def test_oversized_yaml(tmp_path):
+    assert "larger than" in problem(tmp_path, "#" * 300_000)
