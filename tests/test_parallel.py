@@ -1,0 +1,53 @@
+"""The ordered parallel map: order, bounded memory, errors, clean-up."""
+
+import threading
+import time
+
+import pytest
+
+from finetune_cli.parallel import cores, ordered_map
+
+
+def test_results_come_in_order():
+    assert list(ordered_map(lambda n: time.sleep(0.002 * (n % 3)) or n * n, range(50), 4)) == [n * n for n in range(50)]
+
+
+def test_an_endless_source_is_read_as_far_as_needed():
+    taken = 0
+
+    def source():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield taken
+
+    results = ordered_map(lambda n: n, source(), 3)
+    assert [next(results) for _ in range(10)] == list(range(1, 11))
+    assert taken <= 10 + 2 * 3
+    results.close()
+
+
+def test_an_error_comes_where_its_result_would():
+    def work(n):
+        if n == 3:
+            raise ValueError("three")
+        return n
+
+    results = ordered_map(work, range(10), 2)
+    assert [next(results) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ValueError, match="three"):
+        next(results)
+
+
+def test_no_thread_is_left_behind():
+    before = threading.active_count()
+    results = ordered_map(lambda n: n, range(1000), 4)
+    next(results)
+    results.close()
+    assert threading.active_count() == before
+
+
+def test_cores_is_what_this_process_may_use():
+    import os
+
+    assert cores() == len(os.sched_getaffinity(0))
