@@ -8,9 +8,9 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "finetune_cli"
 # From the ground up; modules of one floor may import each other, except on the floor `commands`.
 FLOORS = [
-    {"errors"},
+    {"errors", "text"},
     {"files", "observer", "parallel", "yamlfile"},
-    {"metrics", "calibration", "folds"},
+    {"metrics", "calibration", "folds", "tables"},
     {"photos"},
     {"config", "config_errors"},
     {"model"},

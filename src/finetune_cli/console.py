@@ -1,7 +1,7 @@
 """The terminal, and nobody else writes to it: Rich on a real one, plain lines without control codes elsewhere.
 
 Results go to stdout, everything about the work (progress, notes, warnings, errors) to stderr. Names of files and
-classes may hold anything; `shown` makes control characters visible instead of sending them.
+classes may hold anything; `text.shown` makes control characters visible instead of sending them.
 """
 
 import contextlib
@@ -12,20 +12,9 @@ from typing import Any
 
 from finetune_cli.errors import FinetuneError
 from finetune_cli.observer import Advance
+from finetune_cli.text import shown
 
 _PLAIN_SECONDS = 10.0
-
-
-def shown(text: object) -> str:
-    """`text` on one line with every control, bidirectional or undecodable character as a visible escape."""
-    return "".join(_visible(c) for c in str(text))
-
-
-def _visible(character: str) -> str:
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as os.fsdecode keeps it
-        return f"\\x{code - 0xDC00:02x}"
-    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
 
 
 class Console:

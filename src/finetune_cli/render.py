@@ -1,6 +1,5 @@
 """Results as a person or a program reads them: tables on a `Console`, rows of CSV and JSON Lines."""
 
-import csv
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -8,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from finetune_cli.console import Console, shown
+from finetune_cli.console import Console
+from finetune_cli.text import shown
 
 if TYPE_CHECKING:
     from finetune_cli.commands.check import Report
@@ -90,11 +90,11 @@ def _table_writer(file: TextIO, _top_k: int) -> Write:
 
 
 def _csv_writer(file: TextIO, top_k: int) -> Write:
-    from finetune_cli.runs.run import defuse
+    from finetune_cli.tables import TableWriter
 
-    writer = csv.writer(file, lineterminator="\n")
+    writer = TableWriter(file)
     others = range(2, top_k + 1)
-    writer.writerow(
+    writer.row(
         ["path", "label", "probability", *(f"{what}_{i}" for i in others for what in ("label", "probability")), "error"]
     )
 
@@ -102,7 +102,7 @@ def _csv_writer(file: TextIO, top_k: int) -> Write:
         cells: list[object] = [row.path, row.label or "", "" if row.probability is None else f"{row.probability:.6g}"]
         for i in others:
             cells += [row.top[i - 1][0], f"{row.top[i - 1][1]:.6g}"] if i <= len(row.top) else ["", ""]
-        writer.writerow([defuse(cell) for cell in (*cells, row.error or "")])
+        writer.row([*cells, row.error or ""])
 
     return write
 

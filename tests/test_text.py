@@ -1,0 +1,21 @@
+import os
+
+import pytest
+
+from finetune_cli.text import shown
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("forest <b>.jpg", "forest <b>.jpg"),
+        ("日本é.jpg", "日本é.jpg"),
+        ("two\nlines\r\t", r"two\nlines\r\t"),
+        ("\x1b[31mred", r"\x1b[31mred"),
+        ("\u202egpj.exe", r"\u202egpj.exe"),
+        (os.fsdecode(b"caf\xe9.jpg"), r"caf\xe9.jpg"),
+    ],
+)
+def test_only_what_cannot_be_seen_is_escaped(text, expected):
+    assert shown(text) == expected
+    assert shown(shown(text)) == expected
