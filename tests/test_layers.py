@@ -25,7 +25,7 @@ MODULES = sorted(path.relative_to(SOURCE) for path in SOURCE.rglob("*.py"))
 
 
 def floor(module: str) -> int:
-    found = [i for i, names in enumerate(FLOORS) if module.split(".")[0] in names]
+    found = [i for i, names in enumerate(FLOORS) if module.partition(".")[0] in names]
     assert found, f"{module} has no floor in this test"
     return found[0]
 

@@ -25,6 +25,7 @@ from finetune_cli.photos.dataset import Sample
 from finetune_cli.runs import artefacts, run
 from finetune_cli.runs.preparation import Prepared, image_settings, prepare, timed
 from finetune_cli.runs.run import Run, SplitRow
+from finetune_cli.tables import write_csv
 
 
 def train(config: Config, observer: Observer, stem: str = "run", name: str | None = None) -> Run:
@@ -115,7 +116,7 @@ def _fit_and_finish(folder: Path, prepared: Prepared, observer: Observer) -> Run
     )
     if fitted.history:
         header = list(fitted.history[0])
-        run.write_csv(folder / "history.csv", header, [[row[key] for key in header] for row in fitted.history])
+        write_csv(folder / "history.csv", header, [[row[key] for key in header] for row in fitted.history])
         names.append("history.csv")
     with timed(prepared.seconds, "saving"):
         parity = _save_models(folder, prepared, fitted.head, temperature, measured["val"])

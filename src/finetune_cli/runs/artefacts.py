@@ -21,7 +21,7 @@ from finetune_cli.metrics import Evaluation
 from finetune_cli.model.keras_setup import import_keras
 from finetune_cli.model.runtimes import OpenVinoRuntime, convert, import_openvino, read_ir
 from finetune_cli.photos.dataset import Sample
-from finetune_cli.runs.run import write_csv
+from finetune_cli.tables import write_csv
 
 PARITY_PHOTOS = 16
 PARITY_LIMIT = 1e-4

@@ -8,10 +8,9 @@ of the old format to the tests.
 """
 
 import csv
-import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from finetune_cli import files
 from finetune_cli.errors import RunError, UsageError
 from finetune_cli.photos.images import ImageSettings
+from finetune_cli.tables import read_csv, write_csv
 
 FORMAT = 1
 MANIFEST = "run.json"
@@ -190,44 +190,17 @@ def finish(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> R
     return Run.load(folder)
 
 
+_SPLIT_HEADER = ("split", "class", "digest", "path")
+
+
 def write_split(path: Path, rows: Iterable[SplitRow]) -> None:
-    """Write split.csv; names that are not UTF-8 keep their bytes."""
-    write_csv(path, ("split", "class", "digest", "path"), ((r.split, r.label, r.digest, r.path) for r in rows))
+    """Write split.csv."""
+    write_csv(path, _SPLIT_HEADER, ((row.split, row.label, row.digest, row.path) for row in rows))
 
 
 def read_split(path: Path) -> list[SplitRow]:
     """Read split.csv. Raises `RunError` when it is damaged."""
     try:
-        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            rows = [
-                SplitRow(*(_undo_defuse(row[key]) for key in ("split", "class", "digest", "path")))
-                for row in csv.DictReader(file)
-            ]
-    except (OSError, KeyError, TypeError, csv.Error) as exc:
+        return [SplitRow(*row) for row in read_csv(path, _SPLIT_HEADER)]
+    except (OSError, ValueError, csv.Error) as exc:
         raise RunError(f"{path} is damaged: {exc}") from exc
-    return rows
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a CSV file atomically, with cells that a spreadsheet would run as a formula defused by an apostrophe."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([defuse(cell) for cell in header])
-    writer.writerows([defuse(cell) for cell in row] for row in rows)
-    files.write_text(path, text.getvalue())
-
-
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
-
-
-def defuse(cell: object) -> object:
-    """Text that starts like a formula gets an apostrophe in front, as spreadsheets themselves mark text.
-
-    Text that starts with an apostrophe gets one more, so that the change can be undone. Numbers stay as they are.
-    Source: https://owasp.org/www-community/attacks/CSV_Injection
-    """
-    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
-
-
-def _undo_defuse(cell: str) -> str:
-    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell

@@ -1,0 +1,289 @@
+"""Prints the numbers that the project promises, measured here and now.
+
+    python benchmarks/numbers.py PHOTOS [part ...]
+
+PHOTOS is a folder with `hymenoptera/{train,val}` and `scenes/{train,test}` (see data/README.md for where such sets
+are). Parts: predict, extraction, views, textbook, again, growth, memory; all of them without a name. The machine
+should have nothing else to do; compare ratios, not seconds, between machines.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FINETUNE = [sys.executable, "-m", "finetune_cli"]
+LITE0 = HERE.parent / "src" / "finetune_cli" / "assets" / "efficientnet_lite0.keras"
+AUGMENTATION = [
+    "augmentation.horizontal_flip=true",
+    "augmentation.width_shift_range=0.2",
+    "augmentation.height_shift_range=0.2",
+]
+
+
+def say(*cells: object) -> None:
+    print(" | ".join(str(cell) for cell in cells), flush=True)
+
+
+def seconds(command: list[str], times: int = 1, **options: object) -> tuple[float, str]:
+    """Median wall-clock seconds of `command`, and what it printed last."""
+    taken = []
+    for _ in range(times):
+        started = time.perf_counter()
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+        taken.append(time.perf_counter() - started)
+        if answer.returncode:
+            sys.exit(f"{command} failed:\n{answer.stdout}{answer.stderr}")
+    return statistics.median(taken), answer.stdout
+
+
+def train(folder: Path, name: str, data: list[str], *overrides: str) -> tuple[float, dict]:
+    command = [*FINETUNE, "train", *data, f"output.directory={folder}/runs", f"runtime.cache_dir={folder}/cache"]
+    taken, _ = seconds([*command, *overrides, "--name", name, "--quiet"])
+    return taken, json.loads((folder / "runs" / name / "run.json").read_text())
+
+
+def lite0(photos: Path, name: str) -> list[str]:
+    held_out = photos / name / ("test" if name == "scenes" else "val")
+    return [
+        f"data.train={photos / name / 'train'}",
+        f"data.test={held_out}",
+        "data.val_split=0.2",
+        "model.backbone=efficientnet_lite0",
+    ]
+
+
+def predict(photos: Path, folder: Path) -> None:
+    """Cold answers: `finetune predict` against a Keras script with the same model."""
+    photo = next((photos / "hymenoptera" / "val" / "bees").glob("*.jpg"))
+    for name, backbone in (("light", "efficientnet_lite0"), ("resnet", "resnet50")):
+        weights = ["model.weights=null"] if backbone == "resnet50" else []
+        train(
+            folder, name, [*lite0(photos, "hymenoptera"), f"model.backbone={backbone}"], *weights, "augmentation=null"
+        )
+        run = folder / "runs" / name
+        ours, _ = seconds([*FINETUNE, "predict", str(photo), "--run", str(run)], 7)
+        keras, _ = seconds([sys.executable, str(HERE / "keras_predict.py"), str(run / "model.keras"), str(photo)], 3)
+        say("predict, cold", backbone, f"{ours:.2f} s", f"Keras script {keras:.2f} s", f"{keras / ours:.1f} x")
+    say("--help", f"{seconds([*FINETUNE, '--help'], 7)[0]:.2f} s")
+
+
+def extraction(photos: Path, folder: Path) -> None:
+    """ResNet50 features from JPEG files against `keras.Model.predict`, and against what the cores allow."""
+    import hashlib
+
+    import keras
+    import numpy as np
+    from finetune_cli.model.cache import FeatureStore
+    from finetune_cli.photos.dataset import Sample
+
+    from finetune_cli.model import backbones, features, runtimes
+    from finetune_cli.parallel import cores
+    from finetune_cli.photos.augment import Augmenter
+    from finetune_cli.photos.images import ImageSettings
+
+    paths = sorted((photos / "hymenoptera").glob("*/*/*.jpg"))[:256]
+    samples = [Sample(path, path.name, 0, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths]
+    settings = ImageSettings()
+    for name, weights in (("resnet50", None), ("efficientnet_lite0", "imagenet")):
+        backbone = backbones.build(name, weights, 224, 0)
+        listing = keras.utils.image_dataset_from_directory(
+            photos / "hymenoptera", labels=None, image_size=(224, 224), shuffle=False, verbose=False
+        ).take(8)
+        backbone.model.predict(listing.take(1), verbose=0)
+        started = time.perf_counter()
+        backbone.model.predict(listing, verbose=0)
+        keras_rate = 256 / (time.perf_counter() - started)
+        for precision in ("float32", "bfloat16"):
+            augmenter = Augmenter({"horizontal_flip": True, "width_shift_range": 0.2}, 2, 0, 224)
+            model = runtimes.convert(backbone.model)
+            single = runtimes.OpenVinoRuntime(model, precision, 1)
+            chosen = samples[:64]
+            decode = core_seconds(lambda s=chosen: [features.decode_sample(x, settings) for x in s]) / 64
+            decoded = np.stack([features.decode_sample(x, settings) for x in chosen])
+            augmenter.view(decoded[0], samples[0].digest, 1)
+            warp = (
+                core_seconds(
+                    lambda d=decoded, a=augmenter: [a.view(x, s.digest, 1) for x, s in zip(d, samples, strict=False)]
+                )
+                / 64
+            )
+            single.infer(decoded[:4])
+            infer = core_seconds(lambda d=decoded, r=single: [r.infer(d[i : i + 4]) for i in range(0, 64, 4)]) / 64
+            rates = []
+            for _ in range(3):
+                for label, augment, cost in (
+                    ("view 0", None, decode + infer),
+                    ("2 views", augmenter, decode + warp + 2 * infer),
+                ):
+                    request = features.Request(settings, backbone.fingerprint, precision, augment)
+                    with tempfile.TemporaryDirectory(dir=folder) as cache, FeatureStore(Path(cache)) as store:
+                        compiled = runtimes.OpenVinoRuntime(runtimes.convert(backbone.model), precision, cores())
+                        started = time.perf_counter()
+                        features.extract(
+                            samples,
+                            request,
+                            backbone.width,
+                            store,
+                            lambda _p, c=compiled: c,
+                            Path(cache),
+                            cores(),
+                            4,
+                            lambda _n: None,
+                        )
+                        rates.append((label, 256 / (time.perf_counter() - started), cores() / cost))
+            for label in ("view 0", "2 views"):
+                rate = statistics.median(rate for name_, rate, _ in rates if name_ == label)
+                allowed = next(allowed for name_, _, allowed in rates if name_ == label)
+                say(
+                    f"extraction, {name}, {precision}, {label}",
+                    f"{rate:.1f} photos/s",
+                    f"keras.predict {keras_rate:.1f}",
+                    f"{rate / keras_rate:.2f} x",
+                    f"{rate / allowed:.2f} of what the core-seconds allow ({allowed:.1f})",
+                    f"decode {decode * 1e3:.1f} ms, warp {warp * 1e3:.2f} ms, infer {infer * 1e3:.1f} ms",
+                )
+
+
+def core_seconds(work: Callable[[], object], times: int = 3) -> float:
+    """Median CPU seconds of all threads of this process during `work`."""
+    taken = []
+    for _ in range(times):
+        started = time.process_time()
+        work()
+        taken.append(time.process_time() - started)
+    return statistics.median(taken)
+
+
+def views(photos: Path, folder: Path) -> None:  # noqa: ARG001
+    """What an augmented view costs on top of decoding, against the generator's own warp."""
+    import numpy as np
+
+    from finetune_cli.photos.augment import Augmenter
+    from finetune_cli.photos.images import ImageSettings, decode
+
+    photo = decode(next((photos / "hymenoptera" / "train" / "ants").glob("*.jpg")), ImageSettings())
+    for name, arguments in {
+        "flip and shifts": {"horizontal_flip": True, "width_shift_range": 0.2, "height_shift_range": 0.2},
+        "rotation, zoom, shear": {"rotation_range": 20, "zoom_range": 0.2, "shear_range": 10},
+        "brightness, channel shift": {"brightness_range": [0.8, 1.2], "channel_shift_range": 20},
+    }.items():
+        augmenter = Augmenter(arguments, 200, 0, 224)
+        augmenter.view(photo, "00", 1)
+        ours = core_seconds(lambda a=augmenter: [a.view(photo, "00", i) for i in range(1, 200)]) / 199
+        from keras.src.legacy.preprocessing.image import ImageDataGenerator
+
+        generator = ImageDataGenerator(**arguments)
+        pixels = photo.astype(np.float32)
+        theirs = core_seconds(lambda g=generator, p=pixels: [g.random_transform(p) for _ in range(100)]) / 100
+        say(f"a view, {name}", f"{ours * 1e3:.2f} ms", f"generator {theirs * 1e3:.2f} ms")
+
+
+def textbook(photos: Path, folder: Path) -> None:
+    """`finetune train` with augmentation against 20 epochs of `ImageDataGenerator` + `fit`."""
+    for name in ("scenes", "hymenoptera"):
+        data = lite0(photos, name)
+        test = data[1].split("=", 1)[1]
+        ours, run = train(folder, f"textbook-{name}", data, *AUGMENTATION)
+        theirs, printed = seconds(
+            [sys.executable, str(HERE / "textbook.py"), str(LITE0), str(photos / name / "train"), test]
+        )
+        say(
+            f"training, {name}",
+            f"{ours:.1f} s, test accuracy {run['metrics']['test']['accuracy']:.1%}",
+            f"textbook {theirs:.1f} s ({printed.splitlines()[-1]})",
+            f"{theirs / ours:.1f} x",
+        )
+
+
+def again(photos: Path, folder: Path) -> None:
+    """A second run with another learning rate: no backbone pass."""
+    for name, rate in (("again-1", 0.001), ("again-2", 0.003)):
+        taken, run = train(
+            folder,
+            name,
+            lite0(photos, "scenes"),
+            *AUGMENTATION,
+            "training.solver=adam",
+            f"training.learning_rate={rate}",
+        )
+        say(
+            f"learning rate {rate}",
+            f"{taken:.1f} s",
+            f"views computed {run['views']['computed']}",
+            f"from the cache {run['views']['cached']}",
+            f"features {run['seconds']['features']:.2f} s",
+        )
+
+
+def growth(photos: Path, folder: Path) -> None:
+    """Seconds for 500, 1,000 and 2,000 photos."""
+    originals = sorted((photos / "scenes" / "train").glob("*/*.jpg"))
+    for count in (500, 1000, 2000):
+        target = folder / f"growth-{count}"
+        for i in range(count):
+            source = originals[i % len(originals)]
+            copy = target / source.parent.name / f"{i}-{source.name}"
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(source.read_bytes() + f"copy {i}".encode())  # another digest, the same picture
+        taken, run = train(
+            folder, f"growth-{count}", [f"data.train={target}", "model.backbone=efficientnet_lite0"], *AUGMENTATION
+        )
+        say(f"{count} photos x {run['views']['a_photo']} views", f"{taken:.1f} s", json.dumps(run["seconds"]))
+
+
+def memory(photos: Path, folder: Path) -> None:  # noqa: ARG001
+    """Peak memory with 20,000 photos x 4 views of synthetic features, each solver in a process of its own."""
+    for solver in ("adam", "lbfgs"):
+        command = [sys.executable, __file__, str(folder), f"--fit={solver}"]
+        taken, printed = seconds(command)
+        say(f"20,000 photos x 4 views x 1280, {solver}", f"{taken:.1f} s", printed.strip())
+
+
+def fit_synthetic(folder: Path, solver: str) -> None:
+    import numpy as np
+    from finetune_cli.photos.dataset import Sample
+
+    from finetune_cli.config import Config
+    from finetune_cli.model import fitting
+    from finetune_cli.model.features import Features, scratch_array
+    from finetune_cli.observer import Silent
+
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(10, 1280)).astype(np.float32) * 0.05
+    parts = {}
+    for split, count, n_views in (("train", 20_000, 4), ("val", 2_000, 1)):
+        samples = tuple(Sample(Path(f"{split}{i}"), f"{i}", i % 10, f"{split}{i:060x}") for i in range(count))
+        array = scratch_array(folder, (count, n_views, 1280))
+        for i in range(count):
+            array[i] = np.abs(rng.normal(size=(n_views, 1280)).astype(np.float32)) + centres[i % 10]
+        parts[split] = Features(array, samples, (), 0, 0)
+    config = Config.model_validate({"data": {"train": folder}, "training": {"solver": solver, "l2": 1e-4}})
+    fitting.fit(config, parts, tuple("0123456789"), None, None, Silent())
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
+
+
+PARTS = {part.__name__: part for part in (predict, extraction, views, textbook, again, growth, memory)}
+
+
+def main() -> None:
+    photos, *names = sys.argv[1:]
+    if names and names[0].startswith("--fit="):
+        fit_synthetic(Path(photos), names[0].partition("=")[2])
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    for name in names or PARTS:
+        with tempfile.TemporaryDirectory() as folder:
+            PARTS[name](Path(photos).resolve(), Path(folder))
+
+
+if __name__ == "__main__":
+    main()

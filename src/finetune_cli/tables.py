@@ -1,0 +1,69 @@
+"""CSV files that come back as they were written and that a spreadsheet cannot be tricked by."""
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from finetune_cli import files
+
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+
+
+class _Target(Protocol):
+    def write(self, text: str, /) -> object: ...
+
+
+class _UnixLines:
+    """Python's csv module quotes a carriage return only if lines end with one; people want lines that do not."""
+
+    def __init__(self, target: _Target) -> None:
+        self._target = target
+
+    def write(self, row: str) -> None:
+        self._target.write(row.removesuffix("\r\n") + "\n")
+
+
+class TableWriter:
+    """Writes rows of CSV to `target`, with every text cell defused."""
+
+    def __init__(self, target: _Target) -> None:
+        self._writer = csv.writer(_UnixLines(target), lineterminator="\r\n")
+
+    def row(self, cells: Iterable[object]) -> None:
+        """Write one row."""
+        self._writer.writerow([defuse(cell) for cell in cells])
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
+    """Write a CSV file atomically; names that are not UTF-8 keep their bytes. Raises `StorageError`."""
+    text = io.StringIO()
+    writer = TableWriter(text)
+    writer.row(header)
+    for row in rows:
+        writer.row(row)
+    files.write_text(path, text.getvalue())
+
+
+def read_csv(path: Path, header: Sequence[str]) -> list[list[str]]:
+    """The rows below `header` of a file that `write_csv` wrote. Raises `ValueError` when it is another table."""
+    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+        rows = list(csv.reader(file, strict=True))
+    if not rows or rows[0] != list(header) or any(len(row) != len(header) for row in rows):
+        raise ValueError(f"it is not a table with the columns {', '.join(header)}")
+    return [[undo_defuse(cell) for cell in row] for row in rows[1:]]
+
+
+def defuse(cell: object) -> object:
+    """Text that starts like a formula gets an apostrophe in front, as spreadsheets themselves mark text.
+
+    Text that starts with an apostrophe gets one more, so that the change can be undone. Numbers stay as they are.
+    Source: https://owasp.org/www-community/attacks/CSV_Injection
+    """
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA) else cell
+
+
+def undo_defuse(cell: str) -> str:
+    """The text that `defuse` was given."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell

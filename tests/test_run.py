@@ -1,0 +1,117 @@
+"""The run directory: names, finding, manifest checks, hashes, tables that survive odd names."""
+
+import json
+import os
+
+import pytest
+
+from finetune_cli import files
+from finetune_cli.errors import RunError, UsageError
+from finetune_cli.runs import run
+from finetune_cli.runs.run import Run, SplitRow
+
+MANIFEST = {
+    "classes": ["ant", "bee"],
+    "image": {"size": 224, "resize": "crop", "max_pixels": 100},
+    "backbone": {"name": "x"},
+    "temperature": 1.5,
+    "roots": {"train": "../../photos"},
+    "metrics": {},
+}
+
+
+def finished(folder):
+    folder.mkdir(parents=True)
+    run.write_split(folder / "split.csv", [SplitRow("train", "ant", "00", "ant/1.jpg")])
+    return run.finish(folder, MANIFEST, ["split.csv"])
+
+
+def test_a_finished_run_comes_back(tmp_path):
+    made = finished(tmp_path / "runs" / "a-1")
+    loaded = Run.load(tmp_path / "runs" / "a-1")
+    assert loaded.manifest == made.manifest
+    assert loaded.classes == ("ant", "bee")
+    assert loaded.image_settings.max_pixels == 100
+    assert loaded.data_roots() == {"train": tmp_path / "photos"}
+    assert loaded.split() == [SplitRow("train", "ant", "00", "ant/1.jpg")]
+
+
+def test_names_are_numbered_and_never_reused(tmp_path):
+    assert [run.create(tmp_path, None, "pets").name for _ in range(3)] == ["pets-1", "pets-2", "pets-3"]
+    assert run.create(tmp_path, "mine", "pets").name == "mine"
+    with pytest.raises(UsageError, match="never overwritten"):
+        run.create(tmp_path, "mine", "pets")
+    with pytest.raises(UsageError, match="never overwritten"):
+        run.check_target(tmp_path, "mine")
+
+
+def test_the_newest_finished_run_is_found(tmp_path):
+    for i, name in enumerate(["b", "c", "a"]):
+        finished(tmp_path / name)
+        os.utime(tmp_path / name / "run.json", (i, i))
+    (tmp_path / "unfinished").mkdir()
+    assert run.find(tmp_path).name == "a"
+
+
+def test_nothing_to_find(tmp_path):
+    with pytest.raises(RunError, match="no finished run") as caught:
+        run.find(tmp_path)
+    assert "finetune train" in caught.value.remedy
+    with pytest.raises(RunError, match="no unfinished run"):
+        run.find_unfinished(tmp_path)
+
+
+def test_an_unfinished_run_says_how_to_finish_it(tmp_path):
+    with pytest.raises(RunError, match="not a finished run") as caught:
+        Run.load(tmp_path)
+    assert "--resume" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"classes": ["one"]},
+        {"classes": "ab"},
+        {"files": {"../outside": "00"}},
+        {"files": {"/etc/passwd": "00"}},
+        {"files": {"C:\\x": "00"}},
+        {"files": {"a/../../b": "00"}},
+        {"image": {"size": 1, "colour": 2}},
+        {"temperature": "hot"},
+        {"metrics": None},
+    ],
+    ids=str,
+)
+def test_a_manifest_from_a_stranger_is_checked(tmp_path, change):
+    made = finished(tmp_path / "a")
+    (made.folder / "run.json").write_text(json.dumps({**made.manifest, **change}))
+    with pytest.raises(RunError, match="damaged"):
+        Run.load(made.folder)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', "null", "\udcff"])
+def test_a_broken_manifest(tmp_path, text):
+    made = finished(tmp_path / "a")
+    (made.folder / "run.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(RunError, match="damaged"):
+        Run.load(made.folder)
+
+
+def test_a_later_format_is_refused(tmp_path):
+    made = finished(tmp_path / "a")
+    files.write_json(made.folder / "run.json", {**made.manifest, "format": 2})
+    with pytest.raises(RunError, match="format 2") as caught:
+        Run.load(made.folder)
+    assert "update" in caught.value.remedy
+
+
+def test_a_changed_file_is_never_used(tmp_path):
+    made = finished(tmp_path / "a")
+    (made.folder / "split.csv").write_text("split,class,digest,path\n")
+    with pytest.raises(RunError, match=r"split\.csv is damaged"):
+        made.split()
+    (made.folder / "split.csv").unlink()
+    with pytest.raises(RunError, match="cannot be read"):
+        made.split()
+    with pytest.raises(RunError, match="lists no file"):
+        made.file("model.keras")
