@@ -1,0 +1,167 @@
+"""An image file is opened here, by its content and never by its name, with the care that a stranger's file needs.
+
+What comes out is a Pillow image whose header is read and whose size is allowed; what goes wrong, here or later while
+its pixels are read, becomes a `BadImage`. Nothing is printed, by Pillow or by the C libraries behind it.
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import io
+import os
+import re
+import stat
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from finetune_cli.errors import BadImage
+from finetune_cli.text import shown
+
+if TYPE_CHECKING:
+    from PIL.ImageFile import ImageFile
+
+# The first bytes of a file -> the Pillow plug-in that reads it. Only these plug-ins are ever reached: none of them
+# starts another program, as Pillow's PostScript reader does.
+_SIGNATURES = (
+    (rb"\xff\xd8\xff", "Jpeg"),
+    (rb"\x89PNG\r\n\x1a\n", "Png"),
+    (rb"RIFF....WEBP", "WebP"),
+    (rb"GIF8[79]a", "Gif"),
+    (rb"BM", "Bmp"),
+    (rb"II[*+]\0|MM\0[*+]", "Tiff"),
+    (rb"....ftyp(avi[fs]|mif1|msf1)", "Avif"),
+    (rb"P[1-6fF]", "Ppm"),
+)
+_NOT_PHOTOS = (
+    (rb"$", "the file is empty"),
+    (rb"....ftyphe", "a HEIC photo, which is not read here; save it as JPEG"),
+    (rb"version https://git-lfs", "a Git LFS pointer instead of the photo; run: git lfs pull"),
+    (rb"\s*<", "a web page or another text in angle brackets, not an image"),
+    (rb"", "not an image in a format that is read here"),
+)
+
+# libjpeg goes through all pixels again for each scan of a JPEG file; a few kilobytes can hold thousands of scans, where
+# cameras and web sites write one or about ten. Measured: 0.6 s for 1e9 pixels.
+_MOST_SCANNED_PIXELS = 1e10
+_SCAN_SEARCH_BYTES = 1 << 28
+
+_PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+
+
+class Refused(Exception):  # noqa: N818 - becomes `BadImage`, which knows the path
+    """The reason why a file is not decoded; raised within `opened`."""
+
+
+@contextlib.contextmanager
+def opened(source: Path | bytes, max_pixels: int) -> Iterator["ImageFile"]:
+    """The image with its header read; every exception of the block becomes a `BadImage`.
+
+    No pixel is decoded here. An image of more than `max_pixels` is refused.
+    """
+    _silence_pillow()
+    kind = None
+    try:
+        with _stream(source) as stream:
+            kind = _format(stream)
+            image = _plugin(kind)(stream, "")
+            width, height = image.size
+            if width * height > max_pixels:
+                raise Refused(
+                    f"{width} x {height} pixels, more than image.max_pixels = {max_pixels}; "
+                    "make it smaller, or raise the limit if you trust it"
+                )
+            if kind == "Jpeg":
+                _limit_scans(image, stream)
+            yield image
+    # Pillow raises a dozen unrelated types for files that it cannot read, and promises none of them.
+    except Exception as exc:
+        raise BadImage("image" if isinstance(source, bytes) else source, _reason(exc, kind)) from exc
+
+
+@contextlib.contextmanager
+def _stream(source: Path | bytes) -> Iterator[BinaryIO]:
+    if isinstance(source, bytes):
+        yield io.BytesIO(source)
+        return
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer for ever.
+    nonblocking = getattr(os, "O_NONBLOCK", 0)
+    with open(source, "rb", opener=lambda path, flags: os.open(path, flags | nonblocking)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise Refused("not a regular file")
+        yield file
+
+
+def _format(stream: BinaryIO) -> str:
+    head = stream.read(32)
+    stream.seek(0)
+    for pattern, kind in _SIGNATURES:
+        if re.match(pattern, head, re.DOTALL):
+            return kind
+    raise Refused(next(text for pattern, text in _NOT_PHOTOS if re.match(pattern, head, re.DOTALL)))
+
+
+def _plugin(kind: str) -> type["ImageFile"]:
+    # Not `Image.open`: it tries other formats, and warns of, or refuses, sizes that `max_pixels` allows.
+    if kind == "Tiff":
+        _silence_libtiff()
+    plugin: type[ImageFile] = getattr(importlib.import_module(f"PIL.{kind}ImagePlugin"), f"{kind}ImageFile")
+    return plugin
+
+
+def _silence_pillow() -> None:
+    """Keep Pillow's warnings (odd Exif, odd APNG) from the terminal, and from becoming errors under ``-W error``.
+
+    `warnings.catch_warnings` is not thread-safe, so one filter is put in front for good, and put back when somebody
+    else's `catch_warnings` has dropped it.
+    """
+    if not warnings.filters or warnings.filters[0] != _PILLOW_WARNINGS:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@functools.cache
+def _silence_libtiff() -> None:
+    """Keep libtiff's C code from printing to the terminal; Pillow raises an exception for the same error.
+
+    Only where the system's loader finds libtiff through Pillow's extension module (Linux and macOS, not Windows).
+    """
+    from PIL import _imaging
+
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
+
+
+def _limit_scans(image: "ImageFile", stream: BinaryIO) -> None:
+    """Refuse a JPEG file that makes libjpeg go through its pixels very often. `stream` stands behind the first scan's
+    header, and is put back there.
+    """
+    position = stream.tell()
+    colours = getattr(image, "layers", 0)
+    header = b"\xff\xda\0" + bytes((6 + 2 * colours, colours))
+    stream.seek(max(0, position - 8 - 2 * colours))
+    # The usual kind of file holds everything in one scan, and libjpeg reads no further.
+    one_scan = stream.read(len(header)) == header and not image.info.get("progressive")
+    if not one_scan:
+        stream.seek(0)
+        scans = stream.read(_SCAN_SEARCH_BYTES).count(header[:2])
+        if scans * image.width * image.height > _MOST_SCANNED_PIXELS:
+            raise Refused(f"{scans} scans of {image.width} x {image.height} pixels would take too long to decode")
+    stream.seek(position)
+
+
+def _reason(exc: Exception, kind: str | None) -> str:
+    """One line for what went wrong, with what to do about it where that is known."""
+    if isinstance(exc, Refused):
+        return str(exc)
+    if isinstance(exc, MemoryError):
+        return "not enough memory to decode it"
+    if isinstance(exc, OSError) and exc.errno is not None:
+        return f"cannot be read: {exc.strerror}"
+    text = shown(exc) or type(exc).__name__
+    if kind is None:
+        return f"cannot be read: {text}"
+    if "truncated" in text.lower():
+        return f"truncated {kind.upper()} file ({text}); copy or download it again"
+    return f"cannot be decoded as {kind.upper()}: {text}"
