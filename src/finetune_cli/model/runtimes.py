@@ -82,11 +82,17 @@ class OpenVinoRuntime:
 
     def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         """``uint8 (n, H, W, 3)`` -> ``float32 (n, K)``."""
+        return self.infer_all(photos)[0]
+
+    def infer_all(self, photos: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        """``uint8 (n, H, W, 3)`` -> every output of the model, for models that have more than one."""
         request = getattr(self._local, "request", None)
         if request is None:
             request = self._local.request = self._compiled.create_infer_request()
         request.infer([photos], share_inputs=True)
-        return np.array(request.get_output_tensor(0).data, dtype=np.float32)
+        return [
+            np.array(request.get_output_tensor(i).data, dtype=np.float32) for i in range(len(self._compiled.outputs))
+        ]
 
 
 class TensorFlowRuntime:
@@ -155,7 +161,7 @@ def convert(model: Any) -> "openvino.Model":
     ov = import_openvino()
     try:
         return ov.convert_model(model)
-    except Exception as exc:  # noqa: BLE001 - the converter raises dozens of unrelated types
+    except Exception as exc:  # the converter raises dozens of unrelated types
         raise FinetuneError(f"OpenVINO cannot convert this backbone: {str(exc).splitlines()[0]}") from exc
 
 
