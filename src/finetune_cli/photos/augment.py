@@ -113,8 +113,12 @@ class Augmenter:
         """A stable text that identifies what view `view` of a photo looks like; empty for view 0."""
         if view == 0:
             return ""
-        changed = {name: value for name, value in self._arguments.items() if value != GENERATOR_DEFAULTS[name]}
-        return json.dumps({"version": _VERSION, "arguments": changed, "seed": self._seed, "view": view}, sort_keys=True)
+        return json.dumps({"version": _VERSION, "arguments": self.changed, "seed": self._seed, "view": view}, sort_keys=True)
+
+    @property
+    def changed(self) -> dict[str, Any]:
+        """The arguments whose values differ from Keras's defaults."""
+        return {name: value for name, value in self._arguments.items() if value != GENERATOR_DEFAULTS[name]}
 
     def draw(self, digest: str, view: int) -> Transform:
         """The transform of view `view` (1 or more) of the photo with this digest."""
