@@ -1,0 +1,201 @@
+"""Checkpoints: what a killed training goes on from, each whole or absent, none used unless every bit is as written.
+
+    checkpoints/epoch-0007/
+        arrays.npz    weights, optimizer and random states, one member an array, without pickles
+        state.json    epoch, whether it is the best, the arrays' names, and what else the training wants to remember
+        SHA256SUMS    of these two, written last (`sha256sum -c SHA256SUMS` checks it, too)
+
+A checkpoint is built under a temporary name, made durable, renamed, and only then are older ones removed; the last two
+and the best are kept. What the state means (classes, hashes of config and data) is for the caller to compare.
+
+Format versions: 1 is the first. For version 2: raise `FORMAT`; an unfinished run of another version is refused with
+the advice to start again, because a checkpoint is not meant to outlive an update.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import re
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_cli import files
+from finetune_cli.errors import CheckpointError, StorageError
+
+FORMAT = 1
+ARRAYS = "arrays.npz"
+STATE = "state.json"
+SUMS = "SHA256SUMS"
+_NAME = re.compile(r"epoch-(\d{4,})")
+_KEPT = 2
+# What NumPy, zipfile and json raise for files with the right hashes that this module did not write.
+_NOT_OURS = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    OSError,
+    MemoryError,
+    RecursionError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint; `warnings` says which newer ones were damaged and passed over."""
+
+    epoch: int
+    arrays: Mapping[str, NDArray[Any]]
+    state: Mapping[str, Any]
+    best: bool
+    path: Path
+    warnings: tuple[str, ...] = ()
+
+
+def save(folder: Path, epoch: int, arrays: Mapping[str, NDArray[Any]], state: Mapping[str, Any], best: bool) -> Path:
+    """Write the checkpoint of `epoch` (completed epochs, from 1) into `folder` and return its path.
+
+    `arrays`: numeric or text arrays of any shape; `state`: JSON values (infinity and NaN are kept). An existing
+    checkpoint of that epoch is replaced. Afterwards the last two and the best remain. One process at a time: the
+    caller holds the run's lock. Raises `StorageError`, and then all older checkpoints are untouched.
+    """
+    contents = {ARRAYS: _pack(arrays), STATE: _describe(epoch, list(arrays), state, best)}
+    contents[SUMS] = _sums(contents)
+    path = folder / f"epoch-{epoch:04d}"
+    files.make_folder(folder)
+    files.remove_leftovers(folder)
+    if path.exists():
+        files.remove_folder(path)
+    with files.atomic_folder(path, sum(map(len, contents.values()))) as temporary:
+        for name, data in contents.items():
+            (temporary / name).write_bytes(data)
+            files.fsync_file(temporary / name)
+    with contextlib.suppress(StorageError):  # the new one is safe; what cannot be removed only takes space
+        _remove_old(folder, path, best)
+    return path
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint in the folder `path`. Raises `CheckpointError` unless every file is as it was written."""
+    try:
+        contents = {name: (path / name).read_bytes() for name in (ARRAYS, STATE)}
+        sums = (path / SUMS).read_bytes()
+    except OSError as exc:
+        name = Path(exc.filename or path).name
+        raise CheckpointError(f"{path} is damaged: {name} cannot be read: {exc.strerror}") from exc
+    # The sums are compared as a whole with those that would be written, so that a change in them shows, too.
+    if sums != _sums(contents):
+        wrong = [line.split()[1] for line in _sums(contents).decode().splitlines() if line.encode() not in sums]
+        raise CheckpointError(f"{path} is damaged: {SUMS} does not match {' and '.join(wrong) or 'its files'}")
+    return _unpack(path, contents)
+
+
+def load_latest(folder: Path) -> Checkpoint | None:
+    """The newest undamaged checkpoint in `folder`, or `None` when there is none at all.
+
+    Raises `CheckpointError` when there are some and none is whole, so that no training silently starts over.
+    """
+    damaged = []
+    for path in _newest_first(folder):
+        try:
+            found = load(path)
+        except CheckpointError as exc:
+            damaged.append(exc.problem)
+            continue
+        warnings = tuple(f"{problem}; going on from {path.name}" for problem in damaged)
+        return Checkpoint(found.epoch, found.arrays, found.state, found.best, found.path, warnings)
+    if damaged:
+        raise CheckpointError(
+            "no checkpoint is whole:\n" + "\n".join(f"  {problem}" for problem in damaged),
+            f"remove {folder} to train this run from its first epoch",
+        )
+    return None
+
+
+def load_best(folder: Path) -> Checkpoint | None:
+    """The checkpoint that was saved last as the best, or `None`. Raises `CheckpointError` when it is damaged."""
+    path = next(filter(_is_best, _newest_first(folder)), None)
+    return load(path) if path is not None else None
+
+
+def _pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+    """The arrays in NumPy's `.npz` form, under their positions: their names may hold what file names cannot."""
+    for name, array in arrays.items():
+        if np.asarray(array).dtype.kind not in "biufcUS":
+            raise TypeError(f"{name} has the type {np.asarray(array).dtype}, which NumPy cannot store without pickles")
+    buffer = io.BytesIO()
+    np.savez(buffer, **{str(i): np.asarray(array) for i, array in enumerate(arrays.values())})  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _describe(epoch: int, names: list[str], state: Mapping[str, Any], best: bool) -> bytes:
+    document = {"format": FORMAT, "epoch": epoch, "best": best, "arrays": names, "state": dict(state)}
+    return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def _sums(contents: Mapping[str, bytes]) -> bytes:
+    return "".join(f"{hashlib.sha256(contents[name]).hexdigest()}  {name}\n" for name in (ARRAYS, STATE)).encode()
+
+
+def _unpack(path: Path, contents: Mapping[str, bytes]) -> Checkpoint:
+    try:
+        document = json.loads(contents[STATE])
+        if document["format"] != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {document['format']}, this version reads {FORMAT}",
+                "finish the run with the version that began it, or train a new run",
+            )
+        if f"epoch-{document['epoch']:04d}" != path.name:
+            raise ValueError(f"it is the checkpoint of epoch {document['epoch']}")
+        arrays = _read_arrays(contents[ARRAYS], document["arrays"])
+        return Checkpoint(document["epoch"], arrays, document["state"], document["best"], path)
+    except _NOT_OURS as exc:
+        raise CheckpointError(f"{path} is damaged: {exc}") from exc
+
+
+def _read_arrays(data: bytes, names: list[str]) -> dict[str, NDArray[Any]]:
+    with zipfile.ZipFile(io.BytesIO(data)) as members:
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
+            raise ValueError("its arrays are compressed, which ours never are")  # and could fill the memory
+    with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+        arrays = {name: stored[str(i)] for i, name in enumerate(names)}
+    if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise TypeError("it holds something else than arrays")  # which NumPy gives as bytes
+    return arrays
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("epoch-*") if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_epoch, reverse=True)
+
+
+def _epoch(path: Path) -> int:
+    return int(path.name.removeprefix("epoch-"))
+
+
+def _remove_old(folder: Path, new: Path, new_is_best: bool) -> None:
+    """Keep `new`, the one before it, and the newest that says that it is the best."""
+    found = _newest_first(folder)
+    # Epochs after `new` belong to a training that was given up: it went on from an earlier checkpoint.
+    current = [path for path in found if _epoch(path) <= _epoch(new)]
+    best = new if new_is_best else next(filter(_is_best, current), new)
+    for path in found:
+        if path not in (*current[:_KEPT], best):
+            files.remove_folder(path)
+
+
+def _is_best(path: Path) -> bool:
+    try:
+        return json.loads((path / STATE).read_bytes())["best"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # damaged: the same as lost
