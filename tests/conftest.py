@@ -1,8 +1,12 @@
 """Fixtures that several test files share."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from runs_fixture import TinyRun
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -13,3 +17,11 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"no real photos: {SHARED_DATA} is absent")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> "TinyRun":
+    """A finished run of a tiny network with its photos and its feature cache; not to be changed by a test."""
+    import runs_fixture
+
+    return runs_fixture.build(tmp_path_factory.mktemp("tiny"))
