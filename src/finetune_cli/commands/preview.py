@@ -30,7 +30,7 @@ def contact_sheet(data: Dataset, augmenter: Augmenter, settings: ImageSettings, 
     The photos are taken from all classes in turn, the views are those that `train` would use (the first 8 of them).
     Photos that cannot be decoded are left out. Raises `DataError` if none can, and `StorageError`.
     """
-    rows = []
+    rows: list[tuple[Sample, list[NDArray[np.uint8]]]] = []
     for sample in _in_turn(data):
         if len(rows) == photos:
             break
