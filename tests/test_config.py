@@ -156,3 +156,16 @@ def test_malformed_yaml(tmp_path, text):
 
 def test_oversized_yaml(tmp_path):
     assert "larger than" in problem(tmp_path, "#" * 300_000)
+
+
+def test_senseless_augmentation_is_refused_with_its_line(tmp_path):
+    text = problem(tmp_path, "data: {train: photos}\naugmentation:\n  zoom_range: 1.5\n  brightness_range: [-1, 1]\n")
+    assert "line 3: `augmentation.zoom_range` is 1.5: the smallest factor, -0.5, must be above 0" in text
+    assert "line 4: `augmentation.brightness_range` is [-1.0, 1.0]: factors below 0 have no meaning" in text
+
+
+@pytest.mark.parametrize("value", ["30", "30.0", "[10, 20]", "[0.1, 0.2]"])
+def test_shifts_in_whole_pixels_stay_whole(tmp_path, value):
+    loaded = config.load(write(tmp_path, f"data: {{train: photos}}\naugmentation: {{width_shift_range: {value}}}"))
+    assert loaded.augmentation is not None
+    assert repr(loaded.augmentation.arguments()["width_shift_range"]) == value

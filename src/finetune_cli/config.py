@@ -14,10 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from finetune_cli import config_errors, yamlfile
 from finetune_cli.errors import ConfigError
+from finetune_cli.photos import augment
 
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
 _Range = float | Annotated[list[float], Field(min_length=2, max_length=2)]
-_Shift = float | Annotated[list[float], Field(min_length=1)]
+# For Keras, a whole number means whole pixels, and 2 draws from -1, 0, 1 where 2.0 draws any number between -2 and 2.
+_Shift = int | float | Annotated[list[int | float], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -175,6 +177,9 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         config = Config.model_validate(values)
     except ValidationError as exc:
         problems += config_errors.describe(exc, Config, place)
+    if config is not None and config.augmentation is not None:
+        for name, text in augment.problems(config.augmentation.arguments()).items():
+            problems.append(f"{place(('augmentation', name))}: `augmentation.{name}` {text}")
     problems += [f"{place(keys)}: {text}" for keys, text in _contradictions(values)]
     if problems or config is None:
         raise ConfigError(

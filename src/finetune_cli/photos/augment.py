@@ -102,7 +102,8 @@ class Augmenter:
     def __init__(self, arguments: Mapping[str, Any], views: int, seed: int, size: int) -> None:
         found = problems(arguments)
         if found:
-            raise ConfigError("; ".join(found), "mend the section `augmentation` of the config")
+            told = "; ".join(f"`{name}` {text}" for name, text in found.items())
+            raise ConfigError(told, "mend the section `augmentation` of the config")
         self._arguments = {**GENERATOR_DEFAULTS, **arguments}
         self._seed = seed
         self._size = size
@@ -113,7 +114,9 @@ class Augmenter:
         """A stable text that identifies what view `view` of a photo looks like; empty for view 0."""
         if view == 0:
             return ""
-        return json.dumps({"version": _VERSION, "arguments": self.changed, "seed": self._seed, "view": view}, sort_keys=True)
+        return json.dumps(
+            {"version": _VERSION, "arguments": self.changed, "seed": self._seed, "view": view}, sort_keys=True
+        )
 
     @property
     def changed(self) -> dict[str, Any]:
@@ -177,23 +180,23 @@ class Augmenter:
         return ImageDataGenerator(**self._arguments, data_format="channels_last", dtype="float32")
 
 
-def problems(arguments: Mapping[str, Any]) -> list[str]:
-    """One line for each argument that is refused, unknown or senseless; empty when all are fine."""
-    found = []
+def problems(arguments: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with each argument that is refused, unknown or senseless; empty when all are fine."""
+    found = {}
     for name, value in arguments.items():
         if name in REFUSED:
-            found.append(f"`{name}` is refused: {REFUSED[name]}")
+            found[name] = f"is refused: {REFUSED[name]}"
         elif name not in GENERATOR_DEFAULTS:
             near = difflib.get_close_matches(name, GENERATOR_DEFAULTS, n=1, cutoff=0.4)
-            found.append(f"`{name}` is unknown" + (f"; did you mean `{near[0]}`?" if near else ""))
+            found[name] = "is unknown" + (f"; did you mean `{near[0]}`?" if near else "")
         elif name == "fill_mode" and value not in FILL_MODES:
-            found.append(f"`fill_mode` is {value!r}, not one of {', '.join(FILL_MODES)}")
+            found[name] = f"is {value!r}, not one of {', '.join(FILL_MODES)}"
         elif name == "cval" and not 0 <= value <= 255:
-            found.append(f"`cval` is {value}, not a grey level between 0 and 255")
+            found[name] = f"is {value}, not a grey level between 0 and 255"
         elif name == "zoom_range" and _zoom(value)[0] <= 0:
-            found.append(f"`zoom_range` is {value}: the smallest factor, {_zoom(value)[0]:g}, must be above 0")
+            found[name] = f"is {value}: the smallest factor, {_zoom(value)[0]:g}, must be above 0"
         elif name == "brightness_range" and value is not None and min(value) < 0:
-            found.append(f"`brightness_range` is {value}: factors below 0 have no meaning")
+            found[name] = f"is {value}: factors below 0 have no meaning"
     return found
 
 
