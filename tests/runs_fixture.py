@@ -6,6 +6,7 @@ what writes one. Two of its photos are odd on purpose: one is labelled wrongly, 
 
 import hashlib
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def paint(seed: int, label: int) -> Image.Image:
     rng = np.random.default_rng(seed)
     pixels = np.full((80, 90, 3), 128.0)
     top, left = rng.integers(0, 40), rng.integers(0, 50)
-    strength = rng.uniform(0.1, 1.0)
+    strength = rng.uniform(0.2, 1.4)
     pixels[top : top + 40, left : left + 40] += strength * (COLOURS[label] - 128.0)
     pixels += rng.normal(0, 25, pixels.shape) + rng.normal(0, 12, 3)
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
@@ -134,10 +135,14 @@ def build(folder: Path, classes: tuple[str, ...] = ("ant", "bee", "wasp")) -> Ti
         split: evaluate(p, np.array([s.label for s in splits[split]]), classes) for split, p in measured.items()
     }
     names = artefacts.write_tables(
-        home, classes, [(split, splits[split], measured[split], evaluations[split]) for split in measured]
+        home,
+        classes,
+        [artefacts.Judged(split, splits[split], measured[split], evaluations[split]) for split in measured],
     )
     pixels = np.stack([decode(s.path, ImageSettings(SIZE)) for s in splits["val"][:4]])
-    parity = artefacts.save_models(home, model, pixels, measured["val"][:4])
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # inside Keras
+        parity = artefacts.save_models(home, model, pixels, measured["val"][:4])
     (home / "config.yaml").write_text(yaml.safe_dump(settings.dump(home)))
     artefacts.write_environment(home / "environment.json", settings, "cpu", "float32", 1)
     write_csv(

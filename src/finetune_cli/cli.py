@@ -146,7 +146,7 @@ def train(
 
     console = _console(quiet)
     if config is not None and "=" in config and not Path(config).exists():
-        config, overrides = None, [config, *(overrides or [])]
+        overrides, config = [config, *(overrides or [])], None
     if resume:
         render.trained(console, _resume(console, config, overrides))
         return
@@ -161,7 +161,7 @@ def _resume(console: "Console", run_folder: str | None, overrides: list[str] | N
     from finetune_cli.runs import run
 
     if run_folder is not None and "=" in run_folder and not Path(run_folder).exists():
-        run_folder, overrides = None, [run_folder, *(overrides or [])]
+        overrides, run_folder = [run_folder, *(overrides or [])], None
     folder = Path(run_folder) if run_folder else run.find_unfinished(Path("runs"))
     if not (folder / "config.yaml").is_file():
         raise UsageError(f"{folder} is not a run: it has no config.yaml", "name the run directory after --resume")
@@ -232,6 +232,47 @@ def _paths(arguments: list[str]) -> Iterator[Path]:
             for name in line.rstrip(b"\n").split(b"\0"):
                 if name:
                     yield Path(os.fsdecode(name))
+
+
+@command
+def evaluate(
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DATA]",
+            help="Labelled photos: a folder of class folders, or a CSV file. [default: the run's test photos if it has "
+            "some, else its validation photos]",
+            show_default=False,
+        ),
+    ] = None,
+    run: RunOption = None,
+    root: Annotated[
+        Path | None, typer.Option("--data", metavar="ROOT", help="Where the run's own photos are now.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="The evaluation's name.", show_default=False)] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="RUN2", help="Say whether RUN2 does better on the same photos.")
+    ] = None,
+    fail_under: Annotated[
+        float | None, typer.Option(min=0, max=1, metavar="X", help="Exit 4 when the accuracy is below X.")
+    ] = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Say how good a run is on labelled photos. Exits 3 when some could not be read; the others are judged."""
+    from finetune_cli import render
+    from finetune_cli.commands import evaluate as command_evaluate
+    from finetune_cli.runs.run import Run
+
+    console = _console(quiet)
+    loaded = _find_run(console, run)
+    other = Run.load(compare) if compare is not None else None
+    result = command_evaluate.evaluate(loaded, console, data, root, name, other)
+    render.evaluated(console, result)
+    if fail_under is not None:
+        command_evaluate.gate(result, fail_under)
+    if bad := len(result.judged.bad):
+        raise DataError(f"{bad} of {bad + result.judged.evaluation.photos} photos were left out; see above")
 
 
 @command

@@ -12,7 +12,10 @@ from finetune_cli.text import shown
 
 if TYPE_CHECKING:
     from finetune_cli.commands.check import Report
+    from finetune_cli.commands.evaluate import Result
     from finetune_cli.commands.predict import Prediction
+    from finetune_cli.metrics import Comparison, Evaluation
+    from finetune_cli.runs.judged import Judged
     from finetune_cli.runs.run import Run
 
 
@@ -27,8 +30,8 @@ def trained(console: Console, run: "Run") -> None:
             names[split],
             f"{metrics['accuracy']:.1%}",
             f"{metrics['accuracy_interval'][0]:.1%} to {metrics['accuracy_interval'][1]:.1%}",
-            f"{metrics['majority_baseline']:.1%}",
-            metrics["count"],
+            f"{metrics['baseline']['accuracy']:.1%}",
+            metrics["photos"],
         )
         for split, metrics in sorted(manifest["metrics"].items(), key=lambda item: item[0], reverse=True)
     ]
@@ -108,7 +111,10 @@ def _csv_writer(file: TextIO, top_k: int) -> Write:
 
 
 def _jsonl_writer(file: TextIO, _top_k: int) -> Write:
-    return lambda row: file.write(json.dumps(row.to_json()) + "\n") and None
+    def write(row: "Prediction") -> None:
+        file.write(json.dumps(row.to_json()) + "\n")
+
+    return write
 
 
 def checked(console: Console, report: "Report") -> None:
@@ -122,3 +128,103 @@ def checked(console: Console, report: "Report") -> None:
     for photo in report.bad:
         console.print(f"would skip {shown(photo.path)}: {shown(photo.reason)}")
     console.print("every photo was decoded" if not report.bad else f"{len(report.bad)} bad photos would be skipped")
+
+
+_MATRIX_CLASSES = 12
+_MOST_ROWS = 20
+
+
+def evaluated(console: Console, result: "Result") -> None:
+    """The end of `evaluate`: how good, how sure, where it fails, and where the files are."""
+    judged, evaluation = result.judged, result.judged.evaluation
+    console.print()
+    console.title(f"{judged.run.folder} on {evaluation.photos} {judged.photos.source}")
+    _scores(console, judged)
+    console.print()
+    _classes(console, evaluation)
+    console.print()
+    _confusion(console, evaluation)
+    console.print()
+    console.table(
+        ("to be right on", "accept answers from", "share accepted", "photos"),
+        [
+            (f"{row.target:.0%}", "never" if row.threshold is None else f"{row.threshold:.4f}", f"{row.coverage:.1%}",
+             row.accepted)
+            for row in evaluation.coverage
+        ],
+        right=(0, 1, 2, 3),
+    )  # fmt: skip
+    console.print()
+    if judged.compared is not None:
+        _compared(console, judged.run.name, judged.compared.run.name, judged.compared.comparison)
+    for photo in judged.bad[:_MOST_ROWS]:
+        console.print(f"left out {shown(photo.path)}: {shown(photo.reason)}")
+    if len(judged.bad) > _MOST_ROWS:
+        console.print(f"... and {len(judged.bad) - _MOST_ROWS} more; all are in metrics.json")
+    console.print(f"wrote {result.folder}")
+
+
+def _scores(console: Console, judged: "Judged") -> None:
+    evaluation, calibration = judged.evaluation, judged.calibration
+    shares = [("accuracy", evaluation.accuracy)]
+    shares += [(f"right among the first {k}", share) for k, share in evaluation.top_k.items()]
+    shares += [(f"always {shown(evaluation.baseline_class)}", evaluation.baseline)]
+    rows = [(name, f"{share.value:.1%}", f"{share.low:.1%} to {share.high:.1%}") for name, share in shares]
+    rows += [
+        ("balanced accuracy", f"{evaluation.balanced_accuracy:.1%}", ""),
+        ("macro F1", f"{evaluation.macro_f1:.4f}", ""),
+        ("weighted F1", f"{evaluation.weighted_f1:.4f}", ""),
+    ]
+    console.table(("", "", "95 % interval"), rows, right=(1, 2))
+    console.print()
+    scores = [("none", evaluation.calibration)]
+    if calibration is not None:
+        after = "with (cross-fitted)" if calibration.cross_fitted else "with"
+        scores = [("without", calibration.before), (after, calibration.after)]
+    console.table(
+        ("temperature", "log loss", "Brier score", "calibration error"),
+        [(n, f"{s.log_loss:.4f}", f"{s.brier_score:.4f}", f"{s.expected_calibration_error:.4f}") for n, s in scores],
+        right=(1, 2, 3),
+    )
+
+
+def _classes(console: Console, evaluation: "Evaluation") -> None:
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    rows = [row for row in evaluation.per_class if row.support or row.predicted]
+    rows = sorted(rows, key=lambda row: row.f1 or 0.0)[:_MOST_ROWS] if len(rows) > _MOST_ROWS else rows
+    console.table(
+        ("class", "precision", "recall", "F1", "photos"),
+        [(row.name, number(row.precision), number(row.recall), number(row.f1), row.support) for row in rows],
+        right=(1, 2, 3, 4),
+    )
+    if len(rows) < len(evaluation.classes):
+        console.print(f"the {len(rows)} classes with the lowest F1; all are in per_class.csv")
+
+
+def _confusion(console: Console, evaluation: "Evaluation") -> None:
+    """The confusion matrix of a few classes, or the most frequent confusions of many."""
+    classes, matrix = evaluation.classes, evaluation.confusion
+    if len(classes) <= _MATRIX_CLASSES:
+        console.table(
+            ("true \\ predicted", *classes),
+            [(name, *row) for name, row in zip(classes, matrix.tolist(), strict=True)],
+            right=range(1, len(classes) + 1),
+        )
+        return
+    pairs = [(n, t, p) for t, row in enumerate(matrix.tolist()) for p, n in enumerate(row) if n and t != p]
+    pairs = sorted(pairs, key=lambda pair: -pair[0])[:_MOST_ROWS]
+    rows = [(classes[t], classes[p], n) for n, t, p in pairs]
+    console.table(("true", "taken for", "photos"), rows, right=(2,))
+
+
+def _compared(console: Console, first: str, second: str, comparison: "Comparison") -> None:
+    difference, p = comparison.difference, comparison.p_value
+    console.print(
+        f"{second} against {first}: {difference.value:+.1%} "
+        f"({difference.low:+.1%} to {difference.high:+.1%}); "
+        f"only {first} is right on {comparison.only_first} photos, only {second} on {comparison.only_second}"
+    )
+    verdict = "the difference is no more than chance" if p >= 0.05 else "chance alone would hardly do that"
+    console.print(f"{verdict} (McNemar's exact test, p = {p:.2g}); the photos are in flipped.csv\n")

@@ -6,6 +6,7 @@ blocks and may be called from several threads at once; that is how decoding and 
 
 import sys
 import threading
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -33,14 +34,20 @@ class Runtime(Protocol):
 
 
 def import_openvino() -> Any:
-    """The `openvino` package, with its telemetry out of the way.
+    """The `openvino` package, without its telemetry and, for a quick start, without its converter.
 
-    On import, OpenVINO starts a process that writes to the home directory and posts to an analytics server. Without
-    the package `openvino_telemetry` it uses a stub of its own instead.
+    On import, OpenVINO's telemetry starts a process that writes to the home directory and posts to an analytics
+    server; without that package OpenVINO uses a stub of its own. The converter doubles the time of the import, and
+    OpenVINO goes on without it; `convert` imports it when it is needed.
     """
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
-
+    if "openvino" in sys.modules:
+        return sys.modules["openvino"]
+    sys.modules["openvino.tools.ovc"] = None  # type: ignore[assignment]
+    try:
+        import openvino
+    finally:
+        del sys.modules["openvino.tools.ovc"]
     return openvino
 
 
@@ -160,7 +167,10 @@ def convert(model: Any) -> "openvino.Model":
     """The OpenVINO form of a Keras model, in float32. Raises `FinetuneError` when OpenVINO lacks an operation."""
     ov = import_openvino()
     try:
-        return ov.convert_model(model)
+        with warnings.catch_warnings():
+            # The converter calls the model with a tuple of one; Keras takes it, and grumbles.
+            warnings.filterwarnings("ignore", message="The structure of `inputs` doesn't match")
+            return ov.convert_model(model)
     except Exception as exc:  # the converter raises dozens of unrelated types
         raise FinetuneError(f"OpenVINO cannot convert this backbone: {str(exc).splitlines()[0]}") from exc
 

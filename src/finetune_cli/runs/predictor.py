@@ -22,8 +22,15 @@ PHOTOS_A_CALL = 4
 class Predictor(Protocol):
     """Anything that answers for photos: a run, or one of its exports."""
 
-    classes: Sequence[str]
-    settings: ImageSettings
+    @property
+    def classes(self) -> Sequence[str]:
+        """The class names, in the order of the outputs."""
+        ...
+
+    @property
+    def settings(self) -> ImageSettings:
+        """How photos are decoded."""
+        ...
 
     def probabilities(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         """``uint8 (n, H, W, 3)`` RGB -> ``float32 (n, C)``; may be called from several threads."""

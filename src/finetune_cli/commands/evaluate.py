@@ -1,0 +1,160 @@
+"""`evaluate`: labelled photos through a finished run; tables under the run's `evaluations/`, nothing else is touched.
+
+Neither TensorFlow nor SciPy nor matplotlib is imported.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_cli import files
+from finetune_cli.errors import GateError, UsageError
+from finetune_cli.observer import Observer
+from finetune_cli.parallel import cores
+from finetune_cli.photos import dataset
+from finetune_cli.photos.digests import DigestMemory
+from finetune_cli.runs import artefacts, judged, preparation
+from finetune_cli.runs.judged import Calibration, Compared, Judged, Photos
+from finetune_cli.runs.run import Run
+from finetune_cli.tables import write_csv
+
+_NAME = re.compile(r"\w[\w.-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found out, and the folder that holds it."""
+
+    judged: Judged
+    folder: Path
+
+
+def evaluate(
+    run: Run,
+    observer: Observer,
+    data: Path | None = None,
+    root: Path | None = None,
+    name: str | None = None,
+    other: Run | None = None,
+) -> Result:
+    """Judge `run` by the labelled photos in `data`, else by its own test or validation photos (moved to `root`).
+
+    Writes metrics.json, per_class.csv and predictions.csv to `evaluations/<name>` of the run, and flipped.csv when the
+    run is compared with an `other`. Photos that cannot be used are left out and listed in the result. Raises
+    `UsageError` for a name that is taken, `DataError` when there is nothing to judge.
+    """
+    workers = cores()
+    folder = _target(run, name)
+    photos = _photos(run, data, root, workers, observer)
+    observer.note(f"evaluating on {len(photos.samples)} {photos.source}")
+    for note in photos.notes:
+        observer.note(note)
+    with observer.stage("evaluating", len(photos.samples)) as advance:
+        found = judged.judge(run, photos, workers, advance)
+    if other is not None:
+        with observer.stage(f"evaluating {other.name}", len(found.answers.samples)) as advance:
+            found = judged.compare(found, other, workers, advance)
+    for one in (run, other):
+        if one is not None and (seen := judged.seen_in_training(one, found.answers.samples)):
+            observer.warn(f"{one.name} was trained on {seen} of these photos: its result is too good")
+    folder = folder or _free(run, photos.part if data is None else data.stem)
+    _write(folder, found)
+    return Result(found, folder)
+
+
+def gate(result: Result, least: float) -> None:
+    """Raise `GateError` when the accuracy is below `least`."""
+    accuracy = result.judged.evaluation.accuracy.value
+    if accuracy < least:
+        raise GateError(
+            f"the accuracy, {accuracy:.4f}, is below {least:g}", "see which photos are wrong in predictions.csv"
+        )
+
+
+def _photos(run: Run, data: Path | None, root: Path | None, workers: int, observer: Observer) -> Photos:
+    if data is not None and root is not None:
+        raise UsageError(
+            "DATA and --data exclude each other", "DATA: other labelled photos; --data: where the run's own photos are"
+        )
+    if data is None and root is None:
+        return judged.photos_of_run(run, None, workers, lambda _n: None)
+    if data is None:
+        with observer.stage("looking for the photos", None, "files") as advance:
+            return judged.photos_of_run(run, root, workers, advance)
+    with observer.stage("preflight", None) as advance, DigestMemory(None) as memory:
+        progress = preparation.advance_to(advance)
+        labelled = dataset.load_labelled(data, run.classes, run.image_settings.max_pixels, memory, progress)
+    present = {sample.label for sample in labelled.samples}
+    notes = labelled.notes
+    if len(present) < len(run.classes):
+        names = ", ".join(run.classes[i] for i in sorted(present))
+        notes = (*notes, f"they show {len(present)} of the {len(run.classes)} classes: {names}")
+    return Photos("data", f"photos of {data}", labelled.samples, labelled.bad, notes)
+
+
+def _target(run: Run, name: str | None) -> Path | None:
+    """The folder of that name, which must be new: told before the work."""
+    if name is None:
+        return None
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"--name {name!r} cannot be used", "take letters, digits, dots, hyphens and underscores")
+    folder = run.folder / "evaluations" / name
+    if folder.exists():
+        raise UsageError(f"{folder} exists already", "choose another --name, or remove that folder")
+    return folder
+
+
+def _free(run: Run, stem: str) -> Path:
+    stem = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "data"
+    number = 1
+    while (folder := run.folder / "evaluations" / f"{stem}-{number}").exists():
+        number += 1
+    return folder
+
+
+def _write(folder: Path, found: Judged) -> None:
+    answers, part = found.answers, found.photos.part
+    with files.atomic_folder(folder) as temporary:
+        table = artefacts.Judged(part, answers.samples, answers.probabilities, found.evaluation)
+        artefacts.write_tables(temporary, found.run.classes, [table])
+        files.write_json(temporary / "metrics.json", {part: {**found.evaluation.to_json(), **_more(found)}})
+        if found.compared is not None:
+            write_csv(temporary / "flipped.csv", ("path", "true", "first", "second"), flipped(found, found.compared))
+
+
+def _more(found: Judged) -> dict[str, Any]:
+    """What metrics.json says beyond an `Evaluation`."""
+    return {
+        "run": found.run.name,
+        "source": found.photos.source,
+        "calibration": _calibration(found.calibration),
+        "bad_photos": [{"path": photo.name, "reason": photo.reason} for photo in found.bad],
+        "comparison": None
+        if found.compared is None
+        else {"run": found.compared.run.name, **found.compared.comparison.to_json()},
+    }
+
+
+def _calibration(calibration: Calibration | None) -> dict[str, Any] | None:
+    if calibration is None:
+        return None
+    return {
+        "before": calibration.before.to_json(),
+        "after": calibration.after.to_json(),
+        "cross_fitted": calibration.cross_fitted,
+    }
+
+
+def flipped(found: Judged, compared: Compared) -> Sequence[tuple[str, str, str, str]]:
+    """The photos that one run has right and the other has not: name, true class, first run's, second run's answer."""
+    rows = []
+    for row, theirs in zip(compared.rows, compared.answers.predicted, strict=True):
+        sample = found.answers.samples[row]
+        true = found.run.classes[sample.label]
+        first = found.run.classes[found.answers.predicted[row]]
+        second = compared.run.classes[theirs]
+        if (first == true) != (second == true):
+            rows.append((sample.name, true, first, second))
+    return rows

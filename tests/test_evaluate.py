@@ -1,0 +1,272 @@
+"""`evaluate`: the numbers equal independent ones, nothing of the run is touched, and odd photos cost nothing else."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn import metrics as reference
+from typer.testing import CliRunner
+
+from finetune_cli import cli
+from finetune_cli.commands import evaluate as command
+from finetune_cli.errors import DataError, GateError, UsageError
+from finetune_cli.model.keras_setup import import_keras
+from finetune_cli.observer import Silent
+from finetune_cli.photos.images import decode
+from finetune_cli.runs import judged, run
+from finetune_cli.runs.run import Run
+from runs_fixture import TinyRun
+
+
+@pytest.fixture
+def tiny(tiny_run, tmp_path) -> TinyRun:
+    """A copy of the tiny run and its photos that a test may change."""
+    shutil.copytree(tiny_run.photos, tmp_path / "photos")
+    shutil.copytree(tiny_run.run.folder, tmp_path / "runs" / "tiny-1")
+    return replace(tiny_run, run=Run.load(tmp_path / "runs" / "tiny-1"), photos=tmp_path / "photos")
+
+
+def without_test(tiny: TinyRun) -> Run:
+    rows = [row for row in tiny.run.split() if row.split != "test"]
+    run.write_split(tiny.run.folder / "split.csv", rows)
+    facts = {key: value for key, value in tiny.run.manifest.items() if key not in {"files", "format"}}
+    return run.finish(tiny.run.folder, facts, tiny.run.manifest["files"])
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def keras_probabilities(tiny: TinyRun, rows) -> np.ndarray:
+    model = import_keras().models.load_model(tiny.run.folder / "model.keras", compile=False)
+    photos = np.stack([decode(tiny.photos / "test" / row["path"], tiny.run.image_settings) for row in rows])
+    return np.asarray(model(photos.astype(np.float32), training=False))
+
+
+def test_the_numbers_equal_those_of_keras_and_scikit_learn(tiny):
+    result = command.evaluate(tiny.run, Silent())
+    rows = table(result.folder / "predictions.csv")
+    assert {row["split"] for row in rows} == {"test"}
+    assert len(rows) == 25
+    classes = list(tiny.run.classes)
+    expected = keras_probabilities(tiny, rows)
+    ours = np.array([[float(row[name]) for name in classes] for row in rows])
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+    true, predicted = ([row[key] for row in rows] for key in ("true", "predicted"))
+    assert [Path(row["path"]).parent.name for row in rows] == true
+    found = json.loads((result.folder / "metrics.json").read_text())["test"]
+    assert found["accuracy"] == pytest.approx(reference.accuracy_score(true, predicted))
+    assert found["macro_f1"] == pytest.approx(reference.f1_score(true, predicted, average="macro"))
+    assert found["log_loss"] == pytest.approx(reference.log_loss(true, expected, labels=classes), abs=1e-4)
+    assert found["confusion_matrix"] == reference.confusion_matrix(true, predicted, labels=classes).tolist()
+    assert len(table(result.folder / "per_class.csv")) == 3
+
+
+def test_the_temperature_is_taken_back_exactly(tiny):
+    """On test photos, before = the Keras model without its temperature."""
+    result = command.evaluate(tiny.run, Silent())
+    rows = table(result.folder / "predictions.csv")
+    with_temperature = keras_probabilities(tiny, rows)
+    powers = np.log(with_temperature) * tiny.run.temperature
+    raw = np.exp(powers) / np.exp(powers).sum(axis=1, keepdims=True)
+    calibration = result.judged.calibration
+    assert calibration is not None
+    assert not calibration.cross_fitted
+    true = [row["true"] for row in rows]
+    for scores, probabilities in ((calibration.before, raw), (calibration.after, with_temperature)):
+        assert scores.log_loss == pytest.approx(reference.log_loss(true, probabilities, labels=["ant", "bee", "wasp"]))
+
+
+def test_validation_photos_are_judged_cross_fitted(tiny):
+    observer = Silent()
+    result = command.evaluate(without_test(tiny), observer)
+    assert result.judged.photos.part == "val"
+    assert any("30 validation photos of the run" in note for note in observer.notes)
+    assert result.judged.calibration is not None
+    assert result.judged.calibration.cross_fitted
+    assert result.folder.name == "val-1"
+
+
+def test_other_photos_that_hold_validation_ones_are_cross_fitted_too(tiny):
+    result = command.evaluate(tiny.run, Silent(), data=tiny.photos / "val")
+    assert result.judged.calibration is not None
+    assert result.judged.calibration.cross_fitted
+
+
+def test_the_run_itself_is_not_touched(tiny):
+    before = {name: tiny.run.file(name).read_bytes() for name in tiny.run.manifest["files"]}
+    manifest = (tiny.run.folder / "run.json").read_bytes()
+    names = [command.evaluate(tiny.run, Silent()).folder.name for _ in range(2)]
+    assert names == ["test-1", "test-2"]
+    assert {name: tiny.run.file(name).read_bytes() for name in before} == before
+    assert (tiny.run.folder / "run.json").read_bytes() == manifest
+
+
+def test_moved_photos_are_found_by_content(tiny):
+    expected = command.evaluate(tiny.run, Silent())
+    (tiny.photos / "test").rename(tiny.photos / "elsewhere")
+    with pytest.raises(DataError, match="none of the 25 test photos") as caught:
+        command.evaluate(tiny.run, Silent())
+    assert "--data" in caught.value.remedy
+    for path in (tiny.photos / "elsewhere").rglob("*.png"):
+        path.rename(path.with_name(f"renamed-{path.name}"))
+    found = command.evaluate(tiny.run, Silent(), root=tiny.photos)
+    assert not found.judged.bad
+    np.testing.assert_array_equal(found.judged.answers.probabilities, expected.judged.answers.probabilities)
+
+
+def test_gone_and_changed_photos_are_left_out_and_listed(tiny):
+    gone, changed = sorted((tiny.photos / "test" / "wasp").iterdir())[:2]
+    gone.unlink()
+    Image.new("RGB", (70, 70)).save(changed)
+    result = command.evaluate(tiny.run, Silent())
+    assert result.judged.evaluation.photos == 23
+    reasons = {photo.path: photo.reason for photo in result.judged.bad}
+    assert "not found" in reasons[gone]
+    assert "changed" in reasons[changed]
+
+
+def test_photos_with_labels_of_their_own(tiny):
+    observer = Silent()
+    shutil.rmtree(tiny.photos / "test" / "wasp")
+    bad = tiny.photos / "test" / "ant" / "bad.png"
+    bad.write_bytes(b"\x89PNG\r\n\x1a\n and no more")
+    result = command.evaluate(tiny.run, observer, data=tiny.photos / "test")
+    assert any("2 of the 3 classes: ant, bee" in note for note in observer.notes)
+    assert [photo.path for photo in result.judged.bad] == [bad]
+    assert result.judged.evaluation.confusion[2].sum() == 0
+
+
+def test_an_unknown_class_is_an_error(tiny):
+    (tiny.photos / "test" / "wasp").rename(tiny.photos / "test" / "hornet")
+    with pytest.raises(DataError, match="hornet"):
+        command.evaluate(tiny.run, Silent(), data=tiny.photos / "test")
+
+
+def test_no_readable_photo_at_all(tiny, tmp_path):
+    (tmp_path / "bad" / "ant").mkdir(parents=True)
+    (tmp_path / "bad" / "ant" / "1.png").write_bytes(b"")
+    with pytest.raises(DataError, match=r"none of the 1 photos can be used.*empty"):
+        command.evaluate(tiny.run, Silent(), data=tmp_path / "bad")
+
+
+def test_training_photos_are_told(tiny):
+    observer = Silent()
+    command.evaluate(tiny.run, observer)
+    assert any("was trained on 1 of these photos" in text for text in observer.warnings)
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "x" * 101])
+def test_a_name_stays_in_its_folder(tiny, name):
+    with pytest.raises(UsageError, match="--name"):
+        command.evaluate(tiny.run, Silent(), name=name)
+
+
+def test_a_taken_name_is_told_before_the_work(tiny, monkeypatch):
+    command.evaluate(tiny.run, Silent(), name="mine")
+    monkeypatch.setattr(judged, "judge", lambda *_args: pytest.fail("worked in vain"))
+    with pytest.raises(UsageError, match="exists already"):
+        command.evaluate(tiny.run, Silent(), name="mine")
+
+
+def test_data_and_root_exclude_each_other(tiny):
+    with pytest.raises(UsageError, match="exclude"):
+        command.evaluate(tiny.run, Silent(), data=tiny.photos / "test", root=tiny.photos)
+
+
+def test_comparing_matches_classes_by_name(tiny, monkeypatch):
+    """A second run with other class order that is right wherever the first is wrong, and wrong on two others."""
+    first = command.evaluate(tiny.run, Silent()).judged
+    classes = ("wasp", "hornet", "bee", "ant")
+    other = Run(tiny.run.folder.with_name("other"), {**tiny.run.manifest, "classes": list(classes)})
+    right = first.answers.predicted == first.answers.labels
+    spoilt = np.flatnonzero(right)[:2]
+
+    def answer(_run, samples, _workers, _advance):
+        chosen = np.array([sample.label for sample in samples])
+        chosen[spoilt] = classes.index("hornet")
+        return judged.Answers(tuple(samples), np.eye(4, dtype=np.float32)[chosen], np.zeros((0, 1)), 1, ())
+
+    monkeypatch.setattr(judged, "answer", answer)
+    compared = judged.compare(first, other, 1, lambda _n: None).compared
+    assert compared is not None
+    wrong = int((~right).sum())
+    assert (compared.comparison.only_first, compared.comparison.only_second) == (2, wrong)
+    rows = command.flipped(first, compared)
+    assert len(rows) == wrong + 2
+    assert [row[3] for row in rows].count("hornet") == 2
+    assert all((row[1] == row[2]) != (row[1] == row[3]) for row in rows)
+
+
+def test_comparing_needs_the_classes(tiny):
+    first = command.evaluate(tiny.run, Silent()).judged
+    other = Run(tiny.run.folder, {**tiny.run.manifest, "classes": ["ant", "bee"]})
+    with pytest.raises(UsageError, match="no class 'wasp'"):
+        judged.compare(first, other, 1, lambda _n: None)
+
+
+def test_a_run_against_itself(tiny):
+    result = command.evaluate(tiny.run, Silent(), other=tiny.run)
+    comparison = json.loads((result.folder / "metrics.json").read_text())["test"]["comparison"]
+    assert (comparison["only_first"], comparison["only_second"], comparison["p_value"]) == (0, 0, 1.0)
+    assert table(result.folder / "flipped.csv") == []
+
+
+def test_kept_features_are_spread_over_all_photos(tiny, monkeypatch):
+    everything = command.evaluate(tiny.run, Silent()).judged.answers
+    monkeypatch.setattr(judged, "_FEATURE_ROWS", 9)
+    some = command.evaluate(tiny.run, Silent()).judged.answers
+    assert (everything.stride, some.stride) == (1, 3)
+    np.testing.assert_array_equal(some.features, everything.features[::3])
+
+
+def test_the_gate(tiny):
+    result = command.evaluate(tiny.run, Silent())
+    accuracy = result.judged.evaluation.accuracy.value
+    command.gate(result, accuracy)
+    with pytest.raises(GateError):
+        command.gate(result, accuracy + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [([], 0), (["--fail-under", "0.99"], 4), (["--fail-under", "0.1"], 0), (["nowhere"], 3)]
+)
+def test_exit_codes(tiny, monkeypatch, arguments, code):
+    monkeypatch.chdir(tiny.run.folder.parents[1])
+    answer = CliRunner().invoke(cli.app, ["evaluate", *arguments])
+    assert answer.exit_code == code, answer.output
+
+
+def test_the_command_line_tells_all(tiny, monkeypatch):
+    monkeypatch.chdir(tiny.run.folder.parents[1])
+    next((tiny.photos / "test" / "wasp").iterdir()).write_bytes(b"GIF89a")
+    answer = CliRunner().invoke(cli.app, ["evaluate", "--compare", "runs/tiny-1", "--name", "one"])
+    assert answer.exit_code == 3
+    for text in ("95 % interval", "always bee", "recall", "true \\ predicted", "to be right on", "McNemar", "left out"):
+        assert text in answer.output
+    assert "1 of 25 photos were left out" in answer.output
+    assert (tiny.run.folder / "evaluations" / "one" / "predictions.csv").is_file()
+
+
+def test_no_training_package_is_loaded(tiny):
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from finetune_cli.commands import evaluate; from finetune_cli.observer import Silent\n"
+        "from finetune_cli.runs.run import Run\n"
+        "evaluate.evaluate(Run.load(Path(sys.argv[1])), Silent())\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code, str(tiny.run.folder)], capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
+    for package in ("tensorflow", "keras", "scipy", "matplotlib"):
+        assert f"'{package}'" not in answer.stdout
