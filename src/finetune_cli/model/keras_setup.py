@@ -49,6 +49,7 @@ def _first_import() -> None:
     import keras  # noqa: F401  (imported for its effect)
     import tensorflow as tf
 
+    tf.get_logger().setLevel("ERROR")  # no advice on retracing; our models are traced as often as they must be
     # The search for a GPU happens at the first operation and is as talkative: do it while nobody listens.
     tf.config.list_physical_devices()
 
