@@ -1,38 +1,33 @@
-"""The command line: options -> config -> one call -> render; the only place that turns errors into exit codes.
+"""The command line: options -> config -> one call -> render. The frame is in `cli_app`."""
 
-Nothing heavy is imported at the top: `finetune --help` and a mistyped option answer at once.
-"""
-
-import functools
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune_cli import __version__
-from finetune_cli.errors import DataError, FinetuneError, Interrupted, UsageError
+from finetune_cli.cli_app import (
+    ConfigArgument,
+    DebugOption,
+    OverridesArgument,
+    QuietOption,
+    RunOption,
+    app,
+    command,
+    find_run,
+    load_config,
+    new_console,
+)
+from finetune_cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
-    from finetune_cli.config import Config
     from finetune_cli.console import Console
     from finetune_cli.runs.run import Run
 
-app = typer.Typer(
-    name="finetune",
-    help="A folder of photos in, an image classifier that you can trust out.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-P = ParamSpec("P")
+__all__ = ["app"]
 
 
 class OutputFormat(StrEnum):
@@ -41,92 +36,6 @@ class OutputFormat(StrEnum):
     table = "table"
     csv = "csv"
     jsonl = "jsonl"
-
-
-ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
-OverridesArgument = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[key=value]...", help="Changes to the config, such as training.seed=1.", show_default=False
-    ),
-]
-RunOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--run",
-        metavar="RUN",
-        help="The run directory. [default: the newest finished one under runs/]",
-        show_default=False,
-    ),
-]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Show results, warnings and errors only.")]
-
-
-@app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False) -> None:
-    """A folder of photos in, an image classifier that you can trust out."""
-    if version:
-        typer.echo(f"finetune-cli {__version__}")
-        raise typer.Exit
-
-
-def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Register `function` as a command whose errors become one or two lines and an exit code."""
-
-    @functools.wraps(function)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        _catch_signals()
-        try:
-            function(*args, **kwargs)
-        except FinetuneError as exc:
-            _fail(exc, bool(kwargs.get("debug")))
-        except BrokenPipeError:
-            # The reader of our output (`| head`) has gone; Python must not complain when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
-        except MemoryError as exc:
-            _fail(FinetuneError(f"out of memory: {exc}", "close other programs, or lower runtime.workers"), False)
-        except Exception as exc:  # noqa: BLE001 - the last line of defence: a bug is told in a line, too
-            error = FinetuneError(
-                f"unexpected {type(exc).__name__}: {exc}", "this is a bug; run again with --debug and report it"
-            )
-            _fail(error, bool(kwargs.get("debug")))
-
-    return app.command()(guarded)
-
-
-def _fail(error: FinetuneError, debug: bool) -> None:
-    if debug:
-        raise error
-    from finetune_cli.console import Console
-
-    Console().error(error)
-    raise typer.Exit(error.exit_code)
-
-
-def _catch_signals() -> None:
-    """The first SIGINT or SIGTERM raises `Interrupted` in the main thread; a second one exits at once."""
-
-    def first(number: int, _frame: object) -> None:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda again, _frame: os._exit(128 + again))
-        raise Interrupted(number)
-
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, first)
-
-
-def _console(quiet: bool = False) -> "Console":
-    from finetune_cli.console import Console
-
-    return Console(quiet)
-
-
-def _config(path: Path | None, overrides: list[str] | None) -> "Config":
-    from finetune_cli import config
-
-    return config.load(path, overrides or ())
 
 
 @command
@@ -144,7 +53,7 @@ def train(
     """Train a classifier on a folder of photos."""
     from finetune_cli import render
 
-    console = _console(quiet)
+    console = new_console(quiet)
     if config is not None and "=" in config and not Path(config).exists():
         overrides, config = [config, *(overrides or [])], None
     if resume:
@@ -153,7 +62,7 @@ def train(
     from finetune_cli.commands import train as command_train  # after the config is known to be good
 
     path = Path(config) if config is not None else None
-    loaded = _config(path, overrides)
+    loaded = load_config(path, overrides)
     render.trained(console, command_train.train(loaded, console, path.stem if path else "run", name))
 
 
@@ -175,17 +84,7 @@ def _resume(console: "Console", run_folder: str | None, overrides: list[str] | N
     from finetune_cli.commands import train as command_train
 
     console.note(f"resuming {folder}")
-    return command_train.resume(folder, _config(folder / "config.yaml", overrides), console)
-
-
-def _find_run(console: "Console", folder: Path | None) -> "Run":
-    """The named run, or the newest finished one, which is then said."""
-    from finetune_cli.runs import run
-
-    if folder is None:
-        folder = run.find(Path("runs"))
-        console.note(f"run: {folder}")
-    return run.Run.load(folder)
+    return command_train.resume(folder, load_config(folder / "config.yaml", overrides), console)
 
 
 @command
@@ -209,8 +108,8 @@ def predict(
     from finetune_cli.parallel import cores
     from finetune_cli.photos.dataset import iter_photos
 
-    console = _console(quiet)
-    loaded = _find_run(console, run)
+    console = new_console(quiet)
+    loaded = find_run(console, run)
     one = len(paths) == 1 and Path(paths[0]).is_file()
     predictor = command_predict.RunPredictor(loaded, workers=1 if one else cores(), latency=one)
     photos = iter_photos(_paths(paths))
@@ -264,8 +163,8 @@ def evaluate(
     from finetune_cli.commands import evaluate as command_evaluate
     from finetune_cli.runs.run import Run
 
-    console = _console(quiet)
-    loaded = _find_run(console, run)
+    console = new_console(quiet)
+    loaded = find_run(console, run)
     other = Run.load(compare) if compare is not None else None
     result = command_evaluate.evaluate(loaded, console, data, root, name, other)
     render.evaluated(console, result)
@@ -273,6 +172,25 @@ def evaluate(
         command_evaluate.gate(result, fail_under)
     if bad := len(result.judged.bad):
         raise DataError(f"{bad} of {bad + result.judged.evaluation.photos} photos were left out; see above")
+
+
+@command
+def explain(
+    photo: Annotated[Path, typer.Argument(metavar="PATH", help="The photo.")],
+    run: RunOption = None,
+    class_name: Annotated[
+        str | None, typer.Option("--class", metavar="NAME", help="The class to map. [default: the answer]")
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="PNG", help="The picture to write.")] = Path("heatmap.png"),
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Show which places of a photo speak for a class: an exact heat map, and the evidence for every class."""
+    from finetune_cli import render
+    from finetune_cli.commands import explain as command_explain
+
+    console = new_console(quiet)
+    render.explained(console, command_explain.explain(find_run(console, run), photo, class_name, output))
 
 
 @command
@@ -285,8 +203,8 @@ def check(
     """Decode every photo of a config and report all that is wrong; trains nothing."""
     from finetune_cli import render
 
-    console = _console(quiet)
-    loaded = _config(config, overrides)
+    console = new_console(quiet)
+    loaded = load_config(config, overrides)
     from finetune_cli.commands import check as command_check
 
     render.checked(console, command_check.check(loaded, console))
@@ -302,8 +220,8 @@ def preview(
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Draw a contact sheet of augmented views: photos by rows, views by columns."""
-    console = _console(quiet)
-    loaded = _config(config, overrides)
+    console = new_console(quiet)
+    loaded = load_config(config, overrides)
     from finetune_cli.commands import preview as command_preview
     from finetune_cli.runs import preparation
 
@@ -323,10 +241,10 @@ def init(
     from finetune_cli import files
     from finetune_cli.commands import starter
 
-    console = _console()
+    console = new_console()
     if output.exists():
         raise UsageError(f"{output} exists already", "choose another name with --output")
-    files.write_text(output, starter.starter_config(data, output))
+    files.write_text(output, starter.starterload_config(data, output))
     console.print(f"wrote {output}; train with: finetune train {output}")
 
 
@@ -341,7 +259,7 @@ def sample(
     """Draw a small practice set of city and forest scenes; they are drawings, not photos."""
     from finetune_cli.photos import sample as photos_sample
 
-    console = _console(quiet)
+    console = new_console(quiet)
     with console.stage("drawing", 2 * photos, "pictures") as advance:
         written = photos_sample.draw(folder, photos, seed, advance)
     console.print(f"drew {len(written)} pictures of city and forest in {folder} (drawings, to practise with)")

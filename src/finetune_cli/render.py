@@ -13,6 +13,7 @@ from finetune_cli.text import shown
 if TYPE_CHECKING:
     from finetune_cli.commands.check import Report
     from finetune_cli.commands.evaluate import Result
+    from finetune_cli.commands.explain import Explanation
     from finetune_cli.commands.predict import Prediction
     from finetune_cli.metrics import Comparison, Evaluation
     from finetune_cli.runs.judged import Judged
@@ -228,3 +229,21 @@ def _compared(console: Console, first: str, second: str, comparison: "Comparison
     )
     verdict = "the difference is no more than chance" if p >= 0.05 else "chance alone would hardly do that"
     console.print(f"{verdict} (McNemar's exact test, p = {p:.2g}); the photos are in flipped.csv\n")
+
+
+def explained(console: Console, explanation: "Explanation") -> None:
+    """The end of `explain`: the evidence for every class, in logits."""
+    rows = explanation.evidence[:_MOST_ROWS]
+    rows += tuple(row for row in explanation.evidence[_MOST_ROWS:] if row.name == explanation.name)
+    console.table(
+        ("class", "probability", "places for", "places against", "bias", "logit"),
+        [
+            (row.name, f"{row.probability:.1%}", *(f"{x:+.3f}" for x in (row.supporting, row.opposing, row.bias)),
+             f"{row.logit:+.3f}")
+            for row in rows
+        ],
+        right=(1, 2, 3, 4, 5),
+    )  # fmt: skip
+    if len(rows) < len(explanation.evidence):
+        console.print(f"... and {len(explanation.evidence) - len(rows)} less probable classes")
+    console.print(f"wrote {explanation.output}: red speaks for {shown(explanation.name)}, blue against")

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from finetune_cli import files
 from finetune_cli.config import Config
 from finetune_cli.errors import RunError
-from finetune_cli.metrics import Evaluation, evaluate, fit_temperature, softmax
+from finetune_cli.metrics import evaluate, fit_temperature, softmax
 from finetune_cli.model import features, fitting, head
+from finetune_cli.model.fitting import Fitted, labels_of
+from finetune_cli.model.head import EpochState
 from finetune_cli.model.solver import Head
 from finetune_cli.observer import Observer
-from finetune_cli.photos.dataset import Sample
-from finetune_cli.runs import artefacts, run
+from finetune_cli.runs import artefacts, checkpoints, run
 from finetune_cli.runs.preparation import Prepared, image_settings, prepare, timed
 from finetune_cli.runs.run import Run, SplitRow
 from finetune_cli.tables import write_csv
@@ -93,42 +94,59 @@ def _refuse_other_photos(folder: Path, prepared: Prepared) -> None:
 
 
 def _fit_and_finish(folder: Path, prepared: Prepared, observer: Observer) -> Run:
-    config, parts = prepared.config, prepared.parts
+    parts, classes = prepared.parts, prepared.data.classes
     with timed(prepared.seconds, "head"):
-        fitted = fitting.fit(config, parts, prepared.data.classes, _start(prepared, observer), folder, observer)
-    val = parts["val"]
+        fitted = _fit(folder, prepared, observer)
     temperature = 1.0
-    if config.calibration == "temperature":
+    if prepared.config.calibration == "temperature":
+        val = parts["val"]
         temperature = fit_temperature(fitted.head.logits(val.array[:, 0]), labels_of(val.samples))
-    measured = {
-        split: softmax(fitted.head.logits(parts[split].array[:, 0]) / np.float32(temperature))
-        for split in ("val", "test")
-        if split in parts
-    }
-    evaluations = {
-        split: evaluate(probabilities, labels_of(parts[split].samples), prepared.data.classes)
-        for split, probabilities in measured.items()
-    }
-    names = artefacts.write_tables(
-        folder,
-        prepared.data.classes,
-        [(split, parts[split].samples, measured[split], evaluations[split]) for split in measured],
-    )
-    if fitted.history:
-        header = list(fitted.history[0])
-        write_csv(folder / "history.csv", header, [[row[key] for key in header] for row in fitted.history])
-        names.append("history.csv")
-    with timed(prepared.seconds, "saving"):
-        parity = _save_models(folder, prepared, fitted.head, temperature, measured["val"])
+    judged: list[artefacts.Judged] = []
+    for split in ("val", "test"):
+        if split in parts:
+            probabilities = softmax(fitted.head.logits(parts[split].array[:, 0]), temperature).astype(np.float32)
+            evaluation = evaluate(probabilities, labels_of(parts[split].samples), classes)
+            judged.append(artefacts.Judged(split, parts[split].samples, probabilities, evaluation))
+    names = ["config.yaml", "environment.json", "split.csv", *artefacts.write_tables(folder, classes, judged)]
+    names += _write_history(folder, fitted)
+    with timed(prepared.seconds, "saving"), observer.stage("saving and comparing the model", None, "models"):
+        parity = _save_models(folder, prepared, fitted.head, temperature, judged[0].probabilities)
     names += ["model.keras", "inference/model.xml", "inference/model.bin"]
-    names += ["config.yaml", "environment.json", "split.csv"]
-    facts = _facts(folder, prepared, fitted, temperature, parity, evaluations)
-    return run.finish(folder, facts, names)
+    finished = run.finish(folder, _facts(folder, prepared, fitted, temperature, parity, judged), names)
+    if (folder / "checkpoints").exists():
+        files.remove_folder(folder / "checkpoints")
+    return finished
 
 
-def labels_of(samples: tuple[Sample, ...]) -> NDArray[np.int64]:
-    """``int64 (n,)``: the class index of every sample."""
-    return np.array([sample.label for sample in samples], np.int64)
+def _fit(folder: Path, prepared: Prepared, observer: Observer) -> Fitted:
+    """Fit the head; with Adam, from the last checkpoint if there is one."""
+    config, parts, classes = prepared.config, prepared.parts, prepared.data.classes
+    start = _start(prepared, observer)
+    if config.training.solver == "lbfgs":
+        return fitting.lbfgs(config, parts["train"], classes, start, observer)
+    last = checkpoints.load_latest(folder / "checkpoints")
+    resumed = None
+    if last is not None:
+        for warning in last.warnings:
+            observer.warn(warning)
+        if tuple(last.state["classes"]) != classes:
+            raise RunError(f"{last.path} has other classes: {', '.join(last.state['classes'])}", "train a new run")
+        resumed = EpochState.restore(last.arrays, last.state)
+        observer.note(f"going on after epoch {last.epoch}")
+
+    def keep(state: EpochState, l2: float) -> None:
+        facts = {**state.info(), "classes": list(classes), "l2": l2}
+        checkpoints.save(folder / "checkpoints", state.epoch, state.arrays(), facts, state.is_best)
+
+    return fitting.adam(config, parts["train"], parts["val"], classes, start, resumed, keep, observer)
+
+
+def _write_history(folder: Path, fitted: Fitted) -> list[str]:
+    if not fitted.history:
+        return []
+    header = list(fitted.history[0])
+    write_csv(folder / "history.csv", header, [[row[key] for key in header] for row in fitted.history])
+    return ["history.csv"]
 
 
 def _start(prepared: Prepared, observer: Observer) -> Head | None:
@@ -166,10 +184,10 @@ def _save_models(
 def _facts(
     folder: Path,
     prepared: Prepared,
-    fitted: fitting.Fitted,
+    fitted: Fitted,
     temperature: float,
     parity: dict[str, float],
-    evaluations: dict[str, Evaluation],
+    judged: list[artefacts.Judged],
 ) -> dict[str, Any]:
     """The content of run.json, but for the format and the hashes."""
     config, backbone, settings = prepared.config, prepared.backbone, image_settings(prepared.config)
@@ -202,5 +220,5 @@ def _facts(
         "roots": {split: os.path.relpath(root, folder) for split, root in prepared.data.roots.items()},
         "parity": parity,
         "seconds": prepared.seconds,
-        "metrics": {split: evaluation.to_json() for split, evaluation in evaluations.items()},
+        "metrics": {part.split: part.evaluation.to_json() for part in judged},
     }

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli.errors import FinetuneError, RunError, UsageError
+from finetune_cli.model.keras_setup import import_keras
 
 if TYPE_CHECKING:
     import openvino
@@ -133,6 +134,7 @@ def choose_device(wanted: str) -> Device:
     """
     if wanted == "cpu":
         return "cpu"
+    import_keras()  # which also makes TensorFlow keep quiet
     import tensorflow as tf
 
     if tf.config.list_physical_devices("GPU"):
@@ -166,11 +168,14 @@ def training_precision(device: str, wanted: str) -> Precision:
 def convert(model: Any) -> "openvino.Model":
     """The OpenVINO form of a Keras model, in float32. Raises `FinetuneError` when OpenVINO lacks an operation."""
     ov = import_openvino()
+    from openvino.tools.ovc import convert_model
+
+    ov.convert_model = convert_model  # where its own front end looks for it
     try:
         with warnings.catch_warnings():
             # The converter calls the model with a tuple of one; Keras takes it, and grumbles.
             warnings.filterwarnings("ignore", message="The structure of `inputs` doesn't match")
-            return ov.convert_model(model)
+            return convert_model(model)
     except Exception as exc:  # the converter raises dozens of unrelated types
         raise FinetuneError(f"OpenVINO cannot convert this backbone: {str(exc).splitlines()[0]}") from exc
 

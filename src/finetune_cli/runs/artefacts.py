@@ -6,10 +6,10 @@
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,16 +79,21 @@ def save_models(
     return parity
 
 
+class Judged(NamedTuple):
+    """One split of photos, what the model says of them (``float32 (n, C)``), and how good that is."""
+
+    split: str
+    samples: Sequence[Sample]
+    probabilities: NDArray[np.float32]
+    evaluation: Evaluation
+
+
 def write_tables(
     folder: Path,
     classes: Sequence[str],
-    parts: Iterable[tuple[str, Sequence[Sample], NDArray[np.float32], Evaluation]],
+    parts: Sequence[tuple[str, Sequence[Sample], NDArray[np.float32], Evaluation]],
 ) -> list[str]:
-    """Write metrics.json, per_class.csv and predictions.csv into `folder`; returns their names.
-
-    `parts`: (split, photos, probabilities ``float32 (n, C)``, evaluation).
-    """
-    parts = list(parts)
+    """Write metrics.json, per_class.csv and predictions.csv into `folder`; returns their names."""
     files.write_json(folder / "metrics.json", {split: evaluation.to_json() for split, _s, _p, evaluation in parts})
     write_csv(
         folder / "per_class.csv",

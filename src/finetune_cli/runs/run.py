@@ -110,7 +110,7 @@ class Run:
 
 def _check_manifest(manifest: Any) -> None:
     """Refuse a manifest that lacks a field or names a file outside the run directory. Raises `ValueError`."""
-    wanted = {
+    wanted: dict[str, type | tuple[type, ...]] = {
         "format": int,
         "classes": list,
         "image": dict,

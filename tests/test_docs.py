@@ -1,0 +1,47 @@
+"""The documentation is true: help texts, file names, links, commands and keys that it mentions exist."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from finetune_cli import config_errors
+from finetune_cli.cli import app
+from finetune_cli.config import Config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
+COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
+GROUPS = sorted(group.name for group in app.registered_groups)
+
+
+def test_the_help_texts_are_those_of_the_program():
+    spec = importlib.util.spec_from_file_location("update_readme", ROOT / "tools" / "update_readme.py")
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert tool.renewed(README) == README, "run: make readme"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_in_the_readme(command):
+    assert f"<!-- help {command} -->" in README
+
+
+@pytest.mark.parametrize("key", sorted(config_errors.known_keys(Config)))
+def test_every_key_is_in_the_readme(key):
+    assert re.search(rf"\b{key.split('.')[-1]}\b", README), key
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text("utf-8")):
+        if not target.startswith(("http://", "https://", "mailto:")):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_in_the_text_exist(page):
+    for word in re.findall(r"\bfinetune ([a-z]+)\b", page.read_text("utf-8")):
+        assert word in {*COMMANDS, *GROUPS}, word

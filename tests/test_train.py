@@ -1,0 +1,244 @@
+"""`train` from photos to a finished run, on drawn scenes with the bundled backbone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune_cli import config, files
+from finetune_cli.commands import check as command_check
+from finetune_cli.commands import predict as command_predict
+from finetune_cli.commands import train as command_train
+from finetune_cli.errors import DataError, FinetuneError, GateError, Interrupted, RunError, UsageError
+from finetune_cli.observer import Silent
+from finetune_cli.photos import sample
+from finetune_cli.runs import artefacts, preparation
+from finetune_cli.runs.run import Run
+
+# Everything that a run holds besides pictures; each of these names is promised in the README.
+FILES = {
+    "config.yaml", "environment.json", "split.csv", "metrics.json", "per_class.csv", "predictions.csv",
+    "model.keras", "inference/model.xml", "inference/model.bin",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("drawn") / "photos"
+    sample.draw(folder, 16, 0, lambda _n: None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def load(folder: Path, drawn: Path, cache: Path, *overrides: str):
+    return config.load(
+        None,
+        [
+            f"data.train={drawn}",
+            "data.val_split=0.3",
+            "model.backbone=efficientnet_lite0",
+            f"output.directory={folder / 'runs'}",
+            f"runtime.cache_dir={cache}",
+            *overrides,
+        ],
+    )
+
+
+ADAM = ("training.solver=adam", "training.epochs=6", "training.batch_size=8", "model.dropout=0.2")
+FLIP = ("augmentation.horizontal_flip=true", "augmentation.views=2")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, drawn, cache):
+    """A run by L-BFGS with two views a photo."""
+    folder = tmp_path_factory.mktemp("finished")
+    return command_train.train(load(folder, drawn, cache, *FLIP), Silent(), "scenes")
+
+
+def weights(run: Run) -> dict[str, np.ndarray]:
+    from finetune_cli.model.keras_setup import import_keras
+
+    model = import_keras().models.load_model(run.file("model.keras"), safe_mode=True, compile=False)
+    return {weight.path: np.asarray(weight) for weight in model.get_layer("logits").weights}
+
+
+def assert_same_weights(one: Run, two: Run) -> None:
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_a_run_holds_what_is_promised(finished):
+    assert set(finished.manifest["files"]) >= FILES
+    for name in finished.manifest["files"]:
+        finished.file(name)
+    assert finished.classes == ("city", "forest")
+    assert finished.manifest["photos"]["train"] + finished.manifest["photos"]["val"] == 32
+    assert finished.manifest["metrics"]["val"]["accuracy"] >= 0.8
+    text = "".join(p.read_text("utf-8", "replace") for p in finished.folder.rglob("*") if p.suffix in {".json", ".yaml", ".csv", ".xml"})
+    assert str(Path.home()) not in text
+    assert str(finished.folder.parents[1]) not in text
+
+
+def test_predictions_equal_what_was_measured(finished, drawn):
+    from finetune_cli.tables import read_csv
+
+    header = ("split", "path", "true", "predicted", "city", "forest")
+    rows = read_csv(finished.file("predictions.csv"), header)
+    predictor = command_predict.RunPredictor(finished, workers=2)
+    answers = command_predict.predict(predictor, [drawn / row[1] for row in rows], top_k=2)
+    for row, answer in zip(rows, answers, strict=True):
+        told = dict(answer.top)
+        assert answer.label == row[3]
+        assert told["city"] == pytest.approx(float(row[4]), abs=1e-4)
+        assert told["forest"] == pytest.approx(float(row[5]), abs=1e-4)
+
+
+def test_the_saved_graph_ends_as_promised(finished):
+    from finetune_cli.model.keras_setup import import_keras
+
+    model = import_keras().models.load_model(finished.file("model.keras"), safe_mode=True, compile=False)
+    assert [layer.name for layer in model.layers[-3:]] == ["logits", "temperature", "probabilities"]
+    assert model.get_layer("temperature").scale == pytest.approx(1 / finished.temperature)
+
+
+def test_two_runs_are_equal_apart_from_times(tmp_path, drawn, cache, finished):
+    again = command_train.train(load(tmp_path, drawn, tmp_path / "own-cache", *FLIP), Silent(), "scenes")
+    assert_same_weights(finished, again)
+    for name in FILES - {"model.keras", "config.yaml"}:  # zip files carry times; the config names another folder
+        assert finished.file(name).read_bytes() == again.file(name).read_bytes(), name
+
+
+def test_other_head_settings_run_no_backbone_pass(tmp_path, drawn, cache, finished, monkeypatch):
+    def never(*_args):
+        pytest.fail("the backbone was compiled for features that the cache holds")
+
+    monkeypatch.setattr(preparation.Extractor, "_runtime", never)
+    run = command_train.train(load(tmp_path, drawn, cache, *FLIP, *ADAM, "training.learning_rate=0.01"), Silent())
+    assert run.manifest["views"]["computed"] == 0
+    assert run.manifest["views"]["cached"] == finished.manifest["views"]["computed"]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, drawn, cache):
+    whole = command_train.train(load(tmp_path / "whole", drawn, cache, *FLIP, *ADAM), Silent(), "x")
+
+    class StopsAfterThree(Silent):
+        def note(self, text):
+            super().note(text)
+            if text.startswith("epoch 3/"):
+                raise Interrupted(2)
+
+    with pytest.raises(Interrupted):
+        command_train.train(load(tmp_path / "killed", drawn, cache, *FLIP, *ADAM), StopsAfterThree(), "x")
+    folder = tmp_path / "killed" / "runs" / "x-1"
+    assert not (folder / "run.json").exists()
+    observer = Silent()
+    resumed = command_train.resume(folder, config.load(folder / "config.yaml"), observer)
+    assert any("epoch 3" in note for note in observer.notes), observer.notes
+    assert_same_weights(whole, resumed)
+    ours, theirs = (run.file("predictions.csv").read_bytes() for run in (whole, resumed))
+    assert ours == theirs
+    with pytest.raises(RunError, match="nothing to resume"):
+        command_train.resume(folder, config.load(folder / "config.yaml"), Silent())
+
+
+def test_a_run_is_not_resumed_with_other_photos(tmp_path, drawn, cache):
+    photos = tmp_path / "photos"
+    shutil.copytree(drawn, photos)
+
+    class StopsAtOnce(Silent):
+        def note(self, text):
+            if text.startswith("epoch 1/"):
+                raise Interrupted(15)
+
+    with pytest.raises(Interrupted) as caught:
+        command_train.train(load(tmp_path, photos, cache, *ADAM), StopsAtOnce(), "x")
+    assert caught.value.exit_code == 143
+    gone = next((photos / "city").glob("*.jpg"))
+    gone.unlink()
+    folder = tmp_path / "runs" / "x-1"
+    with pytest.raises(RunError, match="1 gone") as error:
+        command_train.resume(folder, config.load(folder / "config.yaml"), Silent())
+    assert gone.name in error.value.problem
+
+
+def test_a_third_class_keeps_the_first_two(tmp_path, drawn, cache, finished):
+    photos = tmp_path / "photos"
+    shutil.copytree(drawn, photos)
+    rng = np.random.default_rng(0)
+    (photos / "beach").mkdir()
+    for i in range(12):
+        noise = rng.integers(0, 60, (200, 200, 3), dtype=np.uint8) + np.uint8([180, 160, 90])
+        Image.fromarray(noise).save(photos / "beach" / f"{i}.jpg")
+    observer = Silent()
+    grown = command_train.train(
+        load(tmp_path, photos, cache, *FLIP, f"model.start_from={finished.folder}"), observer, "three"
+    )
+    assert grown.classes == ("beach", "city", "forest")
+    assert any("kept city, forest" in note and "new beach" in note for note in observer.notes)
+    assert grown.manifest["metrics"]["val"]["accuracy"] > 0.8
+
+
+def test_start_from_wants_the_same_backbone(tmp_path, drawn, cache, finished):
+    with pytest.raises(RunError, match="another backbone"):
+        command_train.train(
+            load(tmp_path, drawn, cache, f"model.start_from={finished.folder}", "image.size=96"), Silent()
+        )
+
+
+@pytest.fixture
+def with_bad_photo(tmp_path, drawn):
+    photos = tmp_path / "photos"
+    shutil.copytree(drawn, photos)
+    bad = next((photos / "city").glob("*.jpg"))
+    bad.write_bytes(bad.read_bytes()[:-200])
+    return photos, bad
+
+
+def test_a_bad_photo_stops_before_anything_exists(tmp_path, with_bad_photo, cache):
+    photos, bad = with_bad_photo
+    with pytest.raises(DataError, match=bad.name) as caught:
+        command_train.train(load(tmp_path, photos, cache), Silent())
+    assert "on_bad_image=skip" in caught.value.remedy
+    assert not (tmp_path / "runs").exists()
+    with pytest.raises(DataError, match=bad.name):
+        command_check.check(load(tmp_path, photos, cache), Silent())
+
+
+def test_a_bad_photo_can_be_skipped(tmp_path, with_bad_photo, cache):
+    photos, bad = with_bad_photo
+    before = bad.read_bytes()
+    loaded = load(tmp_path, photos, cache, "data.on_bad_image=skip")
+    run = command_train.train(loaded, Silent())
+    assert [entry["path"] for entry in run.manifest["bad_photos"]] == [f"city/{bad.name}"]
+    assert bad.read_bytes() == before
+    assert sum(run.manifest["photos"].values()) == 31
+    assert len(command_check.check(loaded, Silent()).bad) == 1
+
+
+def test_a_model_that_disagrees_is_not_finished(tmp_path, drawn, cache, monkeypatch):
+    monkeypatch.setattr(artefacts, "PARITY_LIMIT", -1.0)
+    with pytest.raises(GateError, match="disagrees"):
+        command_train.train(load(tmp_path, drawn, cache), Silent(), "x")
+    assert not (tmp_path / "runs" / "x-1" / "run.json").exists()
+
+
+def test_a_taken_name_is_told_before_the_work(tmp_path, drawn, cache):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    with pytest.raises(UsageError, match="never overwritten"):
+        command_train.train(load(tmp_path, drawn, cache), Silent(), name="mine")
+
+
+def test_the_manifest_names_versions_and_surroundings(finished):
+    environment = json.loads(finished.file("environment.json").read_text())
+    assert environment["packages"]["keras"]
+    assert environment["cpu"]["flags"]
+    assert files.sha256(finished.file("model.keras")) == finished.manifest["files"]["model.keras"]
