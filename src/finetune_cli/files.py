@@ -64,10 +64,11 @@ def storage_error(exc: OSError, path: Path, needed: int | None = None) -> Storag
 
 
 def _another_file(exc: OSError, path: Path) -> str:
-    """The file that `exc` is about, where that is neither `path` nor beside nor above it."""
-    if not isinstance(exc.filename, str) or Path(exc.filename).parent == path.parent:
+    """The file that `exc` is about, unless that is `path` or a temporary one in it, beside it or above it."""
+    if not isinstance(exc.filename, str):
         return ""
-    return "" if Path(exc.filename) in path.parents else f": {exc.filename}"
+    path, other = path.absolute(), Path(exc.filename).absolute()
+    return "" if other.parent in (path, *path.parents) else f": {other}"
 
 
 @contextlib.contextmanager

@@ -250,7 +250,9 @@ def prune(folder: Path, max_bytes: int) -> int:
         with contextlib.closing(cachefile.connect(path)) as connection:
             _shrink(connection, max_bytes)
     except (*FAULTS, NotOursError) as exc:
-        raise StorageError(f"{path} cannot be pruned: {exc}", "remove it with: finetune cache clear") from exc
+        # Deleting rows takes some space of its own before it gives any back.
+        remedy = "free a few MB first, or remove it with: finetune cache clear"
+        raise StorageError(f"{path} cannot be pruned: {exc}", remedy) from exc
     return freed + before - sum(map(_size, companions(path)))
 
 
