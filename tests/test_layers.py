@@ -18,6 +18,7 @@ FLOORS = [
     {"exports"},
     {"commands"},
     {"console", "render"},
+    {"cli_app"},
     {"cli"},
     {"__main__"},
 ]

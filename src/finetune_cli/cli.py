@@ -244,7 +244,7 @@ def init(
     console = new_console()
     if output.exists():
         raise UsageError(f"{output} exists already", "choose another name with --output")
-    files.write_text(output, starter.starterload_config(data, output))
+    files.write_text(output, starter.starter_config(data, output))
     console.print(f"wrote {output}; train with: finetune train {output}")
 
 

@@ -7,6 +7,7 @@ plus the bias (Zhou et al., 2016, https://arxiv.org/abs/1512.04150). Nothing her
     OpenVINO model (n, H, W, 3) -> the same with outputs: probabilities (n, C), features (n, D), feature map
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 
 # What may stand between two of the parts that are looked for without changing a value.
 _TRANSPARENT = {"Convert", "Squeeze", "Reshape", "Unsqueeze"}
+# What a step of the end does to a factor of the product (True) or to what is added to it (False).
+_STEPS: dict[str, Callable[[NDArray[Any], NDArray[Any], bool], NDArray[Any]]] = {
+    "Multiply": lambda value, constant, _factor: value * constant,
+    "Divide": lambda value, constant, _factor: value / constant,
+    "Add": lambda value, constant, factor: value if factor else value + constant,
+    "Subtract": lambda value, constant, factor: value if factor else value - constant,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,26 +46,33 @@ class ModelEnd:
     positions: tuple[int, int]
 
 
-def read_end(model: "openvino.Model") -> ModelEnd:
-    """Find the linear end of `model`. Raises `RunError` when it does not end in a linear softmax head."""
+def read_end(model: "openvino.Model", temperature: float = 1.0) -> ModelEnd:
+    """Find the linear end of `model`; kernel and bias give the logits before they are divided by `temperature`.
+
+    Raises `RunError` when the model does not end in a linear softmax head.
+    """
     operation = _source(model.output(0))
-    bias = None
+    steps: list[tuple[str, NDArray[Any]]] = []  # what happens to the product with the kernel, last step first
     while operation.get_type_name() != "MatMul":
         kind = operation.get_type_name()
-        if kind not in {"Softmax", "Multiply", "Divide", "Add", "Subtract"} | _TRANSPARENT:
+        if kind not in {"Softmax"} | _STEPS.keys() | _TRANSPARENT:
             raise _foreign(f"it ends in {kind}")
         inputs = [operation.input_value(i) for i in range(operation.get_input_size())]
-        constants = [constant for value in inputs if (constant := _constant(value)) is not None]
-        if kind == "Add" and constants and constants[0].size > 1:  # a single number is the offset of a Rescaling
-            bias = constants[0]
+        if kind in _STEPS:
+            constants = [constant for value in inputs if (constant := _constant(value)) is not None]
+            if len(constants) != 1:
+                raise _foreign(f"its last {kind} is not with a constant")
+            steps.append((kind, constants[0].reshape(-1).astype(np.float64)))
         operation = _source(next((value for value in inputs if _constant(value) is None), inputs[0]))
     kernel = _constant(operation.input_value(1))
     if kernel is None:
         raise _foreign("the weights of its last layer are not constants")
-    if operation.get_attributes().get("transpose_b"):
-        kernel = kernel.T
-    if bias is None:
-        bias = np.zeros(kernel.shape[1], np.float32)
+    kernel = (kernel.T if operation.get_attributes().get("transpose_b") else kernel).astype(np.float64)
+    # OpenVINO moves the division by the temperature about and merges it with the bias: play the steps through.
+    scale, bias = np.ones(kernel.shape[1]), np.zeros(kernel.shape[1])
+    for kind, constant in reversed(steps):
+        scale, bias = _STEPS[kind](scale, constant, True), _STEPS[kind](bias, constant, False)
+    final = (kernel * scale * temperature).astype(np.float32), (bias * temperature).astype(np.float32)
     features = operation.input_value(0)
     pooling = _source(features)
     while pooling.get_type_name() in _TRANSPARENT:
@@ -69,9 +84,7 @@ def read_end(model: "openvino.Model") -> ModelEnd:
         if axes is not None and axes.size == 2 and rank == 4:
             first, second = sorted(int(axis) % rank for axis in axes.ravel())
             feature_map, positions = pooling.input_value(0), (first, second)
-    return ModelEnd(
-        np.ascontiguousarray(kernel, np.float32), bias.reshape(-1).astype(np.float32), features, feature_map, positions
-    )
+    return ModelEnd(np.ascontiguousarray(final[0]), final[1], features, feature_map, positions)
 
 
 def channels_last(feature_map: NDArray[np.float32], end: ModelEnd) -> NDArray[np.float32]:

@@ -72,7 +72,7 @@ class InsightfulPredictor:
 
     def __init__(self, run: Run, workers: int, latency: bool = False) -> None:
         model = _model(run)
-        end = activation.read_end(model)
+        end = activation.read_end(model, run.temperature)
         if end.kernel.shape[1] != len(run.classes):
             raise RunError(f"{run.folder}: the model has {end.kernel.shape[1]} outputs for {len(run.classes)} classes")
         model.add_outputs([output for output in (end.features, end.feature_map) if output is not None])
