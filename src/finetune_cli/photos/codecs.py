@@ -69,16 +69,21 @@ def opened(source: Path | bytes, max_pixels: int) -> Iterator["ImageFile"]:
             image = _plugin(kind)(stream, "")
             width, height = image.size
             if width * height > max_pixels:
-                raise Refused(
-                    f"{width} x {height} pixels, more than image.max_pixels = {max_pixels}; "
-                    "make it smaller, or raise the limit if you trust it"
-                )
+                raise Refused(too_large(width, height, max_pixels))
             if kind == "Jpeg":
                 _limit_scans(image, stream)
             yield image
     # Pillow raises a dozen unrelated types for files that it cannot read, and promises none of them.
     except Exception as exc:
         raise BadImage("image" if isinstance(source, bytes) else source, _reason(exc, kind)) from exc
+
+
+def too_large(width: int, height: int, max_pixels: int) -> str:
+    """The reason why an image of more than `max_pixels` is refused."""
+    return (
+        f"{width} x {height} pixels, more than image.max_pixels = {max_pixels}; "
+        "make it smaller, or raise the limit if you trust it"
+    )
 
 
 @contextlib.contextmanager

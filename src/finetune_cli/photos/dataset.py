@@ -1,0 +1,279 @@
+"""Folders or tables in, a `Dataset` out: classes, and for each split its samples with label and content digest.
+
+    sources -> listings (names only) -> preflight (header and digest of each file) -> checks -> split
+
+Nothing is decoded and nothing is written. What is wrong is collected and said at once.
+"""
+
+import difflib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_cli.errors import DataError
+from finetune_cli.photos import layouts, split
+from finetune_cli.photos.digests import DigestMemory
+from finetune_cli.photos.layouts import Listing
+from finetune_cli.photos.preflight import BadPhoto, Progress, Sample, preflight, refuse_bad
+from finetune_cli.text import shown
+
+__all__ = ["BadPhoto", "Dataset", "Labelled", "Sample", "iter_photos", "load", "load_labelled", "refuse_bad"]
+
+_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All photos of a configuration; ``classes[sample.label]`` is a sample's class.
+
+    `roots` maps each split that has photos to the folder that their names are relative to; `notes` are for the person.
+    """
+
+    classes: tuple[str, ...]
+    train: tuple[Sample, ...]
+    val: tuple[Sample, ...]
+    test: tuple[Sample, ...]
+    bad: tuple[BadPhoto, ...]
+    notes: tuple[str, ...]
+    roots: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Photos to evaluate on, labelled by the classes of a run."""
+
+    samples: tuple[Sample, ...]
+    bad: tuple[BadPhoto, ...]
+    notes: tuple[str, ...]
+    root: Path
+
+
+def load(
+    train: Path,
+    val: Path | None,
+    test: Path | None,
+    val_split: float | None,
+    group_regex: str | None,
+    max_pixels: int,
+    memory: DigestMemory,
+    on_bad: str,
+    progress: Progress,
+) -> Dataset:
+    """Find, check and split the photos of a configuration.
+
+    Validation photos come from `val`, else from the table's column `split`, else from a folder beside the training
+    photos, else from a share `val_split` of these. `progress` is called with (photos done, photos in all).
+
+    Raises `DataError` that lists what is wrong: missing, unknown or empty classes, a photo under two labels, and bad
+    photos as `refuse_bad` decides by `on_bad`.
+    """
+    sources = layouts.find_sources(train, val, test)
+    listings = _listings(sources)
+    classes = listings["train"].classes
+    _check_classes(listings)
+    parts, bad = preflight(listings, classes, _grouping(group_regex), max_pixels, memory, progress)
+    refuse_bad(bad, sum(map(len, parts.values())) + len(bad), on_bad)
+    _check_samples(parts, classes)
+    notes = [*sources.notes, *(note for listing in listings.values() for note in listing.notes), *memory.warnings]
+    roots = {name: listing.root for name, listing in listings.items()}
+    if group_regex is not None:
+        notes += _ungrouped(parts["train"], group_regex)
+    if "val" not in parts:
+        parts["train"], parts["val"] = _keep_for_validation(parts["train"], val_split)
+        roots["val"] = roots["train"]
+    notes += _overlaps(parts) + _lonely(parts, classes)
+    ready = {name: tuple(parts.get(name, ())) for name in ("train", "val", "test")}
+    roots = {name: root for name, root in roots.items() if ready[name]}
+    return Dataset(classes, ready["train"], ready["val"], ready["test"], tuple(bad), tuple(notes), roots)
+
+
+def load_labelled(
+    path: Path, classes: Sequence[str], max_pixels: int, memory: DigestMemory, progress: Progress
+) -> Labelled:
+    """The photos of a folder per class, or of a table, labelled by position in `classes`.
+
+    Some classes may be absent; of a table with a column `split`, the rows for `test` count. Raises `DataError` for a
+    class that is not in `classes`, a photo under two labels, or no photos at all.
+    """
+    listing = layouts.read(path)
+    if any(photo.split for photo in listing.photos):
+        listing = layouts.only(listing, {"test"})
+        listing.notes.append(f"of {shown(path)}, the lines for the split test count")
+    problems = _unknown(listing, classes, "the run")
+    if not listing.photos and not problems:
+        problems = [f"{shown(path)} holds no photos to evaluate on"]
+    _raise(problems, "name the folder that holds one folder per class of the run, with photos in them")
+    parts, bad = preflight({"test": listing}, classes, lambda _name: None, max_pixels, memory, progress)
+    _raise(_contradictions(parts, classes), "keep each photo under one label")
+    samples = tuple(parts["test"])
+    return Labelled(samples, tuple(bad), tuple(listing.notes + memory.warnings), listing.root)
+
+
+def iter_photos(paths: Iterable[Path]) -> Iterator[Path]:
+    """Files as they are, whatever they are; of folders all photos, lazily, in bytewise order.
+
+    A folder that cannot be read comes as itself, so that whoever tries to decode it tells the reason.
+    """
+    for path in paths:
+        if not path.is_dir():
+            yield path
+            continue
+        unreadable: dict[Path, OSError] = {}
+        for name in layouts.walk(path, Counter(), unreadable.__setitem__):
+            yield path / name
+        yield from unreadable
+
+
+def _listings(sources: layouts.Sources) -> dict[str, Listing]:
+    """A listing for each split that there is a source for."""
+    whole = layouts.read(sources.train)
+    listings = {"train": layouts.only(whole, {None, "train"})}
+    listings |= {name: layouts.only(whole, {name}) for name in ("val", "test")}
+    for name, source in (("val", sources.val), ("test", sources.test)):
+        if source is not None:
+            if listings[name].photos:
+                note = f"the lines of {shown(sources.train)} for {name} are not used, because data.{name} is set"
+                listings["train"].notes.append(note)
+            listing = layouts.read(source)
+            marked = any(photo.split == name for photo in listing.photos)
+            listings[name] = layouts.only(listing, {name}) if marked else listing
+        elif not listings[name].photos:
+            del listings[name]
+    return listings
+
+
+def _keep_for_validation(samples: list[Sample], val_split: float | None) -> tuple[list[Sample], list[Sample]]:
+    if val_split is None:
+        raise DataError("there are no validation photos", "set data.val, or data.val_split: 0.2")
+    kept = split.choose([(sample.label, sample.digest, sample.group) for sample in samples], val_split)
+    sides: tuple[list[Sample], list[Sample]] = ([], [])
+    for sample, is_kept in zip(samples, kept, strict=True):
+        sides[is_kept].append(sample)
+    return sides
+
+
+def _check_classes(listings: Mapping[str, Listing]) -> None:
+    """What the names alone tell: too few classes, empty ones, and classes that only one split knows."""
+    train = listings["train"]
+    filled = {photo.label for photo in train.photos}
+    problems = []
+    if len(train.classes) < 2:
+        found = f"only the class {shown(train.classes[0])}" if train.classes else "no class"
+        problems.append(f"{shown(train.root)} has {found}; at least 2 are needed")
+    problems += [f"class {shown(name)} has no photos: {shown(train.root / name)}" for name in train.classes
+                 if name not in filled]  # fmt: skip
+    for name, listing in listings.items():
+        if name == "train":
+            continue
+        problems += _unknown(listing, train.classes, "the training photos")
+        missing = [c for c in train.classes if c not in listing.classes]
+        if missing and not listing.is_table:
+            problems.append(f"{shown(listing.root)} lacks folders for: {_enumerated(missing)}")
+        if not listing.photos:
+            problems.append(f"{shown(listing.root)} has no photos for {name}")
+    notes = [note for listing in listings.values() for note in listing.notes]
+    remedy = "one folder per class, with the same names in every split (an empty one says: no photos of it)"
+    _raise(problems, remedy, notes)
+
+
+def _unknown(listing: Listing, classes: Sequence[str], who: str) -> list[str]:
+    known, lower = set(classes), {name.lower(): name for name in classes}
+    unknown = [name for name in listing.classes if name not in known]
+    if not unknown:
+        return []
+    close = (difflib.get_close_matches(name.lower(), lower, n=1) for name in unknown[:_SHOWN])
+    meant = _enumerated(list(dict.fromkeys(lower[names[0]] for names in close if names)))
+    hint = f"; close to them: {meant}" if meant else ""
+    return [f"{shown(listing.root)} has classes unknown to {who}: {_enumerated(unknown)}{hint}"]
+
+
+def _enumerated(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(shown, names[:_SHOWN])) + more
+
+
+def _grouping(group_regex: str | None) -> Callable[[str], str | None]:
+    """A photo's name -> its group: the first capture group of `group_regex`, or all that it matched."""
+    if group_regex is None:
+        return lambda _name: None
+    try:
+        pattern = re.compile(group_regex)
+    except re.error as exc:
+        raise DataError(
+            f"data.group_regex {group_regex!r} is no regular expression: {exc}", "see docs.python.org/3/library/re.html"
+        ) from exc
+
+    def group(name: str) -> str | None:
+        match = pattern.search(name)
+        return match[1 if pattern.groups else 0] if match is not None else None
+
+    return group
+
+
+def _check_samples(parts: Mapping[str, Sequence[Sample]], classes: Sequence[str]) -> None:
+    """What the bytes tell: a photo under two labels, and what the bad photos left nothing of."""
+    problems = _contradictions(parts, classes)
+    filled = {sample.label for sample in parts["train"]}
+    problems += [f"no good photo of class {shown(name)} is left" for i, name in enumerate(classes) if i not in filled]
+    problems += [f"no good photo for {name} is left" for name, samples in parts.items() if not samples]
+    _raise(problems, "keep each photo under one label, and good photos in each class and split")
+
+
+def _contradictions(parts: Mapping[str, Sequence[Sample]], classes: Sequence[str]) -> list[str]:
+    first: dict[str, Sample] = {}
+    problems = []
+    for sample in (sample for samples in parts.values() for sample in samples):
+        other = first.setdefault(sample.digest, sample)
+        if other.label != sample.label:
+            problems.append(
+                f"the same photo is {shown(classes[other.label])} as {shown(other.path)} "
+                f"and {shown(classes[sample.label])} as {shown(sample.path)}"
+            )
+    return problems
+
+
+def _overlaps(parts: Mapping[str, Sequence[Sample]]) -> list[str]:
+    """Notes on copies: within the training photos, and in two splits, where they make a score too good."""
+    notes = []
+    digests = {name: {sample.digest for sample in samples} for name, samples in parts.items()}
+    copies = len(parts["train"]) - len(digests["train"])
+    if copies:
+        notes.append(f"{copies} training photos are exact copies of others")
+    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
+        shared = sum(sample.digest in digests.get(a, ()) for sample in parts.get(b, ()))
+        if shared:
+            notes.append(f"{shared} photos of {b} are also in {a}: the accuracy on {b} will look better than it is")
+        groups = {sample.group for sample in parts.get(a, ())} & {sample.group for sample in parts.get(b, ())} - {None}
+        if groups:
+            notes.append(f"{len(groups)} groups have photos in both {a} and {b}")
+    return notes
+
+
+def _lonely(parts: Mapping[str, Sequence[Sample]], classes: Sequence[str]) -> list[str]:
+    """Notes on classes without photos in a split that others have."""
+    notes = []
+    for name in ("val", "test"):
+        filled = {sample.label for sample in parts.get(name, ())}
+        absent = [c for i, c in enumerate(classes) if i not in filled]
+        if filled and absent:
+            notes.append(f"no photos for {name} of: {_enumerated(absent)}")
+    return notes
+
+
+def _ungrouped(samples: Sequence[Sample], group_regex: str) -> list[str]:
+    alone = sum(sample.group is None for sample in samples)
+    if alone == len(samples):
+        raise DataError(
+            f"data.group_regex {group_regex!r} matches no photo's name, such as {shown(samples[0].name)}",
+            "names are paths below the data folder, with / between folders",
+        )
+    return [f"data.group_regex does not match {alone} photos; each is a group of its own"] if alone else []
+
+
+def _raise(problems: Sequence[str], remedy: str, notes: Sequence[str] = ()) -> None:
+    if problems:
+        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+        heading = f"{len(problems)} problem{'s' * (len(problems) > 1)} with the photos"
+        raise DataError("\n  ".join([heading, *problems[:_SHOWN], *more, *notes]), remedy)

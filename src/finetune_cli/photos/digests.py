@@ -1,0 +1,189 @@
+"""What a photo's bytes tell without decoding (SHA-256, width, height), and a memory of it from run to run.
+
+Reading a hundred thousand photos to hash them takes minutes; the memory makes the second run start at once. It is a
+small SQLite file with a row for each path, valid as long as the file's size and times are what they were. It is never
+needed: whatever is wrong with it, the photos are read again.
+"""
+
+import contextlib
+import hashlib
+import os
+import sqlite3
+import struct
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from finetune_cli.errors import BadImage
+from finetune_cli.photos import images
+from finetune_cli.text import shown
+
+# Another number for another layout: a file with a different one is set aside and begun anew.
+_LAYOUT = 1
+_APPLICATION = 0x46544D44  # "FTMD"
+_TABLE = "CREATE TABLE IF NOT EXISTS photos (path BLOB PRIMARY KEY, facts BLOB NOT NULL, crc INTEGER NOT NULL)"
+_FACTS = struct.Struct("<qqq32sII")  # size, mtime and ctime in nanoseconds, digest, width, height
+_BUSY_SECONDS = 10.0
+_ROWS_A_WRITE = 1000
+# Some file systems keep times to two seconds only: a file written that recently may change again unnoticed.
+_SETTLED_NS = 2_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """`digest` is the SHA-256 of the file's bytes in hexadecimal; width and height are those of the header."""
+
+    digest: str
+    width: int
+    height: int
+
+
+def examine(path: Path) -> Facts:
+    """Read the file at `path` once for its digest and header. Raises `BadImage` when it is no image or unreadable."""
+    header = images.read_header(path, sys.maxsize)
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as exc:
+        raise BadImage(path, f"cannot be read: {exc.strerror}") from exc
+    return Facts(digest, header.width, header.height)
+
+
+class DigestMemory:
+    """Remembers the `Facts` of good photos in the file `path`; `None` remembers nothing.
+
+    Bad photos are not remembered: they are few, and a repaired one, or a newer Pillow, should count at once. A damaged
+    or foreign file is set aside and begun anew; a file that cannot be used at all is done without. `warnings` says so.
+    For one thread; several processes may share a file.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.warnings: list[str] = []
+        self._connection: sqlite3.Connection | None = None
+        self._waiting: list[tuple[bytes, bytes, int]] = []
+        if path is not None:
+            self._attempt(self._open)
+
+    def __enter__(self) -> Self:
+        """The memory itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Write what is waiting, and close the file."""
+        self._attempt(self._write)
+        self._close()
+
+    def get(self, photos: Sequence[tuple[Path, os.stat_result]]) -> list[Facts | None]:
+        """What is remembered of each file (at most 1000) whose size and times are still those of its status."""
+        rows: list[tuple[object, ...]] = []
+        if self._connection is not None:
+            keys = [_key(path) for path, _status in photos]
+            query = f"SELECT path, facts, crc FROM photos WHERE path IN ({', '.join('?' * len(keys))})"  # noqa: S608
+            self._attempt(lambda: rows.extend(self._execute(query, tuple(keys))))
+        found = {
+            key: _FACTS.unpack(facts)
+            for key, facts, crc in rows
+            if isinstance(key, bytes) and isinstance(facts, bytes) and len(facts) == _FACTS.size
+            if crc == _crc(key, facts)
+        }
+        answers: list[Facts | None] = []
+        for path, status in photos:
+            row = found.get(_key(path), ())
+            valid = row[:3] == (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+            answers.append(Facts(row[3].hex(), row[4], row[5]) if valid else None)
+        return answers
+
+    def put(self, path: Path, status: os.stat_result, facts: Facts) -> None:
+        """Remember `facts` of the file at `path`, whose `status` was taken before it was read."""
+        newest = max(status.st_mtime_ns, status.st_ctime_ns)
+        if self._connection is None or time.time_ns() - newest < _SETTLED_NS:
+            return
+        key = _key(path)
+        times = (status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        packed = _FACTS.pack(*times, bytes.fromhex(facts.digest), facts.width, facts.height)
+        self._waiting.append((key, packed, _crc(key, packed)))
+        if len(self._waiting) >= _ROWS_A_WRITE:
+            self._attempt(self._write)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        """Do `action`; if the file is damaged, begin it anew, and if it cannot be used, go on without it."""
+        try:
+            action()
+        except sqlite3.DatabaseError as exc:
+            code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+            if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB} or isinstance(exc, _ForeignError):
+                self._begin_anew()
+            else:
+                self._give_up(exc)
+        except OSError as exc:
+            self._give_up(exc)
+
+    def _open(self) -> None:
+        assert self.path is not None
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._connection = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
+        (application,), (layout,) = (self._execute(f"PRAGMA {p}")[0] for p in ("application_id", "user_version"))
+        if (application, layout) == (_APPLICATION, _LAYOUT):
+            return
+        if application or layout or self._execute("SELECT 1 FROM sqlite_master LIMIT 1"):
+            raise _ForeignError
+        self._execute("BEGIN IMMEDIATE")
+        self._execute(_TABLE)
+        self._execute(f"PRAGMA application_id = {_APPLICATION}")
+        self._execute(f"PRAGMA user_version = {_LAYOUT}")
+        self._execute("COMMIT")
+
+    def _execute(self, statement: str, values: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
+        return self._connection.execute(statement, values).fetchall() if self._connection is not None else []
+
+    def _write(self) -> None:
+        if self._connection is None or not self._waiting:
+            return
+        rows, self._waiting = self._waiting, []
+        self._execute("BEGIN IMMEDIATE")
+        self._connection.executemany("INSERT OR REPLACE INTO photos VALUES (?, ?, ?)", rows)
+        self._execute("COMMIT")
+
+    def _begin_anew(self) -> None:
+        assert self.path is not None
+        self._close()
+        aside = self.path.with_name(self.path.name + ".damaged")
+        try:
+            self.path.replace(aside)
+            # What belongs to the old file would be played back into the new one.
+            self.path.with_name(self.path.name + "-journal").unlink(missing_ok=True)
+            self._open()
+        except (OSError, sqlite3.Error) as exc:
+            self._give_up(exc)
+        else:
+            self.warnings.append(f"the memory of photo digests was damaged: set aside as {aside}, and begun anew")
+
+    def _give_up(self, exc: Exception) -> None:
+        self._close()
+        self.warnings.append(f"the memory of photo digests {self.path} is not used: {shown(exc)}")
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.close()
+        self._connection = None
+
+
+class _ForeignError(sqlite3.DatabaseError):
+    """A database, but not one of ours."""
+
+
+def _key(path: Path) -> bytes:
+    return os.fsencode(path.absolute())
+
+
+def _crc(key: bytes, facts: bytes) -> int:
+    return zlib.crc32(facts, zlib.crc32(key))

@@ -1,0 +1,132 @@
+"""Each photo's header and digest, before anything is built: names in, samples and bad photos out.
+
+What a decoder would find is not found here; the feature pass refuses it with the same `refuse_bad`.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_cli.errors import BadImage, DataError
+from finetune_cli.parallel import cores, ordered_map
+from finetune_cli.photos import codecs
+from finetune_cli.photos.digests import DigestMemory, Facts, examine
+from finetune_cli.photos.layouts import Found, Listing
+from finetune_cli.text import shown
+
+_MOST_BAD = 0.1
+# Photos that a thread takes at once: few enough to share the work out, many enough for one look into the memory.
+_CHUNK = 32
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A good photo. `name` is its posix path below its root, `digest` the SHA-256 of its bytes in hexadecimal."""
+
+    path: Path
+    name: str
+    label: int
+    digest: str
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BadPhoto:
+    """A photo that cannot be used, and why, in one line."""
+
+    path: Path
+    name: str
+    reason: str
+
+
+def refuse_bad(bad: Sequence[BadPhoto], total: int, on_bad: str) -> None:
+    """Raise `DataError` that lists all `bad` photos out of `total`, unless they may be left out.
+
+    `on_bad`: ``error`` refuses any, ``skip`` more than a tenth, ``list`` none (for `check`, which goes on to the end).
+    """
+    if not bad or on_bad == "list" or (on_bad == "skip" and len(bad) <= _MOST_BAD * total):
+        return
+    lines = "".join(f"\n  {shown(photo.path)}: {shown(photo.reason)}" for photo in bad)
+    if on_bad == "skip":
+        problem = f"{len(bad)} of {total} photos cannot be used, which is more than {_MOST_BAD:.0%}"
+        raise DataError(problem + lines, "repair or remove them; so many may mean that the wrong folder was named")
+    raise DataError(
+        f"{len(bad)} of {total} photos cannot be used{lines}",
+        "repair or remove them, or run the same command with data.on_bad_image=skip to leave them out",
+    )
+
+
+def preflight(
+    listings: Mapping[str, Listing],
+    classes: Sequence[str],
+    group: Callable[[str], str | None],
+    max_pixels: int,
+    memory: DigestMemory,
+    progress: Progress,
+) -> tuple[dict[str, list[Sample]], list[BadPhoto]]:
+    """The samples of each listing, labelled by position in `classes`, and all photos that are bad.
+
+    Header and digest of a photo are remembered, or read in a few threads. `group` tells the group of a name that has
+    none from its table; `progress` is called with (photos done, photos in all).
+    """
+    labels = {name: i for i, name in enumerate(classes)}
+    total = sum(len(listing.photos) for listing in listings.values())
+    done = 0
+    bad: list[BadPhoto] = []
+    parts: dict[str, list[Sample]] = {}
+    for name, listing in listings.items():
+        samples = parts[name] = []
+        for photo, facts in _facts(listing.photos, memory):
+            done += 1
+            progress(done, total)
+            if isinstance(facts, str):
+                bad.append(BadPhoto(photo.path, photo.name, facts))
+            elif facts.width * facts.height > max_pixels:
+                reason = codecs.too_large(facts.width, facts.height, max_pixels)
+                bad.append(BadPhoto(photo.path, photo.name, reason))
+            else:
+                own_group = photo.group or group(photo.name)
+                samples.append(Sample(photo.path, photo.name, labels[photo.label], facts.digest, own_group))
+    return parts, bad
+
+
+def _facts(photos: Sequence[Found], memory: DigestMemory) -> Iterator[tuple[Found, Facts | str]]:
+    """Each photo with its facts, or with the reason why it is bad, in order."""
+    chunks = [photos[start : start + _CHUNK] for start in range(0, len(photos), _CHUNK)]
+    for known, answers in ordered_map(_read_unknown, (_look_up(chunk, memory) for chunk in chunks), cores()):
+        for (photo, status, before), facts in zip(known, answers, strict=True):
+            if before is None and status is not None and isinstance(facts, Facts):
+                memory.put(photo.path, status, facts)
+            yield photo, facts
+
+
+_Known = list[tuple[Found, os.stat_result | None, Facts | None]]
+
+
+def _look_up(chunk: Sequence[Found], memory: DigestMemory) -> _Known:
+    """Each photo with its status, `None` if there is no file, and what is remembered of it."""
+    statuses: list[os.stat_result | None] = []
+    for photo in chunk:
+        try:
+            statuses.append(photo.path.stat())
+        except (OSError, ValueError):
+            statuses.append(None)
+    present = [(photo.path, status) for photo, status in zip(chunk, statuses, strict=True) if status is not None]
+    remembered = iter(memory.get(present))
+    return [
+        (photo, status, next(remembered) if status is not None else None)
+        for photo, status in zip(chunk, statuses, strict=True)
+    ]
+
+
+def _read_unknown(known: _Known) -> tuple[_Known, list[Facts | str]]:
+    answers: list[Facts | str] = []
+    for photo, _status, facts in known:
+        try:
+            answers.append(facts or examine(photo.path))
+        except BadImage as exc:
+            answers.append(exc.reason)
+    return known, answers
