@@ -96,7 +96,7 @@ def fit_lbfgs(
     bit for bit, for any number of threads. `start` only saves iterations, because the objective has one minimum
     (with l2 > 0). `progress` is told of every iteration.
     """
-    with _one_blas_thread():
+    with one_blas_thread():
         problem = _Problem(features, labels, weights, n_classes, label_smoothing)
         return problem.minimise(l2, start, progress, tolerance=1e-10)
 
@@ -119,7 +119,7 @@ def choose_l2(
     """
     part = group_folds(labels, groups, math.ceil(len(labels) / CV_ROWS), seed) == 0
     x, y, w, g = features[part], labels[part], weights[part], groups[part]
-    with _one_blas_thread():
+    with one_blas_thread():
         validation = _CrossValidation(x, y, w, _validation_folds(y, g, seed), n_classes, label_smoothing)
         tried: dict[float, float] = {}
         first = _first_exponent(x, len(np.unique(g)))
@@ -265,7 +265,7 @@ def _log_loss(logits: NDArray[np.float32], labels: Ints) -> Floats:
 
 
 @contextmanager
-def _one_blas_thread() -> Iterator[None]:
+def one_blas_thread() -> Iterator[None]:
     """Keep BLAS to one thread; the blocks and folds bring the parallelism.
 
     OpenBLAS splits each of the many small products over its own threads and waits for them: 10 to 25 times slower as
