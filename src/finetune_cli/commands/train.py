@@ -23,7 +23,7 @@ from finetune_cli.model.fitting import Fitted, labels_of
 from finetune_cli.model.head import EpochState
 from finetune_cli.model.solver import Head
 from finetune_cli.observer import Observer
-from finetune_cli.runs import artefacts, checkpoints, run
+from finetune_cli.runs import artefacts, checkpoints, figures, run
 from finetune_cli.runs.preparation import Prepared, image_settings, prepare, timed
 from finetune_cli.runs.run import Run, SplitRow
 from finetune_cli.tables import write_csv
@@ -109,6 +109,7 @@ def _fit_and_finish(folder: Path, prepared: Prepared, observer: Observer) -> Run
             judged.append(artefacts.Judged(split, parts[split].samples, probabilities, evaluation))
     names = ["config.yaml", "environment.json", "split.csv", *artefacts.write_tables(folder, classes, judged)]
     names += _write_history(folder, fitted)
+    names += figures.write_figures(folder, judged[-1].evaluation, fitted.history)
     with timed(prepared.seconds, "saving"), observer.stage("saving and comparing the model", None, "models"):
         parity = _save_models(folder, prepared, fitted.head, temperature, judged[0].probabilities)
     names += ["model.keras", "inference/model.xml", "inference/model.bin"]

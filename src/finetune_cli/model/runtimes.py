@@ -175,9 +175,15 @@ def convert(model: Any) -> "openvino.Model":
         with warnings.catch_warnings():
             # The converter calls the model with a tuple of one; Keras takes it, and grumbles.
             warnings.filterwarnings("ignore", message="The structure of `inputs` doesn't match")
-            return convert_model(model)
+            converted = convert_model(model)
     except Exception as exc:  # the converter raises dozens of unrelated types
         raise FinetuneError(f"OpenVINO cannot convert this backbone: {str(exc).splitlines()[0]}") from exc
+    # Keras and OpenVINO number what has no name through the life of a process; equal models shall give equal files.
+    converted.output().get_tensor().set_names({model.layers[-1].name})
+    for i, node in enumerate(converted.get_ordered_ops()):
+        if node.get_type_name() != "Parameter":
+            node.set_friendly_name(f"{node.get_type_name()}_{i}")
+    return converted
 
 
 def read_ir(xml: Path) -> "openvino.Model":
