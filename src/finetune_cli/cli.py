@@ -114,7 +114,7 @@ def predict(
     predictor = command_predict.RunPredictor(loaded, workers=1 if one else cores(), latency=one)
     photos = iter_photos(_paths(paths))
     predictions = command_predict.predict(predictor, photos, top_k, min_confidence=min_confidence)
-    told, failed = render.predictions(console, predictions, format.value, output, top_k)
+    told, failed = render.predictions(console, predictions, format.value, output, min(top_k, len(predictor.classes)))
     if not told:
         raise DataError("no photo was found under the given paths")
     if failed:

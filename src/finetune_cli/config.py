@@ -241,14 +241,14 @@ def _resolve_paths(values: dict[str, Any], base: Path, overridden: frozenset[str
     output = values.setdefault("output", {})
     if isinstance(output, dict) and "directory" not in output:
         # A default is nobody's typed path: runs go under the current folder, where later commands look for them.
-        output["directory"] = os.path.abspath("runs")
+        output["directory"] = str(Path("runs").absolute())
     absolute = set()
     for section, key in list(_path_keys(values)):
         typed = Path(values[section][key]).expanduser()
         if typed.is_absolute() and (section, key) != ("output", "directory"):
             absolute.add(f"{section}.{key}")
         folder = Path() if f"{section}.{key}" in overridden else base
-        values[section][key] = os.path.abspath(folder / typed)
+        values[section][key] = os.path.abspath(folder / typed)  # noqa: PTH100 - unlike resolve() it keeps links, which people mean
     return frozenset(absolute)
 
 

@@ -5,7 +5,6 @@ classes may hold anything; `text.shown` makes control characters visible instead
 """
 
 import contextlib
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -131,9 +130,4 @@ class Console:
 
     def _finished(self, name: str, done: int, unit: str, seconds: float) -> None:
         rate = f" ({done / seconds:.0f}/s)" if seconds > 0.1 else ""
-        self.note(f"{name}: {done} {unit} in {seconds:.1f} s{rate}")
-
-
-def write_raw(text: str) -> None:
-    """Machine-readable output (CSV, JSON Lines) to stdout, untouched by Rich."""
-    sys.stdout.write(text)
+        self.note(f"{name}: {f'{done} {unit} in ' if done else ''}{seconds:.1f} s{rate if done else ''}")

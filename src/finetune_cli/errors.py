@@ -31,6 +31,7 @@ class FinetuneError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
+        """Problem and remedy, a line each."""
         return f"{self.problem}\n{self.remedy}" if self.remedy else self.problem
 
 

@@ -24,8 +24,9 @@ def trained(console: Console, run: "Run") -> None:
     """The end of `train`: how good, how long, and what to try next."""
     manifest = run.manifest
     names = {"val": "selection (validation)", "test": "test"}
+    folder = _nearby(run.folder)
     console.print()
-    console.title(f"{run.folder}: {manifest['backbone']['name']}, {len(run.classes)} classes")
+    console.title(f"{shown(folder)}: {shown(manifest['backbone']['name'])}, {len(run.classes)} classes")
     rows = [
         (
             names[split],
@@ -36,7 +37,7 @@ def trained(console: Console, run: "Run") -> None:
         )
         for split, metrics in sorted(manifest["metrics"].items(), key=lambda item: item[0], reverse=True)
     ]
-    console.table(("accuracy", "", "95 % interval", "always the largest class", "photos"), rows, right=(1, 2, 3, 4))
+    console.table(("", "accuracy", "95 % interval", "largest class alone", "photos"), rows, right=(1, 2, 3, 4))
     seconds = manifest["seconds"]
     console.table(("stage", "seconds"), [(k, f"{v:.1f}") for k, v in seconds.items()], right=(1,))
     views = manifest["views"]
@@ -47,8 +48,13 @@ def trained(console: Console, run: "Run") -> None:
     if manifest["bad_photos"]:
         console.print(f"skipped {len(manifest['bad_photos'])} bad photos; they are listed in run.json")
     console.print("\ntry next:")
-    console.print(f"  finetune predict PHOTO --run {run.folder}")
-    console.print(f"  finetune evaluate --run {run.folder}")
+    console.print(f"  finetune predict PHOTO --run {shown(folder)}")
+    console.print(f"  finetune evaluate --run {shown(folder)}")
+
+
+def _nearby(path: Path) -> Path:
+    """`path` as seen from the current folder if it lies in it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def predictions(

@@ -5,7 +5,9 @@ model gives the measured answers. Nothing exists under the output directory befo
 `run.json` is written last.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from finetune_cli import files
 from finetune_cli.config import Config
-from finetune_cli.errors import RunError
+from finetune_cli.errors import Interrupted, RunError
 from finetune_cli.metrics import evaluate, fit_temperature, softmax
 from finetune_cli.model import features, fitting, head
 from finetune_cli.model.fitting import Fitted, labels_of
@@ -38,7 +40,7 @@ def train(config: Config, observer: Observer, stem: str = "run", name: str | Non
     run.check_target(config.output.directory, name)
     prepared = prepare(config, observer)
     folder = run.create(config.output.directory, name, stem)
-    with files.lock(folder):
+    with files.lock(folder), _resumable(folder):
         _begin(folder, prepared)
         return _fit_and_finish(folder, prepared, observer)
 
@@ -52,10 +54,20 @@ def resume(folder: Path, config: Config, observer: Observer) -> Run:
         raise RunError(
             f"{folder} is finished; there is nothing to resume", "to train on, set model.start_from to that folder"
         )
-    with files.lock(folder):
+    with files.lock(folder), _resumable(folder):
         prepared = prepare(config, observer)
         _refuse_other_photos(folder, prepared)
         return _fit_and_finish(folder, prepared, observer)
+
+
+@contextlib.contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Tell how to go on when the block is interrupted."""
+    try:
+        yield
+    except Interrupted as exc:
+        exc.remedy = f"what was finished is saved; go on with: finetune train --resume {folder}"
+        raise
 
 
 def _begin(folder: Path, prepared: Prepared) -> None:
