@@ -33,7 +33,7 @@ _SMALLEST = np.float32(1e-38)
 
 @dataclass(frozen=True)
 class Photos:
-    """What is judged: `part` is val or test of the run, or data; `source` says it to a person."""
+    """What is judged: `part` is a split of the run, or data; `source` says it to a person."""
 
     part: str
     source: str
@@ -106,15 +106,17 @@ class Judged:
         return (*self.photos.bad, *self.answers.bad)
 
 
-def photos_of_run(run: Run, root: Path | None, workers: int, advance: Advance) -> Photos:
-    """The test photos of `run` if it has some, else its validation photos.
+def photos_of_run(run: Run, root: Path | None, workers: int, advance: Advance, part: str | None = None) -> Photos:
+    """The photos of `run` in `part`, by default its test photos if it has some, else its validation photos.
 
     They are looked for where they were when the run was made or, with `root`, by their content anywhere below it.
     Raises `DataError` when none is there.
     """
     rows = run.split()
-    part = "test" if any(row.split == "test" for row in rows) else "val"
-    source = {"test": "test photos of the run", "val": "validation photos of the run"}[part]
+    if part is None:
+        part = "test" if any(row.split == "test" for row in rows) else "val"
+    names = {"train": "training", "val": "validation", "test": "test"}
+    source = f"{names[part]} photos of the run"
     rows = [row for row in rows if row.split == part]
     folder = run.data_roots()[part] if root is None else root
     places = None if root is None else _by_digest(root, {row.digest for row in rows}, workers, advance)
