@@ -4,6 +4,8 @@ import os
 import struct
 import subprocess
 import sys
+import threading
+import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from finetune_cli.errors import BadImage
-from finetune_cli.photos.images import EXTENSIONS, Header, ImageSettings, decode, read_header
+from finetune_cli.photos.images import EXTENSIONS, Header, ImageSettings, _PixelBudget, decode, read_header
 
 LIMIT = 10**8
 WHITE = [255, 255, 255]
@@ -467,6 +469,45 @@ def test_many_threads_give_the_same_pixels():
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(work, files * 4)) == [work(data) for data in files] * 4
+
+
+def test_threads_share_a_budget_of_pixels(monkeypatch):
+    monkeypatch.setattr("finetune_cli.photos.images._BUDGET", _PixelBudget(25_000))
+    running, most, lock = [0], [0], threading.Lock()
+    load = ImageFile.ImageFile.load
+
+    def change(pixels):
+        with lock:
+            running[0] += pixels
+            most[0] = max(most[0], running[0])
+
+    def counted(image):
+        change(image.width * image.height)
+        time.sleep(0.01)
+        try:
+            return load(image)
+        finally:
+            change(-image.width * image.height)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", counted)
+    files = [encode(flat("RGB", (1, 2, 3), size), "BMP") for size in [(100, 100)] * 12 + [(200, 200)] * 2] * 2
+    with ThreadPoolExecutor(6) as pool:
+        assert len(list(pool.map(colour_of, files))) == len(files)
+    assert most[0] == 40_000  # the larger ones alone; otherwise two at a time
+    assert running == [0]
+
+
+def test_a_refused_picture_gives_its_pixels_back(monkeypatch):
+    monkeypatch.setattr("finetune_cli.photos.images._BUDGET", _PixelBudget(100))
+    for _ in range(3):
+        refusal(encode(smooth(), "BMP")[:-50])
+    assert decoded(encode(smooth(), "BMP")).any()
+
+
+def test_webp_may_have_fewer_pixels():
+    data = encode(flat("RGB", (1, 2, 3), (40, 25)), "WEBP")
+    assert decode(data, ImageSettings(32, max_pixels=1250)).any()
+    assert "more than 80% (for WebP) of image.max_pixels = 1249" in refusal(data, ImageSettings(32, max_pixels=1249))
 
 
 def test_pixels_may_be_written_to():

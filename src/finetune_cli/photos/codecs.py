@@ -9,6 +9,7 @@ import ctypes
 import functools
 import importlib
 import io
+import logging
 import os
 import re
 import stat
@@ -48,11 +49,14 @@ _NOT_PHOTOS = (
 _MOST_SCANNED_PIXELS = 1e10
 _SCAN_SEARCH_BYTES = 1 << 28
 
+# A pixel of a WebP file takes Pillow 16 bytes, where the worst of the others takes 10; 38 bytes can promise any size.
+_WEBP_SHARE = 0.8
+
 _PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
-class Refused(Exception):  # noqa: N818 - becomes `BadImage`, which knows the path
-    """The reason why a file is not decoded; raised within `opened`."""
+class Refused(Exception):
+    """The reason why a file is not decoded; raised within `opened`, which makes a `BadImage` of it."""
 
 
 @contextlib.contextmanager
@@ -68,8 +72,9 @@ def opened(source: Path | bytes, max_pixels: int) -> Iterator["ImageFile"]:
             kind = _format(stream)
             image = _plugin(kind)(stream, "")
             width, height = image.size
-            if width * height > max_pixels:
-                raise Refused(too_large(width, height, max_pixels))
+            allowed = int(max_pixels * _WEBP_SHARE) if kind == "WebP" else max_pixels
+            if width * height > allowed:
+                raise Refused(too_large(width, height, max_pixels, kind))
             if kind == "Jpeg":
                 _limit_scans(image, stream)
             yield image
@@ -78,10 +83,11 @@ def opened(source: Path | bytes, max_pixels: int) -> Iterator["ImageFile"]:
         raise BadImage("image" if isinstance(source, bytes) else source, _reason(exc, kind)) from exc
 
 
-def too_large(width: int, height: int, max_pixels: int) -> str:
+def too_large(width: int, height: int, max_pixels: int, kind: str = "") -> str:
     """The reason why an image of more than `max_pixels` is refused."""
+    share = f"{_WEBP_SHARE:.0%} (for WebP) of " if kind == "WebP" else ""
     return (
-        f"{width} x {height} pixels, more than image.max_pixels = {max_pixels}; "
+        f"{width} x {height} pixels, more than {share}image.max_pixels = {max_pixels}; "
         "make it smaller, or raise the limit if you trust it"
     )
 
@@ -122,8 +128,15 @@ def _silence_pillow() -> None:
     `warnings.catch_warnings` is not thread-safe, so one filter is put in front for good, and put back when somebody
     else's `catch_warnings` has dropped it.
     """
+    _silence_log()
     if not warnings.filters or warnings.filters[0] != _PILLOW_WARNINGS:
         warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+@functools.cache
+def _silence_log() -> None:
+    """Keep what Pillow logs from the terminal, where Python writes it if nobody has set up logging."""
+    logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 @functools.cache

@@ -17,6 +17,9 @@ and 0.6 grey levels.
 Everything here is thread-safe and lets go of the interpreter lock while decoding and resizing.
 """
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,11 +88,44 @@ def decode(source: Path | bytes, settings: ImageSettings) -> NDArray[np.uint8]:
     Raises `BadImage`, and nothing else, when it cannot be decoded whole. Nothing is printed.
     """
     with opened(source, settings.max_pixels) as image:
+        stored = image.width * image.height
         extent = _draft(image, settings)
-        image.load()
-        picture = _resized(_eight_bits(image), extent or image.size, settings)
+        # libjpeg keeps a progressive picture in memory at its full size.
+        pixels = stored if image.info.get("progressive") else image.width * image.height
+        with _BUDGET.spend(pixels):
+            image.load()
+            picture = _resized(_eight_bits(image), extent or image.size, settings)
         picture = _on_white(_upright(picture, image))
         return np.array(_padded(picture, settings.size))
+
+
+class _PixelBudget:
+    """Bounds the memory that all threads together need: at most `most` pixels are being decoded at any time.
+
+    A picture that is larger than that waits until it is alone.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._spent = 0
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def spend(self, pixels: int) -> Iterator[None]:
+        """Wait until `pixels` more may be decoded, and count them as long as the block lasts."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._spent or self._spent + pixels <= self._most)
+            self._spent += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._spent -= pixels
+                self._changed.notify_all()
+
+
+# Pillow and what follows need 4 to 10 bytes a pixel, 16 for WebP.
+_BUDGET = _PixelBudget(100_000_000)
 
 
 def _draft(image: "ImageFile", settings: ImageSettings) -> tuple[float, float] | None:
