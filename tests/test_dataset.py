@@ -369,7 +369,7 @@ def test_iter_photos_is_lazy(two_classes):
 
 
 def test_memory_of_an_index_is_modest(tmp_path, monkeypatch):
-    """A million photos should be indexed in about a gigabyte."""
+    """A million photos take about a gigabyte."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     count = 4000

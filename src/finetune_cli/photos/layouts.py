@@ -27,9 +27,12 @@ _KINDS_SHOWN = 8
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A photo that a folder or a table names; `name` is its posix path relative to the listing's root."""
+    """A photo that a folder or a table names; `name` is its posix path relative to the listing's root.
 
-    path: Path
+    `path` is text, because a `Path` takes several times the memory, and there may be a million of them.
+    """
+
+    path: str
     name: str
     label: str
     group: str | None = None
@@ -200,7 +203,8 @@ def _read_folders(root: Path) -> Listing:
         folder = root / label
         if (folder / "train").is_dir():
             listing.notes.append(f"{shown(folder)} counts as a class, but holds train/ as if it were a data set")
-        listing.photos += [Found(folder / name, f"{label}/{name}", label) for name in walk(folder, ignored, failed)]
+        for name in walk(folder, ignored, failed):
+            listing.photos.append(Found(os.path.join(folder, name), f"{label}/{name}", label))  # noqa: PTH118 - text
     if problems:
         raise DataError("\n  ".join([f"{len(problems)} folders cannot be read", *problems]), "grant yourself access")
     listing.classes = tuple(sorted((label for label, is_folder in entries if is_folder), key=byte_order))
@@ -304,6 +308,5 @@ def _photo_of(row: list[str], columns: dict[str, int], root: Path) -> Found | st
         split = SPLITS.get(cell("split").lower())
         if split is None:
             return f"split is {shown(cell('split'))!r}, not train, val or test"
-    path = root / typed
-    name = os.path.relpath(path, root) if Path(typed).is_absolute() else os.path.normpath(typed)
-    return Found(path, Path(name).as_posix(), label, group, split)
+    name = os.path.relpath(typed, root) if Path(typed).is_absolute() else os.path.normpath(typed)
+    return Found(str(root / typed), Path(name).as_posix(), label, group, split)

@@ -83,13 +83,13 @@ def preflight(
             done += 1
             progress(done, total)
             if isinstance(facts, str):
-                bad.append(BadPhoto(photo.path, photo.name, facts))
+                bad.append(BadPhoto(Path(photo.path), photo.name, facts))
             elif facts.width * facts.height > max_pixels:
                 reason = codecs.too_large(facts.width, facts.height, max_pixels)
-                bad.append(BadPhoto(photo.path, photo.name, reason))
+                bad.append(BadPhoto(Path(photo.path), photo.name, reason))
             else:
                 own_group = photo.group or group(photo.name)
-                samples.append(Sample(photo.path, photo.name, labels[photo.label], facts.digest, own_group))
+                samples.append(Sample(Path(photo.path), photo.name, labels[photo.label], facts.digest, own_group))
     return parts, bad
 
 
@@ -99,7 +99,7 @@ def _facts(photos: Sequence[Found], memory: DigestMemory) -> Iterator[tuple[Foun
     for known, answers in ordered_map(_read_unknown, (_look_up(chunk, memory) for chunk in chunks), cores()):
         for (photo, status, before), facts in zip(known, answers, strict=True):
             if before is None and status is not None and isinstance(facts, Facts):
-                memory.put(photo.path, status, facts)
+                memory.put(Path(photo.path), status, facts)
             yield photo, facts
 
 
@@ -111,10 +111,10 @@ def _look_up(chunk: Sequence[Found], memory: DigestMemory) -> _Known:
     statuses: list[os.stat_result | None] = []
     for photo in chunk:
         try:
-            statuses.append(photo.path.stat())
+            statuses.append(os.stat(photo.path))  # noqa: PTH116 - a Path would only be thrown away
         except (OSError, ValueError):
             statuses.append(None)
-    present = [(photo.path, status) for photo, status in zip(chunk, statuses, strict=True) if status is not None]
+    present = [(Path(photo.path), status) for photo, status in zip(chunk, statuses, strict=True) if status is not None]
     remembered = iter(memory.get(present))
     return [
         (photo, status, next(remembered) if status is not None else None)
@@ -126,7 +126,7 @@ def _read_unknown(known: _Known) -> tuple[_Known, list[Facts | str]]:
     answers: list[Facts | str] = []
     for photo, _status, facts in known:
         try:
-            answers.append(facts or examine(photo.path))
+            answers.append(facts or examine(Path(photo.path)))
         except BadImage as exc:
             answers.append(exc.reason)
     return known, answers
