@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli.errors import FinetuneError, RunError, UsageError
+from finetune_cli.model import ir
 from finetune_cli.model.keras_setup import import_keras
 
 if TYPE_CHECKING:
@@ -66,8 +67,6 @@ class OpenVinoRuntime:
     ) -> None:
         ov = import_openvino()
         self.precision: Precision = precision
-        preprocess = ov.preprocess.PrePostProcessor(model)
-        preprocess.input().tensor().set_element_type(ov.Type.u8)
         # AUTO streams would leave the cores idle that the decoding threads do not need at that moment, and pinned
         # streams would fight with those threads for the same cores.
         settings: dict[str, Any] = {
@@ -83,9 +82,11 @@ class OpenVinoRuntime:
             }
         )
         try:
+            preprocess = ov.preprocess.PrePostProcessor(model)
+            preprocess.input().tensor().set_element_type(ov.Type.u8)
             self._compiled = ov.Core().compile_model(preprocess.build(), "CPU", settings)
         except RuntimeError as exc:
-            raise RunError(f"OpenVINO cannot compile the model: {str(exc).splitlines()[0]}") from exc
+            raise RunError(f"OpenVINO cannot compile the model: {ir.reason(exc)}") from exc
         self._local = threading.local()
 
     def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -97,7 +98,10 @@ class OpenVinoRuntime:
         request = getattr(self._local, "request", None)
         if request is None:
             request = self._local.request = self._compiled.create_infer_request()
-        request.infer([photos], share_inputs=True)
+        try:
+            request.infer([photos], share_inputs=True)
+        except RuntimeError as exc:
+            raise RunError(f"OpenVINO cannot run the model: {ir.reason(exc)}") from exc
         return [
             np.array(request.get_output_tensor(i).data, dtype=np.float32) for i in range(len(self._compiled.outputs))
         ]
@@ -177,7 +181,7 @@ def convert(model: Any) -> "openvino.Model":
             warnings.filterwarnings("ignore", message="The structure of `inputs` doesn't match")
             converted = convert_model(model)
     except Exception as exc:  # the converter raises dozens of unrelated types
-        raise FinetuneError(f"OpenVINO cannot convert this backbone: {str(exc).splitlines()[0]}") from exc
+        raise FinetuneError(f"OpenVINO cannot convert this backbone: {ir.reason(exc)}") from exc
     # Keras and OpenVINO number what has no name through the life of a process; equal models shall give equal files.
     converted.output().get_tensor().set_names({model.layers[-1].name})
     for i, node in enumerate(converted.get_ordered_ops()):
@@ -187,9 +191,15 @@ def convert(model: Any) -> "openvino.Model":
 
 
 def read_ir(xml: Path) -> "openvino.Model":
-    """The OpenVINO model in `xml` and the `.bin` file beside it. Raises `RunError` when damaged."""
+    """The OpenVINO model in `xml` and the `.bin` file beside it.
+
+    Raises `RunError` when it is damaged, or not such a model as `train` writes (see `ir.py`).
+    """
+    ir.check_ir(xml, xml.with_suffix(".bin"))
     ov = import_openvino()
     try:
-        return ov.Core().read_model(xml)
+        model = ov.Core().read_model(xml)
     except RuntimeError as exc:
-        raise RunError(f"{xml} cannot be read as an OpenVINO model: {str(exc).splitlines()[0]}") from exc
+        raise RunError(f"{xml} cannot be read as an OpenVINO model: {ir.reason(exc)}") from exc
+    ir.check_sizes(model, xml)
+    return model
