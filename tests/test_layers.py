@@ -9,13 +9,13 @@ SOURCE = Path(__file__).parents[1] / "src" / "finetune_cli"
 # From the ground up; modules of one floor may import each other, except on the floor `commands`.
 FLOORS = [
     {"errors", "text"},
-    {"files", "observer", "parallel", "yamlfile"},
+    {"files", "signals", "observer", "parallel", "yamlfile"},
     {"metrics", "calibration", "folds", "tables"},
     {"photos"},
     {"config", "config_errors"},
     {"model"},
     {"runs"},
-    {"exports"},
+    {"exports", "reporting"},
     {"commands"},
     {"console", "render"},
     {"cli_app"},

@@ -155,6 +155,7 @@ def evaluate(
     fail_under: Annotated[
         float | None, typer.Option(min=0, max=1, metavar="X", help="Exit 4 when the accuracy is below X.")
     ] = None,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html, too.")] = True,
     quiet: QuietOption = False,
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
@@ -167,6 +168,10 @@ def evaluate(
     loaded = find_run(console, run)
     other = Run.load(compare) if compare is not None else None
     result = command_evaluate.evaluate(loaded, console, data, root, name, other)
+    if report:
+        from finetune_cli.commands import report as command_report
+
+        command_report.report(result.judged, result.folder, console)
     render.evaluated(console, result)
     if fail_under is not None:
         command_evaluate.gate(result, fail_under)

@@ -168,7 +168,8 @@ def evaluated(console: Console, result: "Result") -> None:
         console.print(f"left out {shown(photo.path)}: {shown(photo.reason)}")
     if len(judged.bad) > _MOST_ROWS:
         console.print(f"... and {len(judged.bad) - _MOST_ROWS} more; all are in metrics.json")
-    console.print(f"wrote {result.folder}")
+    report = result.folder / "report.html"
+    console.print(f"wrote {report if report.exists() else result.folder}")
 
 
 def _scores(console: Console, judged: "Judged") -> None:

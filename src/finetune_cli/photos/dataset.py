@@ -73,7 +73,7 @@ def load(
     listings = _listings(sources)
     classes = listings["train"].classes
     _check_classes(listings)
-    parts, bad = preflight(listings, classes, _grouping(group_regex), max_pixels, memory, progress)
+    parts, bad = preflight(listings, classes, grouping(group_regex), max_pixels, memory, progress)
     refuse_bad(bad, sum(map(len, parts.values())) + len(bad), on_bad)
     _check_samples(parts, classes)
     notes = [*sources.notes, *(note for listing in listings.values() for note in listing.notes), *memory.warnings]
@@ -194,7 +194,7 @@ def _enumerated(names: Sequence[str]) -> str:
     return ", ".join(map(shown, names[:_SHOWN])) + more
 
 
-def _grouping(group_regex: str | None) -> Callable[[str], str | None]:
+def grouping(group_regex: str | None) -> Callable[[str], str | None]:
     """A photo's name -> its group: the first capture group of `group_regex`, or all that it matched."""
     if group_regex is None:
         return lambda _name: None

@@ -5,7 +5,7 @@ from numpy.typing import NDArray
 
 _FOR = np.array((214, 39, 24), np.float64)
 _AGAINST = np.array((33, 102, 205), np.float64)
-_STRONGEST = 0.8  # how much of the photo the strongest place hides
+_STRONGEST = 0.7  # how much of the photo the strongest place hides
 _GREY = np.array((0.299, 0.587, 0.114))  # luminance, ITU-R BT.601
 
 

@@ -1,0 +1,245 @@
+"""`report.html` of an evaluation: one file, no network, no script; names are text whatever they hold.
+
+Sections that need the training features take them from the cache; where those are gone, the section says so.
+"""
+
+import base64
+import csv
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from finetune_cli import __version__, config, files
+from finetune_cli.errors import FinetuneError
+from finetune_cli.observer import Observer
+from finetune_cli.parallel import cores
+from finetune_cli.photos.dataset import Sample
+from finetune_cli.reporting import charts, material, pictures, refits, verdict
+from finetune_cli.reporting import matrix as confusion
+from finetune_cli.reporting.pictures import Figure
+from finetune_cli.reporting.refits import FRACTIONS, Judges, LearningCurve, Suspect
+from finetune_cli.runs import figures
+from finetune_cli.runs.judged import Judged
+from finetune_cli.runs.predictor import InsightfulPredictor
+from finetune_cli.runs.run import Run
+from finetune_cli.text import shown
+
+NAME = "report.html"
+_EXAMPLES = 12
+_MOST_SUSPECTS = 24
+_MOST_ROWS = 100
+
+Values = dict[str, Any]
+
+
+def report(judged: Judged, folder: Path, observer: Observer) -> Path:
+    """Write report.html, whose path is returned, and confusion_matrix.png into `folder`. Raises `StorageError`."""
+    run = judged.run
+    with observer.stage("pictures for the report", None) as advance:
+        matrix = confusion.matrix(judged, cores(), advance)
+        mistakes, unsure = _examples(judged)
+    values = {
+        "run": shown(run.name),
+        "source": shown(judged.photos.source),
+        "version": __version__,
+        "backbone": shown(run.manifest["backbone"]["name"]),
+        "created": shown(run.manifest.get("created", "")),
+        "verdict": verdict.verdict(judged),
+        "evaluation": judged.evaluation,
+        "calibration": judged.calibration,
+        "counts": _counts(judged),
+        "history": _history(run),
+        "matrix": matrix,
+        "mistakes": mistakes,
+        "unsure": unsure,
+        "feature_map": bool(run.manifest["backbone"].get("feature_map")),
+        "reliability": charts.reliability(
+            None if judged.calibration is None else judged.calibration.before,
+            judged.evaluation.calibration if judged.calibration is None else judged.calibration.after,
+        ),
+        "coverage": charts.coverage(
+            judged.answers.probabilities.max(axis=1),
+            judged.answers.predicted == judged.answers.labels,
+            judged.evaluation.coverage,
+        ),
+        "duplicates": _duplicates(judged)[:_MOST_ROWS],
+        "compared": judged.compared,
+        "bad": [(shown(photo.name), shown(photo.reason)) for photo in judged.bad[:_MOST_ROWS]],
+        "bad_count": len(judged.bad),
+        **_from_training(judged, observer),
+        **_surroundings(run),
+    }
+    path = folder / NAME
+    files.write_text(path, _render(values))
+    figures.write_figures(folder, judged.evaluation)
+    return path
+
+
+def _render(values: Values) -> str:
+    import jinja2
+
+    templates = resources.files("finetune_cli") / "templates"
+    style = (templates / "report.css").read_text("utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"percent": verdict.percent, "shown": shown}
+    template = environment.from_string((templates / "report.html.j2").read_text("utf-8"))
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
+    return template.render(style=style, style_digest=digest, **values)
+
+
+def _counts(judged: Judged) -> Values:
+    """Photos by class and split; the evaluated ones have a column of their own when they are not of the run."""
+    rows = judged.run.split()
+    counts = Counter((row.label, row.split) for row in rows)
+    columns = [split for split in ("train", "val", "test") if any(row.split == split for row in rows)]
+    names = {"train": "training", "val": "validation", "test": "test", "data": "evaluated"}
+    if judged.photos.part == "data":
+        columns.append("data")
+        counts.update((judged.run.classes[sample.label], "data") for sample in judged.answers.samples)
+    table = [(shown(name), [counts[name, column] for column in columns]) for name in judged.run.classes]
+    totals = [sum(counts[name, column] for name in judged.run.classes) for column in columns]
+    return {"columns": [names[column] for column in columns], "rows": table, "totals": totals}
+
+
+def _history(run: Run) -> list[charts.Chart]:
+    if "history.csv" not in run.manifest["files"]:
+        return []
+    with run.file("history.csv").open(encoding="utf-8", newline="") as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    return charts.learning(rows) if rows else []
+
+
+def _examples(judged: Judged) -> tuple[list[Figure], list[Figure]]:
+    """The most confident mistakes and the least sure right answers, with what speaks for one class against another."""
+    answers, classes = judged.answers, [shown(name) for name in judged.run.classes]
+    confidence, right = answers.probabilities.max(axis=1), answers.predicted == answers.labels
+    order = np.argsort(-confidence, kind="stable")
+    mistakes = [int(i) for i in order if not right[i]][:_EXAMPLES]
+    unsure = [int(i) for i in order[::-1] if right[i]][:_EXAMPLES]
+    second = np.argsort(-answers.probabilities, axis=1, kind="stable")[:, 1]
+    pairs = [(int(answers.predicted[i]), int(answers.labels[i])) for i in mistakes]
+    pairs += [(int(answers.predicted[i]), int(second[i])) for i in unsure]
+    chosen = [answers.samples[i] for i in mistakes + unsure]
+    made = pictures.contrasts(InsightfulPredictor(judged.run, cores()), chosen, pairs, cores())
+
+    def figure(i: int, pair: tuple[int, int], picture: str | None) -> Figure:
+        one, other = pair
+        p = answers.probabilities[i]
+        true = (f"labelled {classes[answers.labels[i]]}",) if not right[i] else ()
+        told = (
+            f"{verdict.percent(float(p[one]))} {classes[one]}",
+            f"{verdict.percent(float(p[other]))} {classes[other]}",
+        )
+        return Figure(shown(answers.samples[i].name), picture, (*true, *told))
+
+    figures = [figure(*item) for item in zip(mistakes + unsure, pairs, made, strict=True)]
+    return figures[: len(mistakes)], figures[len(mistakes) :]
+
+
+def _duplicates(judged: Judged) -> list[Values]:
+    """Photos that lie, byte for byte, on both sides of a split, or in training and among those evaluated."""
+    places: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for row in judged.run.split():
+        places[row.digest].append((row.split, row.path))
+    if judged.photos.part == "data":
+        for sample in judged.answers.samples:
+            places[sample.digest].append(("evaluated", sample.name))
+    return [
+        {"digest": digest[:12], "places": [(split, shown(path)) for split, path in found]}
+        for digest, found in places.items()
+        if len({split for split, _path in found}) > 1
+    ]
+
+
+def _from_training(judged: Judged, observer: Observer) -> Values:
+    """The sections that need the training features; `training_problem` says why they are empty."""
+    run = judged.run
+    values: Values = {
+        "training_problem": "", "suspects": [], "suspect_count": 0, "views": "", "curve": None, "photos_used": (0, 0)
+    }  # fmt: skip
+    try:
+        stuff = refits.with_strength(material.load(run, config.load(run.file("config.yaml"))))
+    except FinetuneError as exc:
+        return {**values, "training_problem": f"{shown(exc.problem)}; {shown(exc.remedy)}"}
+    judges = Judges(judged.answers.features, judged.answers.labels[:: judged.answers.stride])
+    with observer.stage(
+        "refits for the report", refits.FOLDS + refits.fits() + 2 * (stuff.views > 1), "fits"
+    ) as advance:
+        suspects = refits.suspects(stuff, advance)
+        curve = refits.learning_curve(stuff, judges, advance)
+        if stuff.views > 1:
+            values["views"] = verdict.augmentation(refits.effect_of_views(stuff, judges))
+            advance(2)
+    return {
+        **values,
+        "suspects": _suspects(run, suspects[:_MOST_SUSPECTS]),
+        "suspect_count": len(suspects),
+        "curve": _curve(curve, run),
+        "photos_used": (len(stuff.labels), stuff.photos),
+    }
+
+
+def _suspects(run: Run, found: Sequence[Suspect]) -> list[Figure]:
+    root = run.data_roots().get("train", run.folder)
+    samples = [Sample(root / suspect.row.path, suspect.row.path, 0, suspect.row.digest) for suspect in found]
+    made = pictures.thumbnails(samples, run.image_settings, cores(), lambda _n: None)
+    return [
+        Figure(
+            shown(suspect.row.path),
+            picture,
+            (
+                f"labelled {shown(suspect.row.label)} ({verdict.percent(suspect.probability)})",
+                f"perhaps {shown(suspect.suggested)} ({verdict.percent(suspect.suggested_probability)})",
+            ),
+        )
+        for suspect, picture in zip(found, made, strict=True)
+    ]
+
+
+def _curve(curve: LearningCurve, run: Run) -> Values:
+    """The learning curve: the classes that gained most from the second half of the photos first."""
+    order = [int(i) for i in np.argsort(-np.nan_to_num(curve.gain, nan=-2)) if curve.support[i]]
+    low = float(np.nanmin(curve.recall))
+    rows = [
+        {
+            "name": shown(run.classes[i]),
+            "recall": [float(share) for share in curve.recall[:, i]],
+            "gain": float(curve.gain[i]),
+            "error": float(curve.error[i]),
+            "photos": int(curve.support[i]),
+            "spark": charts.spark([float(share) for share in curve.recall[:, i]], low),
+        }
+        for i in order[:_MOST_ROWS]
+    ]
+    return {
+        "sentence": verdict.more_photos(curve, run.classes),
+        "chart": charts.by_photos(curve.photos, [float(share) for share in curve.accuracy]),
+        "fractions": [f"{fraction:.0%}" for fraction in FRACTIONS],
+        "rows": rows,
+    }
+
+
+def _surroundings(run: Run) -> Values:
+    """The resolved config as text, and the environment as rows."""
+    try:
+        text = run.file("config.yaml").read_text("utf-8")
+        environment = json.loads(run.file("environment.json").read_text("utf-8"))
+    except (FinetuneError, ValueError) as exc:
+        return {"config": f"not readable: {exc}", "environment": []}
+    packages = environment.pop("packages", {})
+    rows = [*environment.items(), *packages.items()]
+    return {"config": text, "environment": [(shown(key), shown(_told(value))) for key, value in rows]}
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_told(inner)}" for key, inner in value.items())
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return "-" if value is None else str(value)

@@ -1,0 +1,1 @@
+"""What `report.html` is made of: refits on cached features, pictures, charts and sentences."""
