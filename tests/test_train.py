@@ -12,7 +12,7 @@ from finetune_cli import config, files
 from finetune_cli.commands import check as command_check
 from finetune_cli.commands import predict as command_predict
 from finetune_cli.commands import train as command_train
-from finetune_cli.errors import DataError, FinetuneError, GateError, Interrupted, RunError, UsageError
+from finetune_cli.errors import DataError, GateError, Interrupted, RunError, UsageError
 from finetune_cli.observer import Silent
 from finetune_cli.photos import sample
 from finetune_cli.runs import artefacts, preparation
@@ -83,7 +83,11 @@ def test_a_run_holds_what_is_promised(finished):
     assert finished.classes == ("city", "forest")
     assert finished.manifest["photos"]["train"] + finished.manifest["photos"]["val"] == 32
     assert finished.manifest["metrics"]["val"]["accuracy"] >= 0.8
-    text = "".join(p.read_text("utf-8", "replace") for p in finished.folder.rglob("*") if p.suffix in {".json", ".yaml", ".csv", ".xml"})
+    text = "".join(
+        p.read_text("utf-8", "replace")
+        for p in finished.folder.rglob("*")
+        if p.suffix in {".json", ".yaml", ".csv", ".xml"}
+    )
     assert str(Path.home()) not in text
     assert str(finished.folder.parents[1]) not in text
 

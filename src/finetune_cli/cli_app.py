@@ -5,7 +5,6 @@ Nothing heavy is imported at the top: `finetune --help` and a mistyped option an
 
 import functools
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
-from finetune_cli import __version__
+from finetune_cli import __version__, signals
 from finetune_cli.errors import FinetuneError, Interrupted
 
 if TYPE_CHECKING:
@@ -68,10 +67,10 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        _catch_signals()
+        signals.catch()
         try:
             function(*args, **kwargs)
-        except FinetuneError as exc:
+        except (FinetuneError, Interrupted) as exc:
             _fail(exc, bool(kwargs.get("debug")))
         except BrokenPipeError:
             # The reader of our output (`| head`) has gone; Python must not complain when it flushes at exit.
@@ -83,30 +82,19 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             error = FinetuneError(
                 f"unexpected {type(exc).__name__}: {exc}", "this is a bug; run again with --debug and report it"
             )
+            error.__cause__ = exc
             _fail(error, bool(kwargs.get("debug")))
 
     return app.command()(guarded)
 
 
-def _fail(error: FinetuneError, debug: bool) -> None:
+def _fail(error: FinetuneError | Interrupted, debug: bool) -> None:
     if debug:
         traceback.print_exception(error)
     from finetune_cli.console import Console
 
     Console().error(error)
     raise typer.Exit(error.exit_code)
-
-
-def _catch_signals() -> None:
-    """The first SIGINT or SIGTERM raises `Interrupted` in the main thread; a second one exits at once."""
-
-    def first(number: int, _frame: object) -> None:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, lambda again, _frame: os._exit(128 + again))
-        raise Interrupted(number)
-
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, first)
 
 
 def new_console(quiet: bool = False) -> "Console":

@@ -158,6 +158,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     """
     document = yamlfile.read(path) if path is not None else yamlfile.Document()
     values: dict[str, Any] = document.values
+    values.setdefault("data", {})  # so that what is missing is said to be `data.train`
     problems = [
         f"{path}, line {line}: `{'.'.join(map(str, keys))}` is given twice" for keys, line in document.duplicates
     ]

@@ -9,7 +9,8 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from finetune_cli.errors import FinetuneError
+from finetune_cli import signals
+from finetune_cli.errors import FinetuneError, Interrupted
 from finetune_cli.observer import Advance
 from finetune_cli.text import shown
 
@@ -36,6 +37,7 @@ class Console:
 
     def note(self, text: str) -> None:
         """A fact about the work."""
+        signals.check()
         if not self.quiet:
             for line in text.splitlines():
                 self.err.print(shown(line), markup=False, style="dim" if self.err.is_terminal else "")
@@ -44,7 +46,7 @@ class Console:
         """Something that may be wrong."""
         self._labelled("warning", "yellow", text)
 
-    def error(self, error: FinetuneError) -> None:
+    def error(self, error: FinetuneError | Interrupted) -> None:
         """What is wrong and what to do."""
         self._labelled("error", "bold red", error.problem)
         if error.remedy:
@@ -75,8 +77,9 @@ class Console:
     @contextlib.contextmanager
     def stage(self, name: str, total: int | None, unit: str = "photos") -> Iterator[Advance]:
         """Progress of one stage with rate and time left; without a terminal, a line every ten seconds."""
+        signals.check()
         if self.quiet:
-            yield lambda _n: None
+            yield lambda _n: signals.check()
         elif self.err.is_terminal:
             with self._bar(name, total, unit) as advance:
                 yield advance
@@ -105,7 +108,12 @@ class Console:
         with Progress(*columns, console=self.err, transient=True) as progress:
             task = progress.add_task(name, total=total)
             started = time.monotonic()
-            yield lambda n: progress.update(task, advance=n)
+
+            def advance(n: int) -> None:
+                signals.check()
+                progress.update(task, advance=n)
+
+            yield advance
         done = int(progress.tasks[0].completed)
         self._finished(name, done, unit, time.monotonic() - started)
 
@@ -116,6 +124,7 @@ class Console:
 
         def advance(n: int) -> None:
             nonlocal done, told
+            signals.check()
             done += n
             now = time.monotonic()
             if now - told >= _PLAIN_SECONDS:

@@ -11,7 +11,7 @@
     +-- CheckpointError        1   a checkpoint that is damaged or belongs to other data
     +-- StorageError           1   disk full, no permission, a file system fault
     +-- MissingExtra           1   an optional package that is not installed
-    +-- Interrupted      130/143   a signal; what was whole is saved
+    Interrupted          130/143   a signal; what was whole is saved
 
 An error carries one line that says what is wrong and one that says what to do. Third-party exceptions are translated
 where they enter the package, with ``raise ... from exc``.
@@ -89,9 +89,14 @@ class MissingExtra(FinetuneError):
         super().__init__(f"{feature} needs packages that are not installed", f"pip install 'finetune-cli[{extra}]'")
 
 
-class Interrupted(FinetuneError):
-    """The person (SIGINT) or the system (SIGTERM) asked the tool to stop."""
+class Interrupted(KeyboardInterrupt):
+    """The person (SIGINT) or the system (SIGTERM) asked the tool to stop.
+
+    No `Exception`, so that no handler for failures takes it for one.
+    """
 
     def __init__(self, signal_number: int, remedy: str = "") -> None:
-        super().__init__("interrupted", remedy)
+        super().__init__("interrupted")
+        self.problem = "interrupted"
+        self.remedy = remedy
         self.exit_code = 128 + signal_number

@@ -1,0 +1,117 @@
+"""The runtimes: equal to Keras, equal bits for any batch and thread, silent, and honest about the device."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from finetune_cli.errors import RunError, UsageError
+from finetune_cli.model import runtimes
+from finetune_cli.model.keras_setup import import_keras
+
+
+@pytest.fixture(scope="module")
+def model():
+    keras = import_keras()
+    keras.utils.set_random_seed(0)
+    pixels = keras.Input((32, 32, 3), name="pixels")
+    x = keras.layers.Rescaling(1 / 127.5, offset=-1)(pixels)
+    for width in (16, 32):
+        x = keras.layers.Conv2D(width, 3, strides=2, padding="same")(x)
+        x = keras.layers.BatchNormalization()(x)
+        x = keras.layers.ReLU(max_value=6)(x)
+    return keras.Model(pixels, keras.layers.GlobalAveragePooling2D(name="pool")(x))
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+
+
+def test_features_equal_those_of_keras(model, photos):
+    runtime = runtimes.OpenVinoRuntime(runtimes.convert(model), "float32", 2)
+    expected = np.asarray(model(photos.astype(np.float32), training=False))
+    np.testing.assert_allclose(runtime.infer(photos), expected, atol=2e-5, rtol=1e-5)
+
+
+def test_bits_do_not_depend_on_batch_threads_or_mode(model, photos):
+    def features(batch, **settings):
+        runtime = runtimes.OpenVinoRuntime(runtimes.convert(model), "float32", **settings)
+        return np.concatenate([runtime.infer(photos[i : i + batch]) for i in range(0, 16, batch)])
+
+    expected = features(16, workers=1)
+    for batch in (1, 4, 8):
+        for settings in ({"workers": 1}, {"workers": 2}, {"workers": 1, "latency": True}):
+            np.testing.assert_array_equal(features(batch, **settings), expected)
+
+
+def test_answers_are_copies(model, photos):
+    runtime = runtimes.OpenVinoRuntime(runtimes.convert(model), "float32", 1)
+    first = runtime.infer(photos[:1])
+    before = first.copy()
+    runtime.infer(photos[1:2])
+    np.testing.assert_array_equal(first, before)
+
+
+def test_equal_models_give_equal_files(model, tmp_path):
+    ov = runtimes.import_openvino()
+    for name in ("a", "b"):
+        ov.save_model(runtimes.convert(model), tmp_path / f"{name}.xml", compress_to_fp16=False)
+    assert (tmp_path / "a.xml").read_bytes() == (tmp_path / "b.xml").read_bytes()
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+
+
+def test_the_tensorflow_runtime_equals_keras(model, photos):
+    # On the CPU: what differs on a GPU is where TensorFlow runs it.
+    runtime = runtimes.TensorFlowRuntime(model, "float32")
+    expected = np.asarray(model(photos.astype(np.float32), training=False))
+    np.testing.assert_allclose(runtime.infer(photos), expected, atol=2e-5, rtol=1e-5)
+    assert runtime.infer(photos[:3]).shape == expected[:3].shape
+
+
+def test_bfloat16_is_near_where_the_processor_has_it(model, photos):
+    try:
+        precision = runtimes.training_precision("cpu", "bfloat16")
+    except UsageError:
+        pytest.skip("this processor has no bfloat16 arithmetic")
+    exact = runtimes.OpenVinoRuntime(runtimes.convert(model), "float32", 1).infer(photos)
+    near = runtimes.OpenVinoRuntime(runtimes.convert(model), precision, 1).infer(photos)
+    assert 0 < np.abs(near - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_precision_follows_the_config(monkeypatch):
+    assert runtimes.training_precision("cpu", "float32") == "float32"
+    assert runtimes.training_precision("gpu", "auto") == "mixed"
+    assert runtimes.training_precision("cpu", "auto") in {"float32", "bfloat16"}
+
+
+def test_a_gpu_that_is_not_there_is_an_error():
+    import tensorflow as tf
+
+    if tf.config.list_physical_devices("GPU"):
+        pytest.skip("this machine has a GPU")
+    assert runtimes.choose_device("auto") == "cpu"
+    with pytest.raises(UsageError, match="no GPU"):
+        runtimes.choose_device("gpu")
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "model.xml").write_text("<net>")
+    with pytest.raises(RunError, match=r"model\.xml cannot be read"):
+        runtimes.read_ir(tmp_path / "model.xml")
+
+
+def test_openvino_starts_no_process_and_writes_nothing(tmp_path):
+    script = """
+import os, pathlib
+from finetune_cli.model.runtimes import import_openvino
+ov = import_openvino()
+ov.Core()
+from openvino.tools.ovc import convert_model
+children = pathlib.Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+assert not children, children
+"""
+    environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
+    assert not list(tmp_path.rglob("*"))
