@@ -258,6 +258,15 @@ def test_the_temperature_minimises_what_is_documented():
     assert metrics.fit_temperature(logits, y) == pytest.approx(1 / best.x, rel=1e-6)
 
 
+def test_a_weight_counts_like_copies_of_a_photo():
+    _, y, logits = random_case(6, 40, 3)
+    weights = np.arange(40) % 4
+    copies = np.repeat(np.arange(40), weights)
+    assert metrics.fit_temperature(logits, y, weights) == pytest.approx(
+        metrics.fit_temperature(logits[copies], y[copies]), rel=1e-6
+    )
+
+
 @pytest.mark.parametrize("scale", [0.01, 0.5, 1.0, 30.0, 1000.0])
 @pytest.mark.parametrize("photos", [1, 10, 100, 1000])
 def test_the_temperature_of_separated_classes_claims_no_more_than_the_photos_show(photos, scale):

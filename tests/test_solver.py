@@ -175,21 +175,35 @@ def cross_validated(x, y, l2, seed=0):
 @pytest.mark.parametrize("spread", [0.15, 0.6])
 def test_choose_l2_finds_what_scikit_learn_finds(spread):
     x, y = blobs(photos=240, width=40, spread=spread)
-    l2, tried = choose_l2(x, y, np.ones(240), np.arange(240), 3)
+    l2, tried = choose_l2(x, y, np.ones(240), np.arange(240), 3, calibrated=False)
     losses = dict(tried)
-    assert losses[l2] == min(losses.values())
+    assert losses[l2] < 1.005 * min(losses.values())
     with solver.one_blas_thread():
         theirs = {value: np.mean([cross_validated(x, y, value, seed) for seed in range(3)]) for value in losses}
     assert theirs[l2] < min(theirs.values()) + 0.02
     assert losses[l2] == pytest.approx(theirs[l2], abs=0.04)
 
 
+def test_with_a_temperature_to_come_a_stronger_penalty_is_not_blamed_for_modesty():
+    x, y = blobs(photos=240, width=40, spread=0.4)
+    plain, raw = choose_l2(x, y, np.ones(240), np.arange(240), 3, calibrated=False)
+    strong, mended = choose_l2(x, y, np.ones(240), np.arange(240), 3, calibrated=True)
+    assert strong >= plain
+    both = set(dict(raw)) & set(dict(mended))
+    assert len(both) >= 3
+    assert all(dict(mended)[l2] < dict(raw)[l2] + 1e-3 for l2 in both)
+
+
 def test_choose_l2_does_not_depend_on_the_unit_of_the_features():
     x, y = blobs(photos=150)
     l2, tried = choose_l2(x, y, np.ones(150), np.arange(150), 3)
     larger, also = choose_l2(100 * x, y, np.ones(150), np.arange(150), 3)
-    assert larger == pytest.approx(l2 * 1e4)
-    assert [loss for _, loss in also] == pytest.approx([loss for _, loss in tried], abs=0.01)
+    assert 0.3 < larger / (l2 * 1e4) < 3.3  # one step at most: the curve is flat
+    before, after = ({round(2 * np.log10(value)): loss for value, loss in pairs} for pairs in (tried, also))
+    common = [k for k in before if k + 8 in after]
+    assert len(common) >= 3
+    assert all(after[k + 8] == pytest.approx(before[k], abs=0.01) for k in common)
+    assert solver._first_exponent(100 * x, 150) == solver._first_exponent(x, 150) + 8
 
 
 def test_choose_l2_keeps_the_views_of_a_photo_together():
@@ -200,7 +214,7 @@ def test_choose_l2_keeps_the_views_of_a_photo_together():
     apart, fooled = choose_l2(x, y, np.ones(240), np.arange(240), 2)
     assert min(loss for _, loss in honest) > 0.68
     assert min(loss for _, loss in fooled) < 0.4
-    assert together > 100 * apart
+    assert together > 30 * apart
 
 
 def test_choose_l2_goes_to_stronger_values_when_the_first_is_best():

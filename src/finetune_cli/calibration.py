@@ -101,22 +101,24 @@ def calibration_scores(probabilities: ArrayLike, labels: ArrayLike) -> Calibrati
     )
 
 
-def fit_temperature(logits: ArrayLike, labels: ArrayLike) -> float:
+def fit_temperature(logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None) -> float:
     """The temperature T in [0.05, 20] with which softmax(logits / T) fits the labels best.
 
     Minimises, over b = 1/T, the sum of the photos' log losses plus b - ln b (Guo et al. 2017, with a prior). The prior
     weighs about as much as one photo and is least at T = 1: it hardly moves an ordinary fit, but where every photo is
     right, and the likelihood alone would ask for certainty, N photos end with a confidence near 1 - 1/N. The sum is
-    convex in b, so Newton's method with bisection as its safeguard finds the one minimum. Raises as `checked` does.
+    convex in b, so Newton's method with bisection as its safeguard finds the one minimum. `weights` (N,) says how many
+    photos each row stands for, by default one. Raises as `checked` does.
     """
     z, y = checked(logits, labels)
+    w = np.ones(len(y)) if weights is None else np.asarray(weights, np.float64)
     z = z - z[np.arange(len(y)), y][:, None]  # relative to the true class: the log loss is ln sum exp(b z)
     low, high, b = 1 / HOTTEST, 1 / COOLEST, 1.0
     for _ in range(100):
         p = softmax(z, 1 / b)
         mean = (p * z).sum(axis=1)
-        slope = mean.sum() + 1 - 1 / b
-        curvature = ((p * z**2).sum(axis=1) - mean**2).sum() + 1 / b**2
+        slope = w @ mean + 1 - 1 / b
+        curvature = w @ ((p * z**2).sum(axis=1) - mean**2) + 1 / b**2
         low, high = (b, high) if slope < 0 else (low, b)
         step = b - slope / curvature
         following = step if low <= step <= high else (low + high) / 2

@@ -107,7 +107,8 @@ def chosen_l2(config: Config, train: Features, classes: Sequence[str], observer:
         return training.l2
     rows = _rows(config, train, classes)
     with observer.stage("l2 by cross-validation", None, "fits"):
-        return choose_l2(*rows, len(classes), training.label_smoothing, training.seed)[0]
+        calibrated = config.calibration == "temperature"
+        return choose_l2(*rows, len(classes), training.label_smoothing, training.seed, calibrated)[0]
 
 
 def _rows(
