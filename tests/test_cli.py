@@ -159,7 +159,7 @@ def test_a_bare_except_cannot_swallow_a_signal():
 import os, signal, sys, time
 from finetune_cli import cli_app, signals
 
-@cli_app.command
+@cli_app.command(cli_app.app)
 def victim() -> None:
     try:
         os.kill(os.getpid(), signal.SIGTERM)

@@ -19,6 +19,7 @@ FLOORS = [
     {"commands"},
     {"console", "render"},
     {"cli_app"},
+    {"cli_tools"},
     {"cli"},
     {"__main__"},
 ]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune_cli.cli_app import (
-    ConfigArgument,
     DebugOption,
     OverridesArgument,
     QuietOption,
@@ -38,7 +37,32 @@ class OutputFormat(StrEnum):
     jsonl = "jsonl"
 
 
-@command
+class ExportFormat(StrEnum):
+    """The forms that `export` writes."""
+
+    savedmodel = "savedmodel"
+    keras = "keras"
+    onnx = "onnx"
+    litert = "litert"
+    openvino = "openvino"
+
+
+class Quantize(StrEnum):
+    """How `export --format litert` makes the model smaller."""
+
+    none = "none"
+    float16 = "float16"
+    int8 = "int8"
+
+
+class Precision(StrEnum):
+    """The weights of `export --format openvino`."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+@command(app)
 def train(
     config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="The YAML file.", show_default=False)] = None,
     overrides: OverridesArgument = None,
@@ -87,10 +111,16 @@ def _resume(console: "Console", run_folder: str | None, overrides: list[str] | N
     return command_train.resume(folder, load_config(folder / "config.yaml", overrides), console)
 
 
-@command
+@command(app)
 def predict(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Photos, folders, or - for paths on stdin.")],
     run: RunOption = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="An exported model instead of a run: its folder or file.", show_default=False
+        ),
+    ] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="How many classes to tell of a photo.")] = 3,
     min_confidence: Annotated[
         float, typer.Option(min=0, max=1, help="Below this probability the label is `unsure`.")
@@ -109,9 +139,16 @@ def predict(
     from finetune_cli.photos.dataset import iter_photos
 
     console = new_console(quiet)
-    loaded = find_run(console, run)
     one = len(paths) == 1 and Path(paths[0]).is_file()
-    predictor = command_predict.RunPredictor(loaded, workers=1 if one else cores(), latency=one)
+    predictor: command_predict.Predictor
+    if model is None:
+        predictor = command_predict.RunPredictor(find_run(console, run), workers=1 if one else cores(), latency=one)
+    elif run is None:
+        from finetune_cli.exports import opening
+
+        predictor = opening.open_model(model, cores())
+    else:
+        raise UsageError("--run and --model exclude each other")
     photos = iter_photos(_paths(paths))
     predictions = command_predict.predict(predictor, photos, top_k, min_confidence=min_confidence)
     told, failed = render.predictions(console, predictions, format.value, output, min(top_k, len(predictor.classes)))
@@ -133,7 +170,7 @@ def _paths(arguments: list[str]) -> Iterator[Path]:
                     yield Path(os.fsdecode(name))
 
 
-@command
+@command(app)
 def evaluate(
     data: Annotated[
         Path | None,
@@ -179,7 +216,7 @@ def evaluate(
         raise DataError(f"{bad} of {bad + result.judged.evaluation.photos} photos were left out; see above")
 
 
-@command
+@command(app)
 def explain(
     photo: Annotated[Path, typer.Argument(metavar="PATH", help="The photo.")],
     run: RunOption = None,
@@ -198,73 +235,43 @@ def explain(
     render.explained(console, command_explain.explain(find_run(console, run), photo, class_name, output))
 
 
-@command
-def check(
-    config: ConfigArgument,
-    overrides: OverridesArgument = None,
+@command(app)
+def export(
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="A new or empty folder; several formats go into folders below it.")
+    ],
+    run: RunOption = None,
+    format: Annotated[  # noqa: A002
+        list[ExportFormat] | None,
+        typer.Option(help="May be given several times. [default: savedmodel]", show_default=False),
+    ] = None,
+    version: Annotated[
+        int | None, typer.Option(metavar="N", help="savedmodel: the version, DIR/N. [default: the next free number]")
+    ] = None,
+    quantize: Annotated[Quantize | None, typer.Option(help="litert: a smaller model. [default: none]")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="openvino: its weights. [default: float32]")] = None,
+    root: Annotated[
+        Path | None, typer.Option("--data", metavar="ROOT", help="Where the run's own photos are now.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that is there already.")] = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
-    """Decode every photo of a config and report all that is wrong; trains nothing."""
+    """Write a run in a form that other programs run, after proving on validation photos that it answers the same."""
     from finetune_cli import render
+    from finetune_cli.commands import export as command_export
 
     console = new_console(quiet)
-    loaded = load_config(config, overrides)
-    from finetune_cli.commands import check as command_check
-
-    render.checked(console, command_check.check(loaded, console))
-
-
-@command
-def preview(
-    config: ConfigArgument,
-    overrides: OverridesArgument = None,
-    output: Annotated[Path, typer.Option(metavar="FILE", help="The PNG file to write.")] = Path("preview.png"),
-    photos: Annotated[int, typer.Option(min=1, max=100, help="How many photos to show.")] = 6,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,  # noqa: ARG001
-) -> None:
-    """Draw a contact sheet of augmented views: photos by rows, views by columns."""
-    console = new_console(quiet)
-    loaded = load_config(config, overrides)
-    from finetune_cli.commands import preview as command_preview
-    from finetune_cli.runs import preparation
-
-    data = preparation.index(loaded, console)
-    augmenter = preparation.augmenter(loaded)
-    command_preview.contact_sheet(data, augmenter, preparation.image_settings(loaded), output, photos)
-    console.print(f"wrote {output}")
+    request = command_export.Request(
+        names=[one.value for one in format or [ExportFormat.savedmodel]],
+        output=output,
+        version=version,
+        quantize=quantize.value if quantize is not None else None,
+        precision=precision.value if precision is not None else None,
+        root=root,
+        force=force,
+    )
+    render.exported(console, command_export.export(find_run(console, run), request, console))
 
 
-@command
-def init(
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="The folder of photos, or a CSV file.")],
-    output: Annotated[Path, typer.Option(metavar="FILE", help="The config to write.")] = Path("config.yaml"),
-    debug: DebugOption = False,  # noqa: ARG001
-) -> None:
-    """Look at a folder of photos and write a commented config that trains as it is."""
-    from finetune_cli import files
-    from finetune_cli.commands import starter
-
-    console = new_console()
-    if output.exists():
-        raise UsageError(f"{output} exists already", "choose another name with --output")
-    files.write_text(output, starter.starter_config(data, output))
-    console.print(f"wrote {output}; train with: finetune train {output}")
-
-
-@command
-def sample(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
-    photos: Annotated[int, typer.Option(min=2, max=10_000, help="Pictures a class.")] = 60,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed draws other pictures.")] = 0,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,  # noqa: ARG001
-) -> None:
-    """Draw a small practice set of city and forest scenes; they are drawings, not photos."""
-    from finetune_cli.photos import sample as photos_sample
-
-    console = new_console(quiet)
-    with console.stage("drawing", 2 * photos, "pictures") as advance:
-        written = photos_sample.draw(folder, photos, seed, advance)
-    console.print(f"drew {len(written)} pictures of city and forest in {folder} (drawings, to practise with)")
+from finetune_cli import cli_tools  # noqa: E402, F401 - registers the other commands, below these in the help

@@ -62,30 +62,33 @@ def root(version: Annotated[bool, typer.Option("--version", help="Show the versi
         raise typer.Exit
 
 
-def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Register `function` as a command whose errors become one or two lines and an exit code."""
+def command(group: typer.Typer) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Register a function as a command of `group`; its errors become one or two lines and an exit code."""
 
-    @functools.wraps(function)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
-        signals.catch()
-        try:
-            function(*args, **kwargs)
-        except (FinetuneError, Interrupted) as exc:
-            _fail(exc, bool(kwargs.get("debug")))
-        except BrokenPipeError:
-            # The reader of our output (`| head`) has gone; Python must not complain when it flushes at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(0) from None
-        except MemoryError as exc:
-            _fail(FinetuneError(f"out of memory: {exc}", "close other programs, or lower runtime.workers"), False)
-        except Exception as exc:  # noqa: BLE001 - the last line of defence: a bug is told in a line, too
-            error = FinetuneError(
-                f"unexpected {type(exc).__name__}: {exc}", "this is a bug; run again with --debug and report it"
-            )
-            error.__cause__ = exc
-            _fail(error, bool(kwargs.get("debug")))
+    def register(function: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(function)
+        def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+            signals.catch()
+            try:
+                function(*args, **kwargs)
+            except (FinetuneError, Interrupted) as exc:
+                _fail(exc, bool(kwargs.get("debug")))
+            except BrokenPipeError:
+                # The reader of our output (`| head`) has gone; Python must not complain when it flushes at exit.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                raise typer.Exit(0) from None
+            except MemoryError as exc:
+                _fail(FinetuneError(f"out of memory: {exc}", "close other programs, or lower runtime.workers"), False)
+            except Exception as exc:  # noqa: BLE001 - the last line of defence: a bug is told in a line, too
+                error = FinetuneError(
+                    f"unexpected {type(exc).__name__}: {exc}", "this is a bug; run again with --debug and report it"
+                )
+                error.__cause__ = exc
+                _fail(error, bool(kwargs.get("debug")))
 
-    return app.command()(guarded)
+        return group.command()(guarded)
+
+    return register
 
 
 def _fail(error: FinetuneError | Interrupted, debug: bool) -> None:

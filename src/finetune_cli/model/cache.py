@@ -27,6 +27,13 @@ from finetune_cli.model.cachefile import BUSY_SECONDS, FAULTS, NAME, PAGE, NotOu
 _KEYS_A_QUERY = 1000
 
 
+def default_folder() -> Path:
+    """The user's cache folder for this program."""
+    from platformdirs import user_cache_path
+
+    return user_cache_path("finetune-cli", appauthor=False)
+
+
 class FeatureStore:
     """The features in `folder`; a context manager, safe to use from several threads.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from finetune_cli.config import Config
 from finetune_cli.model import backbones, features, runtimes
 from finetune_cli.model.backbones import Backbone
-from finetune_cli.model.cache import FeatureStore
+from finetune_cli.model.cache import FeatureStore, default_folder
 from finetune_cli.model.features import Features, Request
 from finetune_cli.model.runtimes import Device, Precision, Runtime
 from finetune_cli.observer import Observer
@@ -178,11 +178,7 @@ def worker_count(config: Config) -> int:
 
 def cache_folder(config: Config) -> Path:
     """`runtime.cache_dir`, by default the user's cache folder."""
-    if config.runtime.cache_dir is not None:
-        return config.runtime.cache_dir
-    from platformdirs import user_cache_path
-
-    return user_cache_path("finetune-cli", appauthor=False)
+    return config.runtime.cache_dir or default_folder()
 
 
 def digest_memory(config: Config) -> DigestMemory:

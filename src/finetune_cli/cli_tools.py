@@ -1,0 +1,133 @@
+"""The commands around training: look at photos and configs, make them, look after the cache."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune_cli.cli_app import (
+    ConfigArgument,
+    DebugOption,
+    OverridesArgument,
+    QuietOption,
+    app,
+    command,
+    load_config,
+    new_console,
+)
+from finetune_cli.errors import UsageError
+
+
+@command(app)
+def check(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Decode every photo of a config and report all that is wrong; trains nothing."""
+    from finetune_cli import render
+
+    console = new_console(quiet)
+    loaded = load_config(config, overrides)
+    from finetune_cli.commands import check as command_check
+
+    render.checked(console, command_check.check(loaded, console))
+
+
+@command(app)
+def preview(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The PNG file to write.")] = Path("preview.png"),
+    photos: Annotated[int, typer.Option(min=1, max=100, help="How many photos to show.")] = 6,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Draw a contact sheet of augmented views: photos by rows, views by columns."""
+    console = new_console(quiet)
+    loaded = load_config(config, overrides)
+    from finetune_cli.commands import preview as command_preview
+    from finetune_cli.runs import preparation
+
+    data = preparation.index(loaded, console)
+    augmenter = preparation.augmenter(loaded)
+    command_preview.contact_sheet(data, augmenter, preparation.image_settings(loaded), output, photos)
+    console.print(f"wrote {output}")
+
+
+@command(app)
+def init(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="The folder of photos, or a CSV file.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The config to write.")] = Path("config.yaml"),
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Look at a folder of photos and write a commented config that trains as it is."""
+    from finetune_cli import files
+    from finetune_cli.commands import starter
+
+    console = new_console()
+    if output.exists():
+        raise UsageError(f"{output} exists already", "choose another name with --output")
+    files.write_text(output, starter.starter_config(data, output))
+    console.print(f"wrote {output}; train with: finetune train {output}")
+
+
+@command(app)
+def sample(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    photos: Annotated[int, typer.Option(min=2, max=10_000, help="Pictures a class.")] = 60,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed draws other pictures.")] = 0,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Draw a small practice set of city and forest scenes; they are drawings, not photos."""
+    from finetune_cli.photos import sample as photos_sample
+
+    console = new_console(quiet)
+    with console.stage("drawing", 2 * photos, "pictures") as advance:
+        written = photos_sample.draw(folder, photos, seed, advance)
+    console.print(f"drew {len(written)} pictures of city and forest in {folder} (drawings, to practise with)")
+
+
+cache = typer.Typer(name="cache", help="Look at the cache of features, or make it smaller.", no_args_is_help=True)
+app.add_typer(cache)
+CacheOption = Annotated[
+    Path | None,
+    typer.Option("--dir", metavar="DIR", help="The cache's folder. [default: the user's]", show_default=False),
+]
+
+
+@command(cache)
+def info(folder: CacheOption = None, debug: DebugOption = False) -> None:  # noqa: ARG001
+    """Say where the cache is and how large."""
+    from finetune_cli.commands import cache as command_cache
+
+    for line in command_cache.info(_cache_folder(folder)):
+        new_console().print(line)
+
+
+@command(cache)
+def clear(folder: CacheOption = None, debug: DebugOption = False) -> None:  # noqa: ARG001
+    """Remove all features; they are computed again when they are needed."""
+    from finetune_cli.commands import cache as command_cache
+
+    new_console().print(command_cache.clear(_cache_folder(folder)))
+
+
+@command(cache)
+def prune(
+    max_size: Annotated[str, typer.Option("--max-size", metavar="SIZE", help="Such as 5GB or 500MB.")],
+    folder: CacheOption = None,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Remove the oldest features until the cache is no larger than SIZE."""
+    from finetune_cli.commands import cache as command_cache
+
+    new_console().print(command_cache.prune(_cache_folder(folder), max_size))
+
+
+def _cache_folder(folder: Path | None) -> Path:
+    from finetune_cli.model.cache import default_folder
+
+    return folder or default_folder()
