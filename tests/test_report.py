@@ -1,0 +1,271 @@
+"""`report.html`: everything is in it, names are text whatever they hold, and a browser agrees."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import runs_fixture
+from finetune_cli.commands import evaluate, report
+from finetune_cli.observer import Silent
+from finetune_cli.runs.run import Run
+from runs_fixture import TinyRun
+
+IMG = "<img src=x onerror=alert(1)>"
+CLASSES = (IMG, "=1+1", "bee & 'wasp' \"{{7*7}}\"")
+SECTIONS = [
+    "photos",
+    "training",
+    "confusion",
+    "classes",
+    "mistakes",
+    "unsure",
+    "trust",
+    "labels",
+    "duplicates",
+    "more",
+    "made",
+]
+
+
+def written(run: Run, **options: Any) -> Path:
+    result = evaluate.evaluate(run, Silent(), **options)
+    return report.report(result.judged, result.folder, Silent())
+
+
+@pytest.fixture(scope="session")
+def hostile(tmp_path_factory) -> TinyRun:
+    """A run whose class and file names want to be code."""
+    made = runs_fixture.build(tmp_path_factory.mktemp("hostile"), CLASSES)
+    folder = made.photos / "mixed" / IMG
+    shutil.copytree(made.photos / "test" / IMG, folder)
+    shutil.copytree(made.photos / "test" / "=1+1", made.photos / "mixed" / "=1+1")
+    names = ("<svg onload=alert(2)>.png", os.fsdecode(b"not-utf8-\xff.png"), "line\nbreak\x1b[31m.png")
+    for path, name in zip(sorted(folder.iterdir()), names, strict=False):
+        path.rename(folder / name)
+    return made
+
+
+@pytest.fixture(scope="session")
+def page_file(hostile) -> Path:
+    return written(hostile.run, data=hostile.photos / "mixed")
+
+
+class Tags(HTMLParser):
+    """All elements with their attributes, and the text outside of the style sheet."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="session")
+def tags(page_file) -> Tags:
+    return Tags(page_file.read_text("utf-8"))
+
+
+def test_every_section_is_there(tags):
+    ids = {attributes.get("id") for _tag, attributes in tags.tags}
+    assert ids >= set(SECTIONS)
+    for text in (
+        "95 % interval",
+        "Did augmentation help?",
+        "Which limit to take",
+        "Resolved config",
+        "numpy",
+        "views: 2",
+    ):
+        assert text in tags.text
+
+
+def test_it_reaches_for_nothing(tags):
+    """No script, no handler, no address but data and places in the page; and a policy that would stop them."""
+    for tag, attributes in tags.tags:
+        assert tag not in {"script", "iframe", "object", "embed", "form", "base"}
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            assert name != "style"
+            if name in {"src", "href"}:
+                assert value is not None
+                assert value.startswith(("data:", "#")), (tag, name, value)
+    policy = next(a["content"] for t, a in tags.tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; img-src data:; style-src 'sha256-")
+    assert "unsafe" not in policy
+
+
+def test_names_are_text(tags):
+    for name in (*CLASSES, "<svg onload=alert(2)>.png", "not-utf8-\\xff.png", "line\\nbreak\\x1b[31m.png"):
+        assert name in tags.text, name
+    assert not [1 for tag, attributes in tags.tags if tag == "img" and attributes.get("src") == "x"]
+    assert "49" not in {word for word in re.split(r"\W+", tags.text) if "wasp" in word}
+
+
+def test_cells_a_spreadsheet_would_run_are_defused(page_file):
+    text = (page_file.parent / "predictions.csv").read_text("utf-8", "surrogateescape")
+    assert ",'=1+1," in text
+    assert ",=1+1," not in text
+
+
+def test_a_picture_of_the_matrix_comes_with_it(page_file):
+    assert (page_file.parent / "confusion_matrix.png").stat().st_size > 5000
+    assert page_file.stat().st_size < 5_000_000
+
+
+def test_what_is_odd_about_the_photos_is_found(tiny_run):
+    found = Tags(written(tiny_run.run).read_text("utf-8"))
+    labels = found.text[found.text.index("Suspected wrong labels") : found.text.index("Would more photos help?")]
+    assert tiny_run.wrong in labels
+    assert f"train: {tiny_run.twin}; test: bee/twin.png" in labels
+
+
+@pytest.fixture
+def copy(tiny_run, tmp_path) -> TinyRun:
+    shutil.copytree(tiny_run.photos, tmp_path / "photos")
+    shutil.copytree(tiny_run.run.folder, tmp_path / "runs" / "tiny-1")
+    return replace(tiny_run, run=Run.load(tmp_path / "runs" / "tiny-1"), photos=tmp_path / "photos")
+
+
+def test_without_the_training_photos_names_must_do(copy):
+    shutil.rmtree(copy.photos / "train")
+    text = Tags(written(copy.run).read_text("utf-8")).text
+    assert "the photo is not where it was" in text
+    assert copy.wrong in text
+
+
+def test_without_the_cache_it_says_so(copy, monkeypatch):
+    monkeypatch.setattr(report.material.preparation, "cache_folder", lambda _config: copy.photos / "none")
+    text = Tags(written(copy.run).read_text("utf-8")).text
+    assert text.count("the training features are not in the feature cache") == 3
+    assert "Most confident mistakes" in text
+    assert not (copy.photos / "none").exists()
+
+
+def test_without_a_feature_map_there_are_no_heat_maps(copy):
+    manifest = json.loads((copy.run.folder / "run.json").read_text())
+    manifest["backbone"]["feature_map"] = False
+    (copy.run.folder / "run.json").write_text(json.dumps(manifest))
+    text = Tags(written(Run.load(copy.run.folder)).read_text("utf-8")).text
+    assert "no exact heat map" in text
+    assert "Red places" not in text
+
+
+def test_photos_that_vanish_between_judging_and_drawing(copy):
+    result = evaluate.evaluate(copy.run, Silent())
+    shutil.rmtree(copy.photos / "test" / "bee")
+    text = Tags(report.report(result.judged, result.folder, Silent()).read_text("utf-8")).text
+    assert "the photo is not where it was" in text
+
+
+def test_photos_left_out_are_listed(copy):
+    (copy.photos / "test" / "bee" / "bee-01.png").write_bytes(b"GIF89a")
+    text = Tags(written(copy.run).read_text("utf-8")).text
+    assert "Left out: 1" in text
+    assert "bee/bee-01.png: the file is not the one that was indexed" in text
+
+
+def test_a_comparison_is_in_the_verdict(copy):
+    text = Tags(written(copy.run, other=copy.run).read_text("utf-8")).text
+    assert "McNemar's exact test, p = 1" in text
+
+
+def test_no_training_package_is_loaded(copy):
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from finetune_cli.commands import evaluate, report; from finetune_cli.observer import Silent\n"
+        "from finetune_cli.runs.run import Run\n"
+        "result = evaluate.evaluate(Run.load(Path(sys.argv[1])), Silent())\n"
+        "report.report(result.judged, result.folder, Silent())\n"
+        "print(sorted({name.split('.')[0] for name in sys.modules}))"
+    )
+    command_line = [sys.executable, "-c", code, str(copy.run.folder)]
+    answer = subprocess.run(command_line, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    assert "'tensorflow'" not in answer.stdout
+    assert "'keras'" not in answer.stdout
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(params=[(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")], ids=str)
+def page(browser, page_file, request) -> Iterator[Any]:
+    """The report in a window; whatever the page says, asks for or pops up fails the test."""
+    width, scheme = request.param
+    context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    opened = context.new_page()
+    complaints: list[str] = []
+    opened.on("console", lambda message: complaints.append(message.text))
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("dialog", lambda dialog: complaints.append(dialog.message))
+    opened.on(
+        "request", lambda r: None if r.url.startswith(("data:", page_file.as_uri())) else complaints.append(r.url)
+    )
+    opened.goto(page_file.as_uri())
+    opened.scheme = scheme
+    yield opened
+    assert complaints == []
+    context.close()
+
+
+@pytest.mark.browser
+def test_a_click_on_a_cell_shows_its_photos(page):
+    cells = page.locator("table.matrix a")
+    for i in range(cells.count()):
+        cell = cells.nth(i)
+        cell.click()
+        gallery = page.locator(f"[id='{cell.get_attribute('href')[1:]}']")
+        assert gallery.is_visible()
+        assert page.locator(".gallery:visible").count() == 1
+        images = gallery.locator("img")
+        assert images.count() == int(cell.inner_text())
+        for j in range(images.count()):
+            assert images.nth(j).evaluate("image => image.complete && image.naturalWidth") == 112
+    page.get_by_text("close").locator("visible=true").click()
+    assert page.locator(".gallery:visible").count() == 0
+
+
+@pytest.mark.browser
+def test_nothing_is_wider_than_the_window(page):
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.browser
+def test_hostile_names_do_nothing(page):
+    assert page.locator("img[onerror], svg[onload], script").count() == 0
+    assert page.get_by_text(IMG).count() > 3
+
+
+@pytest.mark.browser
+def test_light_and_dark_are_legible(page):
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    ink = page.evaluate("getComputedStyle(document.body).color")
+    dark, light = sorted((background, ink), key=lambda colour: sum(map(int, re.findall(r"\d+", colour))))
+    assert (background == dark) == (page.scheme == "dark")
+    brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) / 765 for colour in (dark, light)]
+    assert brightness[1] - brightness[0] > 0.7
