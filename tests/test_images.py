@@ -394,6 +394,23 @@ def test_a_jpeg_with_thousands_of_scans_is_refused():
     assert difference(decoded(many_scans(5, 200)), 128) < 2
 
 
+def run_length_bmp(width, height):
+    """A BMP file of a run of one pixel in each row. Fuzzing found that such a file of 17 KB took ten seconds."""
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, 0, 0, 0, 256, 0)
+    return b"BM" + struct.pack("<IHHI", 0, 0, 0, 14 + 40 + 1024) + header + bytes(1024) + b"\1\0\0\0" * height + b"\0\1"
+
+
+@pytest.mark.parametrize(
+    "data", [run_length_bmp(2_000_000, 10), b"P6 5000 1000 65535\n", b"P3 5000 1000 255\n", b"P1 20000 1000\n"]
+)
+def test_what_pillow_decodes_slowly_has_a_limit(data):
+    assert "takes too long to decode" in refusal(data)
+
+
+def test_small_run_length_bmp():
+    assert colour_of(run_length_bmp(40, 30)) == [0, 0, 0]
+
+
 @pytest.mark.parametrize(
     ("data", "words"),
     [

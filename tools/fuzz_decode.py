@@ -3,8 +3,9 @@
     python tools/fuzz_decode.py --minutes 10
 
 Hypothesis mutates valid files of every format (and those of `bad-images`, where present). Rounds run in child
-processes, so that a crash or a hang is seen from outside; the file that did it is kept in `bad-images/findings` under
-its digest, for a test to be made of it. Ends with figures, and with exit code 1 if anything was found.
+processes, so that a crash or a hang is seen from outside; the last file of such a round, and every slow one, is kept in
+`bad-images/findings` under its digest, for a test to be made of it. Ends with figures, and with exit code 1 if anything
+was found.
 """
 
 import argparse
@@ -120,6 +121,13 @@ def mutated(files: list[bytes], random: Random) -> bytes:
     return mended(bytes(data)) if data[:4] == b"\x89PNG" and random.random() < 0.8 else bytes(data)
 
 
+def keep(data: bytes) -> str:
+    """Write a file that did harm, or nearly so, to the folder of findings; its name there."""
+    name = hashlib.sha256(data).hexdigest()[:16]
+    (FINDINGS / name).write_bytes(data)
+    return name
+
+
 def child(number: int, current: Path) -> None:
     """One round: decode `EXAMPLES_A_ROUND` mutated files; print the counts, and what was wrong, as JSON."""
     from finetune_cli.errors import BadImage
@@ -151,7 +159,10 @@ def child(number: int, current: Path) -> None:
             counts["refused"] += 1
             if not exc.reason.isprintable() or not exc.reason:
                 raise AssertionError(f"the reason is {exc.reason!r}") from exc
-        slowest = max(slowest, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        slowest = max(slowest, seconds)
+        if seconds > LONGEST_SECONDS / 2:
+            keep(data)
 
     round_()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -212,11 +223,8 @@ def main() -> int:
     while time.monotonic() - started < 60 * arguments.minutes:
         for problem in play(number, current, totals):
             found += 1
-            name = "none"
-            if current.exists():
-                name = hashlib.sha256(current.read_bytes()).hexdigest()[:16]
-                (FINDINGS / name).write_bytes(current.read_bytes())
-            print(f"round {number}, file {name}: {problem}", flush=True)
+            last = keep(current.read_bytes()) if current.exists() else "none"
+            print(f"round {number}, last file {last}: {problem}", flush=True)
         number += 1
     current.unlink(missing_ok=True)
     minutes = (time.monotonic() - started) / 60
