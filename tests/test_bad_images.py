@@ -93,7 +93,7 @@ def answers(tmp_path):
 
 @pytest.mark.timeout(900)
 def test_the_corpus_is_decoded_or_refused(answers, record_property):
-    if not CORPUS.is_dir():
+    if not list(CORPUS.glob("pillow-*")):
         pytest.skip("no corpus: run tools/fetch_bad_images.py")
     files = [path for path in sorted(CORPUS.rglob("*")) if path.is_file() and not path.name.startswith(".")]
     results = answers(files)
