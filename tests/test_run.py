@@ -1,5 +1,7 @@
 """The run directory: names, finding, manifest checks, hashes, tables that survive odd names."""
 
+import contextlib
+import hashlib
 import json
 import os
 
@@ -79,22 +81,50 @@ def test_an_unfinished_run_says_how_to_finish_it(tmp_path):
         {"image": {"size": 1, "colour": 2}},
         {"temperature": "hot"},
         {"metrics": None},
+        {"format": 0},
+        {"format": "1"},
     ],
     ids=str,
 )
 def test_a_manifest_from_a_stranger_is_checked(tmp_path, change):
     made = finished(tmp_path / "a")
-    (made.folder / "run.json").write_text(json.dumps({**made.manifest, **change}))
+    (made.folder / "run.json").write_text(json.dumps(run.sealed({**made.manifest, **change})))
     with pytest.raises(RunError, match="damaged"):
         Run.load(made.folder)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', "null", "\udcff"])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": 1}', "null", "\udcff", "[" * 10**5])
 def test_a_broken_manifest(tmp_path, text):
     made = finished(tmp_path / "a")
     (made.folder / "run.json").write_text(text, errors="surrogateescape")
     with pytest.raises(RunError, match="damaged"):
         Run.load(made.folder)
+
+
+def test_truncations_and_flipped_bits_of_the_manifest_are_seen(tmp_path):
+    made = finished(tmp_path / "a")
+    path = made.folder / "run.json"
+    whole = path.read_bytes()
+    cases = [whole[:length] for length in range(0, len(whole) - 1, 5)]  # the last byte ends the line
+    for bit in range(0, 8 * len(whole), 5):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        cases.append(bytes(flipped))
+    accepted = []
+    for content in cases:
+        path.write_bytes(content)
+        with contextlib.suppress(RunError):
+            accepted.append(Run.load(made.folder).manifest)
+    assert len(accepted) < 20, "what JSON does not see, such as another kind of space"
+    assert all(manifest == made.manifest for manifest in accepted)
+
+
+def test_the_digest_of_the_manifest_can_be_made_elsewhere(tmp_path):
+    made = finished(tmp_path / "a")
+    content = json.loads((made.folder / "run.json").read_text())
+    told = content.pop("sha256")
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    assert hashlib.sha256(text.encode()).hexdigest() == told
 
 
 def test_a_later_format_is_refused(tmp_path):

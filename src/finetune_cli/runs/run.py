@@ -1,13 +1,15 @@
 """The run directory: its layout, its manifest `run.json`, how a run is named, found and loaded.
 
 `run.json` is written last, so a directory without it is an unfinished run. Every file it lists carries its SHA-256,
-and a file is checked before it is used. No file holds a pickle or an absolute path.
+and a file is checked before it is used; `run.json` carries a SHA-256 of its own content. No file holds a pickle or an
+absolute path.
 
 Format versions: 1 is the first. For version 2: raise `FORMAT`, keep reading the old one in `Run.load`, and add a run
 of the old format to the tests.
 """
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -22,6 +24,7 @@ from finetune_cli.tables import read_csv, write_csv
 
 FORMAT = 1
 MANIFEST = "run.json"
+_REMEDY = "restore it from a copy, or train again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +77,15 @@ class Run:
             )
         try:
             manifest = json.loads(path.read_text("utf-8"))
+            if type(manifest["format"]) is int and manifest["format"] > FORMAT:
+                raise RunError(
+                    f"{folder} has format {manifest['format']}, this version reads {FORMAT}", "update finetune-cli"
+                )
             _check_manifest(manifest)
-        except (OSError, ValueError, KeyError, TypeError) as exc:
-            raise RunError(f"{path} is damaged: {exc}", "restore the run from a copy, or train again") from exc
-        if manifest["format"] != FORMAT:
-            raise RunError(
-                f"{folder} has format {manifest['format']}, this version reads {FORMAT}", "update finetune-cli"
-            )
+        except KeyError as exc:
+            raise RunError(f"{path} is damaged: it lacks {exc}", _REMEDY) from exc
+        except (OSError, ValueError, TypeError, RecursionError) as exc:
+            raise RunError(f"{path} is damaged: {exc}", _REMEDY) from exc
         return cls(folder, manifest)
 
     def file(self, name: str) -> Path:
@@ -92,11 +97,9 @@ class Run:
         try:
             actual = files.sha256(path)
         except OSError as exc:
-            raise RunError(f"{path} cannot be read: {exc.strerror}", "restore it from a copy, or train again") from exc
+            raise RunError(f"{path} cannot be read: {exc.strerror}", _REMEDY) from exc
         if actual != expected:
-            raise RunError(
-                f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}", "restore it from a copy, or train again"
-            )
+            raise RunError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}", _REMEDY)
         return path
 
     def split(self) -> list[SplitRow]:
@@ -109,9 +112,13 @@ class Run:
 
 
 def _check_manifest(manifest: Any) -> None:
-    """Refuse a manifest that lacks a field or names a file outside the run directory. Raises `ValueError`."""
+    """Refuse a manifest that is not as it was written, or that names a file outside the run directory.
+
+    Raises `ValueError`, `KeyError` or `TypeError`.
+    """
+    if manifest["sha256"] != _own_digest(manifest):
+        raise ValueError("its content does not match its own SHA-256")
     wanted: dict[str, type | tuple[type, ...]] = {
-        "format": int,
         "classes": list,
         "image": dict,
         "backbone": dict,
@@ -123,6 +130,8 @@ def _check_manifest(manifest: Any) -> None:
     for key, kind in wanted.items():
         if not isinstance(manifest[key], kind):
             raise ValueError(f"{key} has the wrong type")
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"there is no format {manifest['format']!r}")
     if len(manifest["classes"]) < 2 or not all(isinstance(name, str) for name in manifest["classes"]):
         raise ValueError("classes are not at least two names")
     ImageSettings(**manifest["image"])
@@ -130,6 +139,18 @@ def _check_manifest(manifest: Any) -> None:
         parts = PurePosixPath(name).parts
         if PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or ":" in name or not parts:
             raise ValueError(f"it lists {name!r}, which is outside the run directory")
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """`manifest` with the SHA-256 of its own content: it tells damage, and is no signature."""
+    return {**manifest, "sha256": _own_digest(manifest)}
+
+
+def _own_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all of `manifest` but `sha256`, as JSON with sorted keys and without spaces."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_target(directory: Path, name: str | None) -> None:
@@ -186,7 +207,7 @@ def find_unfinished(directory: Path) -> Path:
 def finish(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> Run:
     """Write `run.json` with the SHA-256 of the files `names`; the run is finished from here on."""
     listed = {name: files.sha256(folder / name) for name in sorted(names)}
-    files.write_json(folder / MANIFEST, {"format": FORMAT, **manifest, "files": listed})
+    files.write_json(folder / MANIFEST, sealed({"format": FORMAT, **manifest, "files": listed}))
     return Run.load(folder)
 
 
