@@ -166,7 +166,7 @@ def _from_training(judged: Judged, observer: Observer) -> Values:
     try:
         stuff = refits.with_strength(material.load(run, config.load(run.file("config.yaml"))))
     except FinetuneError as exc:
-        return {**values, "training_problem": f"{shown(exc.problem)}; {shown(exc.remedy)}"}
+        return {**values, "training_problem": "; ".join(map(shown, filter(None, (exc.problem, exc.remedy))))}
     judges = Judges(judged.answers.features, judged.answers.labels[:: judged.answers.stride])
     with observer.stage(
         "refits for the report", refits.FOLDS + refits.fits() + 2 * (stuff.views > 1), "fits"

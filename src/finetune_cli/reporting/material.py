@@ -59,6 +59,8 @@ def load(run: Run, config: Config) -> Material:
     Raises `DataError` when the cache is not there or lacks some: it was cleared, or the run comes from elsewhere.
     """
     everything = [row for row in run.split() if row.split == "train"]
+    if unknown := {row.label for row in everything} - set(run.classes):
+        raise DataError(f"{run.folder}/split.csv names {min(unknown)!r}, which is no class of the run")
     augmenter = preparation.augmenter(config)
     width = int(run.manifest["backbone"]["width"])
     numbers = augmenter.views * width

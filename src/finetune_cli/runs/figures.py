@@ -77,7 +77,8 @@ def confusion_matrix(path: Path, evaluation: Evaluation) -> None:
     ax = figure.subplots()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     ax.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1, edgecolors="#dddddd", linewidth=0.4)
-    for i, j in np.argwhere(counts):
+    readable = side / n > 0.15  # inches; smaller cells could not hold two digits
+    for i, j in np.argwhere(counts) if readable else ():
         ink = "white" if shares[i, j] > 0.5 else "#1a1a1a"
         ax.text(j + 0.5, i + 0.5, f"{counts[i, j]}", ha="center", va="center", fontsize=font, color=ink)
     step = math.ceil(n / _MOST_LABELS)
