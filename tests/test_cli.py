@@ -46,6 +46,12 @@ def test_overrides_without_a_config(tmp_path):
     assert "`data.train` is required" in answer.stderr
 
 
+def test_a_name_that_leads_elsewhere_is_refused(tmp_path):
+    answer = run("train", f"data.train={tmp_path}", "--name", "../elsewhere")
+    assert answer.exit_code == 2
+    assert "output.name" in answer.stderr
+
+
 def test_no_run_yet(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     answer = run("predict", "x.jpg")

@@ -238,7 +238,7 @@ def test_a_model_that_disagrees_is_not_finished(tmp_path, drawn, cache, monkeypa
 def test_a_taken_name_is_told_before_the_work(tmp_path, drawn, cache):
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     with pytest.raises(UsageError, match="never overwritten"):
-        command_train.train(load(tmp_path, drawn, cache), Silent(), name="mine")
+        command_train.train(load(tmp_path, drawn, cache, "output.name=mine"), Silent())
 
 
 def test_the_manifest_names_versions_and_surroundings(finished):

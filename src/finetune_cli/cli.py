@@ -1,5 +1,6 @@
 """The command line: options -> config -> one call -> render. The frame is in `cli_app`."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -86,8 +87,9 @@ def train(
     from finetune_cli.commands import train as command_train  # after the config is known to be good
 
     path = Path(config) if config is not None else None
-    loaded = load_config(path, overrides)
-    render.trained(console, command_train.train(loaded, console, path.stem if path else "run", name))
+    named = [f"output.name={json.dumps(name)}"] if name is not None else []
+    loaded = load_config(path, [*(overrides or []), *named])
+    render.trained(console, command_train.train(loaded, console, path.stem if path else "run"))
 
 
 def _resume(console: "Console", run_folder: str | None, overrides: list[str] | None) -> "Run":

@@ -31,15 +31,14 @@ from finetune_cli.runs.run import Run, SplitRow
 from finetune_cli.tables import write_csv
 
 
-def train(config: Config, observer: Observer, stem: str = "run", name: str | None = None) -> Run:
-    """Train as `config` says and return the finished run, named `name` or `stem` with the next free number.
+def train(config: Config, observer: Observer, stem: str = "run") -> Run:
+    """Train as `config` says and return the finished run, named `output.name` or `stem` with the next free number.
 
     Raises any `FinetuneError`; whatever happens, no finished run is changed and computed features stay in the cache.
     """
-    name = name or config.output.name
-    run.check_target(config.output.directory, name)
+    run.check_target(config.output.directory, config.output.name)
     prepared = prepare(config, observer)
-    folder = run.create(config.output.directory, name, stem)
+    folder = run.create(config.output.directory, config.output.name, stem)
     with files.lock(folder), _resumable(folder):
         _begin(folder, prepared)
         return _fit_and_finish(folder, prepared, observer)

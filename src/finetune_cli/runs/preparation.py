@@ -5,12 +5,15 @@ here, so that all of them see the same photos in the same way.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from finetune_cli.config import Config
+from finetune_cli.errors import DataError
 from finetune_cli.model import backbones, features, runtimes
 from finetune_cli.model.backbones import Backbone
 from finetune_cli.model.cache import FeatureStore, default_folder
@@ -23,6 +26,7 @@ from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import Dataset, Sample
 from finetune_cli.photos.digests import DigestMemory
 from finetune_cli.photos.images import ImageSettings
+from finetune_cli.text import shown
 
 
 @dataclass
@@ -74,9 +78,19 @@ def prepare(config: Config, observer: Observer) -> Prepared:
     bad = [*data.bad, *(photo for part in parts.values() for photo in part.bad)]
     total = sum(map(len, (data.train, data.val, data.test, data.bad)))
     dataset.refuse_bad(bad, total, config.data.on_bad_image)
+    _refuse_empty(data.classes, parts)
     for photo in bad:
         observer.warn(f"skipped {photo.path}: {photo.reason}")
     return Prepared(config, data, backbone, device, precision, extractor.workers, parts, cache_bytes, seconds)
+
+
+def _refuse_empty(classes: Sequence[str], parts: Mapping[str, Features]) -> None:
+    """Raise `DataError` when the bad photos found while decoding left a class or a split without any."""
+    left = {sample.label for sample in parts["train"].samples}
+    problems = [f"no good photo of class {shown(name)} is left" for i, name in enumerate(classes) if i not in left]
+    problems += [f"no good photo for {split} is left" for split, part in parts.items() if not part.samples]
+    if problems:
+        raise DataError("\n".join(problems), "replace the bad photos; `finetune check CONFIG` lists them")
 
 
 @dataclass
@@ -87,6 +101,7 @@ class Extractor:
     backbone: Backbone
     device: Device
     observer: Observer
+    _compiled: dict[Precision, Runtime] = field(default_factory=dict)
 
     @property
     def workers(self) -> int:
@@ -117,9 +132,17 @@ class Extractor:
             )
 
     def _runtime(self, precision: Precision) -> Runtime:
-        if self.device == "gpu":
-            return runtimes.TensorFlowRuntime(self.backbone.model, precision)
-        return runtimes.OpenVinoRuntime(runtimes.convert(self.backbone.model), precision, self.workers)
+        """The backbone, converted once and compiled once a precision."""
+        if precision not in self._compiled:
+            if self.device == "gpu":
+                self._compiled[precision] = runtimes.TensorFlowRuntime(self.backbone.model, precision)
+            else:
+                self._compiled[precision] = runtimes.OpenVinoRuntime(self._converted.clone(), precision, self.workers)
+        return self._compiled[precision]
+
+    @cached_property
+    def _converted(self) -> Any:
+        return runtimes.convert(self.backbone.model)
 
     def _batch_size(self) -> int:
         if self.config.runtime.batch_size != "auto":
