@@ -209,3 +209,16 @@ def test_sample_init_check_preview(tmp_path, monkeypatch):
     answer = run("preview", "config.yaml", f"runtime.cache_dir={tmp_path / 'cache'}", "--photos", 2)
     assert answer.exit_code == 0, answer.output
     assert (tmp_path / "preview.png").is_file()
+
+
+def test_inspect_shows_a_run_and_a_config(tiny_run, tmp_path, monkeypatch):
+    photo = next((tiny_run.photos / "test").rglob("*.*"))
+    answer = run("inspect", tiny_run.run.folder, "--filters", photo, tmp_path / "filters.png")
+    assert answer.exit_code == 0, answer.output
+    assert "the gradient stops at" in answer.stdout
+    assert (tmp_path / "filters.png").is_file()
+    answer = run("inspect", tiny_run.run.folder, "--full", "--format", "json", "--batch", 3)
+    told = json.loads(answer.stdout)
+    assert told["batch"] == 3
+    assert told["parameters"] == sum(node["parameters"] for node in told["nodes"])
+    assert run("inspect", tmp_path / "absent.yaml").exit_code == 2

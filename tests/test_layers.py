@@ -17,7 +17,7 @@ FLOORS = [
     {"runs"},
     {"exports", "reporting"},
     {"commands"},
-    {"console", "render"},
+    {"console", "render", "render_graph"},
     {"cli_app"},
     {"cli_tools"},
     {"cli"},

@@ -1,7 +1,8 @@
 """The commands around training: look at photos and configs, make them, look after the cache."""
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +17,17 @@ from finetune_cli.cli_app import (
     new_console,
 )
 from finetune_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from finetune_cli.console import Console
+    from finetune_cli.photos.images import ImageSettings
+
+
+class GraphFormat(StrEnum):
+    """How `inspect` writes a model."""
+
+    table = "table"
+    json = "json"
 
 
 @command(app)
@@ -54,6 +66,51 @@ def preview(
     augmenter = preparation.augmenter(loaded)
     command_preview.contact_sheet(data, augmenter, preparation.image_settings(loaded), output, photos)
     console.print(f"wrote {output}")
+
+
+@command(app)
+def inspect(
+    target: Annotated[Path, typer.Argument(metavar="RUN|CONFIG", help="A run directory, or a YAML file.")],
+    full: Annotated[bool, typer.Option("--full", help="Node by node instead of stage by stage.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Photos at once, for the estimate of memory.")] = 32,
+    format: Annotated[GraphFormat, typer.Option(help="How to write it.")] = GraphFormat.table,  # noqa: A002
+    filters: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="PHOTO PNG", help="Draw the first layer's filters and what they find in PHOTO."),
+    ] = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Show what a model is made of: shapes, parameters, multiply-adds, memory, and where the gradient stops."""
+    from finetune_cli import render_graph
+
+    console = new_console(quiet)
+    model, settings, classes, rate = _inspected(target, console)
+    from finetune_cli.commands import filters as command_filters
+    from finetune_cli.commands import graph
+    from finetune_cli.photos import images
+
+    render_graph.graph(console, graph.inspect(model, classes), full, batch, format.value, rate)
+    if filters is not None:
+        photo, output = filters
+        render_graph.filters(console, command_filters.filters(model, images.decode(photo, settings), output), output)
+
+
+def _inspected(target: Path, console: "Console") -> "tuple[Any, ImageSettings, int | None, float | None]":
+    """Model, image settings, classes to put a head for, and views a second if known, of a run or a config."""
+    from finetune_cli.runs import preparation
+
+    if target.is_dir():
+        from finetune_cli.model.keras_file import load_keras_file
+        from finetune_cli.runs.run import Run
+
+        run = Run.load(target)
+        computed, seconds = run.manifest["views"]["computed"], run.manifest["seconds"]["features"]
+        rate = computed / seconds if computed and seconds else None
+        return load_keras_file(run.file("model.keras")), run.image_settings, None, rate
+    config = load_config(target, None)
+    classes = len(preparation.index(config, console).classes)
+    return preparation.build_backbone(config).model, preparation.image_settings(config), classes, None
 
 
 @command(app)

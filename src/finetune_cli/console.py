@@ -5,6 +5,7 @@ classes may hold anything; `text.shown` makes control characters visible instead
 """
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -24,7 +25,9 @@ class Console:
         from rich.console import Console as RichConsole
 
         self.quiet = quiet
-        self.out = RichConsole(highlight=False, soft_wrap=True)
+        # A file or a pipe has no width, so nothing is folded there.
+        width = None if sys.stdout.isatty() else 10_000
+        self.out = RichConsole(highlight=False, soft_wrap=True, width=width)
         self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
 
     def print(self, text: str = "") -> None:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from finetune_cli import files
 from finetune_cli.config import Config
 from finetune_cli.errors import DataError
 from finetune_cli.model import backbones, features, runtimes
@@ -27,6 +28,8 @@ from finetune_cli.photos.dataset import Dataset, Sample
 from finetune_cli.photos.digests import DigestMemory
 from finetune_cli.photos.images import ImageSettings
 from finetune_cli.text import shown
+
+_TABLES_AND_FIGURES = 1_000_000
 
 
 @dataclass
@@ -48,7 +51,7 @@ def prepare(config: Config, observer: Observer) -> Prepared:
     """Index the photos, build the backbone, and compute (or find in the cache) every feature.
 
     Raises `DataError` when photos are bad and `data.on_bad_image` does not let them be skipped; what was computed by
-    then stays in the cache.
+    then stays in the cache. Raises `StorageError` when there is no room for the features or for the run.
     """
     seconds: dict[str, float] = {}
     with timed(seconds, "preflight"):
@@ -59,13 +62,8 @@ def prepare(config: Config, observer: Observer) -> Prepared:
     with timed(seconds, "backbone"):
         device = runtimes.choose_device(config.runtime.device)
         precision = runtimes.training_precision(device, config.runtime.feature_precision)
-        backbone = backbones.build(
-            config.model.backbone,
-            config.model.weights,
-            config.image.size,
-            config.training.seed,
-            config.model.weights_sha256,
-        )
+        backbone = build_backbone(config)
+    _check_room(config, data, augmentation.views, backbone)
     extractor = Extractor(config, backbone, device, observer)
     with timed(seconds, "features"), FeatureStore(cache_folder(config)) as store:
         parts = {"train": extractor(store, "train", data.train, precision, augmentation)}
@@ -91,6 +89,22 @@ def _refuse_empty(classes: Sequence[str], parts: Mapping[str, Features]) -> None
     problems += [f"no good photo for {split} is left" for split, part in parts.items() if not part.samples]
     if problems:
         raise DataError("\n".join(problems), "replace the bad photos; `finetune check CONFIG` lists them")
+
+
+def check_places(config: Config) -> None:
+    """Raise `StorageError` unless files can be made where the run and the features go."""
+    files.check_writable(config.output.directory)
+    files.check_writable(cache_folder(config))
+
+
+def _check_room(config: Config, data: Dataset, views: int, backbone: Backbone) -> None:
+    """Raise `StorageError` unless there is room for the features and for the run, before hours go into them."""
+    rows = views * len(data.train) + len(data.val) + len(data.test)
+    files.free_space_check(cache_folder(config), 4 * backbone.width * rows)
+    head = 4 * (backbone.width + 1) * len(data.classes)
+    model = 4 * backbone.model.count_params() + head
+    # The model in two forms; up to four checkpoints, each with the head, the best head and Adam's two moments.
+    files.free_space_check(config.output.directory, 2 * model + 4 * 4 * head + _TABLES_AND_FIGURES)
 
 
 @dataclass
@@ -149,6 +163,12 @@ class Extractor:
             return self.config.runtime.batch_size
         # On a CPU the activations of a few photos stay in the cache of a core; a GPU wants more to do at once.
         return 4 if self.device == "cpu" else 64
+
+
+def build_backbone(config: Config) -> Backbone:
+    """The frozen backbone of `config`. Raises `ConfigError` and `WeightsError`."""
+    model = config.model
+    return backbones.build(model.backbone, model.weights, config.image.size, config.training.seed, model.weights_sha256)
 
 
 def index(config: Config, observer: Observer) -> Dataset:
