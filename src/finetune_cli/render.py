@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from finetune_cli.commands.check import Report
     from finetune_cli.commands.evaluate import Result
     from finetune_cli.commands.explain import Explanation
+    from finetune_cli.commands.export import Result as ExportResult
     from finetune_cli.commands.predict import Prediction
     from finetune_cli.metrics import Comparison, Evaluation
     from finetune_cli.runs.judged import Judged
@@ -254,3 +255,33 @@ def explained(console: Console, explanation: "Explanation") -> None:
     if len(rows) < len(explanation.evidence):
         console.print(f"... and {len(explanation.evidence) - len(rows)} less probable classes")
     console.print(f"wrote {explanation.output}: red speaks for {shown(explanation.name)}, blue against")
+
+
+def exported(console: Console, result: "ExportResult") -> None:
+    """The end of `export`: how far each form is from the run, its size and its speed, and where it is."""
+    console.print()
+    console.title(f"compared with the run on {result.photos} validation photos")
+    checks = [(one.form, check) for one in result.exports for check in one.checks]
+    console.table(
+        ("format", "input", "photos", "top-1 agrees", "largest difference", "mean", "allowed"),
+        [
+            (form, check.signature, check.photos, f"{check.agreement:.1%}", f"{check.largest:.1e}", f"{check.mean:.1e}",
+             check.rule())
+            for form, check in checks
+        ],
+        right=(2, 3, 4, 5),
+    )  # fmt: skip
+    for form, check in checks:
+        for what, count in check.left_out.items():
+            console.print(f"{form}, {check.signature}: {count} {what} left out, which it does not read as the run does")
+    console.table(
+        ("format", "options", "MB", "ms a photo", "folder"),
+        [
+            (one.form, " ".join(one.options.values()), f"{one.size / 1e6:.1f}", f"{one.milliseconds:.1f}", one.folder)
+            for one in result.exports
+        ],
+        right=(2, 3),
+    )
+    console.print("try next:")
+    for one in result.exports:
+        console.print(f"  finetune predict PHOTO --model {one.folder}")

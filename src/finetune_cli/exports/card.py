@@ -1,0 +1,89 @@
+"""What travels with every exported model: the names of its outputs, in their order, and how photos are prepared.
+
+`classes.json` in each export is this card; ONNX, OpenVINO and LiteRT files hold a second copy inside, under `KEY`.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_cli import files
+from finetune_cli.errors import WeightsError
+from finetune_cli.photos.images import ImageSettings
+
+FILE = "classes.json"
+KEY = "finetune"
+FORMAT = 1
+
+_RESIZING = {
+    "crop": "scale the shorter side to {size} pixels and take the centre",
+    "squash": "scale both sides to {size} pixels",
+    "pad": "scale the longer side to {size} pixels and fill up with black around it",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """The class names in the order of the model's outputs, and how photos are decoded for it."""
+
+    classes: tuple[str, ...]
+    settings: ImageSettings
+
+    def to_json(self) -> dict[str, Any]:
+        """The card as plain JSON values, with notes for people."""
+        settings = self.settings
+        return {
+            "format": FORMAT,
+            "classes": list(self.classes),
+            "image": {"size": settings.size, "resize": settings.resize, "max_pixels": settings.max_pixels},
+            "preparation": [
+                "turn the photo as its Exif data say, lay it on white where it is transparent",
+                _RESIZING[settings.resize].format(size=settings.size)
+                + " (Hamming filter to shrink, bicubic to enlarge)",
+                f"pass RGB values 0 to 255 of shape (N, {settings.size}, {settings.size}, 3); all scaling is inside",
+            ],
+        }
+
+    def text(self) -> str:
+        """The card as ASCII text."""
+        return json.dumps(self.to_json())
+
+    def write(self, folder: Path) -> None:
+        """Write `classes.json` into `folder`."""
+        files.write_json(folder / FILE, self.to_json())
+
+    @classmethod
+    def read(cls, folder: Path) -> "Card":
+        """The card in `folder`. Raises `WeightsError` when it is missing or damaged."""
+        path = folder / FILE
+        try:
+            return cls.parse(path.read_text("utf-8"), path)
+        except (OSError, UnicodeDecodeError) as exc:
+            raise WeightsError(f"{path}, which names the classes of the model, cannot be read") from exc
+
+    @classmethod
+    def parse(cls, text: str, source: Path) -> "Card":
+        """The card in `text`, which was found in `source`. Raises `WeightsError` when it is damaged."""
+        try:
+            card = json.loads(text)
+            return cls(_classes(card), _settings(card["image"]))
+        except (ValueError, KeyError, TypeError, RecursionError) as exc:
+            raise WeightsError(f"{source}: its list of classes and image settings is damaged ({exc})") from exc
+
+
+def _classes(card: Mapping[str, Any]) -> tuple[str, ...]:
+    if card["format"] != FORMAT:
+        raise ValueError(f"its format is {card['format']}, this version reads {FORMAT}")
+    classes = card["classes"]
+    if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
+        raise ValueError("classes are not at least two names")
+    return tuple(classes)
+
+
+def _settings(image: Mapping[str, Any]) -> ImageSettings:
+    size, resize, max_pixels = image["size"], image["resize"], image["max_pixels"]
+    if resize not in _RESIZING or not all(type(value) is int and value > 0 for value in (size, max_pixels)):
+        raise ValueError("wrong image settings")
+    return ImageSettings(size, resize, max_pixels)

@@ -1,0 +1,164 @@
+"""What all exported forms have in common, and the table of them. Their packages are imported when they are needed."""
+
+import contextlib
+import importlib.util
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_cli.errors import MissingExtra
+from finetune_cli.exports.card import Card
+from finetune_cli.photos.images import ImageSettings
+from finetune_cli.runs.run import Run
+
+Floats = NDArray[np.float32]
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What is exported: `calibration` yields training photos ``uint8 (size, size, 3)`` for quantizing."""
+
+    run: Run
+    calibration: Callable[[], Iterator[Pixels]]
+
+    @property
+    def card(self) -> Card:
+        """The classes and image settings of the run."""
+        return Card(self.run.classes, self.run.image_settings)
+
+    @cached_property
+    def model(self) -> Any:
+        """The run's Keras model: pixels ``float32 (N, size, size, 3)`` 0..255 -> probabilities ``(N, C)``."""
+        from finetune_cli.model.keras_file import load_keras_file
+
+        return load_keras_file(self.run.file("model.keras"))
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """One way into a model. `takes`: pixels ``uint8 (n, size, size, 3)``, or a list of n encoded files."""
+
+    name: str
+    takes: Literal["pixels", "bytes"]
+    answer: Callable[[Any], Floats]
+
+
+class Opened(Protocol):
+    """An exported model, loaded in its own runtime; also a `Predictor`."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The class names, in the order of the outputs."""
+        ...
+
+    @property
+    def settings(self) -> ImageSettings:
+        """How photos are decoded."""
+        ...
+
+    def probabilities(self, photos: Pixels) -> Floats:
+        """``uint8 (n, size, size, 3)`` RGB -> ``float32 (n, C)``; may be called from several threads."""
+        ...
+
+    def signatures(self) -> tuple[Signature, ...]:
+        """The ways into the model, each of which is compared with the run."""
+        ...
+
+
+class Form(Protocol):
+    """An exported format. `main` is the file that other programs are given; None: the folder itself."""
+
+    name: ClassVar[str]
+    main: ClassVar[str | None]
+    extra: ClassVar[str | None]
+    packages: ClassVar[tuple[str, ...]]
+
+    @property
+    def exact(self) -> bool:
+        """Whether probabilities must equal those of the run; quantized forms are judged by their top answer."""
+        ...
+
+    @property
+    def options(self) -> dict[str, str]:
+        """The options that it was made with, for the manifest."""
+        ...
+
+    def write(self, source: Source, folder: Path) -> None:
+        """Write the model's files into `folder`."""
+        ...
+
+    @staticmethod
+    def open(path: Path, workers: int) -> Opened:
+        """Load what `write` wrote; `path`: the main file, or the folder if there is none.
+
+        Raises `WeightsError` when it is damaged or was not made by an export.
+        """
+        ...
+
+
+NAMES = ("savedmodel", "keras", "onnx", "litert", "openvino")
+SUFFIXES = {".keras": "keras", ".onnx": "onnx", ".tflite": "litert", ".xml": "openvino"}
+
+
+def form_class(name: str) -> type[Form]:
+    """The class of the form `name`, one of `NAMES`."""
+    if name == "savedmodel":
+        from finetune_cli.exports.savedmodel import SavedModel
+
+        return SavedModel
+    if name == "keras":
+        from finetune_cli.exports.keras_file import KerasFile
+
+        return KerasFile
+    if name == "onnx":
+        from finetune_cli.exports.onnx import Onnx
+
+        return Onnx
+    if name == "litert":
+        from finetune_cli.exports.litert import LiteRt
+
+        return LiteRt
+    from finetune_cli.exports.openvino import OpenVino
+
+    return OpenVino
+
+
+def require(form: type[Form]) -> None:
+    """Raise `MissingExtra` unless the packages of `form` are installed."""
+    if form.extra is not None and not all(importlib.util.find_spec(name) for name in form.packages):
+        raise MissingExtra(f"the {form.name} form", form.extra)
+
+
+def reason(exc: Exception) -> str:
+    """The first line of what another package says is wrong."""
+    return next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep what converters and their C++ parts print away from the terminal, and Python's warnings, too."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as sink, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved = [(number, os.dup(number)) for number in (1, 2)]
+        try:
+            for number, _copy in saved:
+                os.dup2(sink.fileno(), number)
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in saved:
+                os.dup2(copy, number)
+                os.close(copy)

@@ -1,0 +1,126 @@
+"""The form `litert`: one ``.tflite`` file for phones and small computers, with `labels.txt` beside it and inside it.
+
+``image float32 (1, size, size, 3)`` RGB 0..255 in, ``probabilities float32 (1, C)`` out, in every variant: `none`
+keeps float32 weights, `float16` halves the file, `int8` quantizes weights and activations with ranges seen on training
+photos of the run. The labels are in a zip archive at the end of the file, as TensorFlow Lite's metadata put them
+(https://ai.google.dev/edge/litert/models/metadata), so that ``unzip model.tflite`` shows them.
+"""
+
+import os
+import threading
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from finetune_cli.errors import DataError, FinetuneError, MissingExtra, WeightsError
+from finetune_cli.exports import card as cards
+from finetune_cli.exports.card import Card
+from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, quiet, reason
+from finetune_cli.exports.tf_graph import with_constants
+from finetune_cli.text import shown
+
+Quantize = Literal["none", "float16", "int8"]
+LABELS = "labels.txt"
+
+
+class LiteRt:
+    """Writes and opens ``model.tflite``."""
+
+    name: ClassVar[str] = "litert"
+    main: ClassVar[str | None] = "model.tflite"
+    extra: ClassVar[str | None] = "litert"
+    packages: ClassVar[tuple[str, ...]] = ("ai_edge_litert",)
+
+    def __init__(self, quantize: Quantize = "none") -> None:
+        self.quantize = quantize
+        self.exact = quantize == "none"
+        self.options: dict[str, str] = {"quantize": quantize}
+
+    def write(self, source: Source, folder: Path) -> None:
+        """Convert the run's model. Raises `FinetuneError` when the converter lacks an operation."""
+        photos = list(source.calibration()) if self.quantize == "int8" else []
+        if self.quantize == "int8" and not photos:
+            raise DataError("int8 needs training photos of the run, and none was found", "say where with --data ROOT")
+        model = source.model
+        try:
+            with quiet():
+                converted = self._convert(model, source.card, photos)
+        except Exception as exc:  # the converter raises dozens of unrelated types
+            raise FinetuneError(f"the model cannot be converted to LiteRT: {reason(exc)}") from exc
+        labels = "".join(f"{shown(name)}\n" for name in source.card.classes)
+        path = folder / "model.tflite"
+        path.write_bytes(converted)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(_member(LABELS), labels)
+            archive.writestr(_member(cards.FILE), source.card.text())
+        (folder / LABELS).write_text(labels, "utf-8", newline="\n")
+
+    def _convert(self, model: Any, card: Card, photos: list[Pixels]) -> bytes:
+        import tensorflow as tf
+
+        function = with_constants(model, card.settings.size, photos=1).get_concrete_function()
+        converter = tf.lite.TFLiteConverter.from_concrete_functions([function], tf.Module())
+        if self.quantize != "none":
+            converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        if self.quantize == "float16":
+            converter.target_spec.supported_types = [tf.float16]
+        if self.quantize == "int8":
+            converter.representative_dataset = lambda: _one_by_one(photos)
+        converted: bytes = converter.convert()
+        return converted
+
+    @staticmethod
+    def open(path: Path, workers: int) -> Opened:
+        """The model in the file `path`. Raises `WeightsError` when LiteRT cannot load it."""
+        return OpenedLiteRt(path, workers)
+
+
+def _one_by_one(photos: list[Pixels]) -> Iterator[list[Floats]]:
+    for photo in photos:
+        yield [photo[None].astype(np.float32)]
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    """An entry of a zip archive without the time of day, so that equal models give equal files."""
+    return zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+
+
+class OpenedLiteRt:
+    """A ``.tflite`` model in the LiteRT interpreter, which runs one photo at a time."""
+
+    def __init__(self, path: Path, workers: int) -> None:
+        try:
+            from ai_edge_litert.interpreter import Interpreter
+        except ImportError as exc:
+            raise MissingExtra("the litert form", "litert") from exc
+        card = _read_card(path)
+        self.classes, self.settings = card.classes, card.settings
+        try:
+            with quiet():
+                self._interpreter = Interpreter(model_path=os.fspath(path), num_threads=workers)
+                self._interpreter.allocate_tensors()
+                self._run = self._interpreter.get_signature_runner()
+        except (ValueError, RuntimeError) as exc:
+            raise WeightsError(f"{path} cannot be loaded as a LiteRT model: {reason(exc)}") from exc
+        self._one_at_a_time = threading.Lock()
+
+    def probabilities(self, photos: Pixels) -> Floats:
+        """``uint8 (n, size, size, 3)`` RGB -> ``float32 (n, C)``."""
+        with self._one_at_a_time:
+            rows = [self._run(image=photo[None].astype(np.float32))["probabilities"] for photo in photos]
+        return np.concatenate(rows)
+
+    def signatures(self) -> tuple[Signature, ...]:
+        """The model's only input."""
+        return (Signature("image", "pixels", self.probabilities),)
+
+
+def _read_card(path: Path) -> Card:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return Card.parse(archive.read(cards.FILE).decode("utf-8"), path)
+    except (OSError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as exc:
+        raise WeightsError(f"{path} names no classes: it is damaged, or was not made by finetune export") from exc

@@ -1,0 +1,82 @@
+"""The form `onnx`: one file for ONNX Runtime and everything else that reads ONNX.
+
+``image float32 (N, size, size, 3)`` RGB 0..255 in, ``probabilities float32 (N, C)`` out, N free. The card is in the
+file's metadata.
+"""
+
+import os
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from finetune_cli.errors import FinetuneError, MissingExtra, WeightsError
+from finetune_cli.exports.card import KEY, Card
+from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, quiet, reason
+from finetune_cli.exports.tf_graph import with_constants
+
+# The newest set of operators that tf2onnx writes for these models without experimental ones; ONNX Runtime >= 1.12.
+_OPSET = 17
+_ERRORS_ONLY = 3
+
+
+class Onnx:
+    """Writes and opens ``model.onnx``."""
+
+    name: ClassVar[str] = "onnx"
+    main: ClassVar[str | None] = "model.onnx"
+    extra: ClassVar[str | None] = "onnx"
+    packages: ClassVar[tuple[str, ...]] = ("tf2onnx", "onnx", "onnxruntime")
+    exact = True
+    options: ClassVar[dict[str, str]] = {}
+
+    def write(self, source: Source, folder: Path) -> None:
+        """Convert the run's model. Raises `FinetuneError` when tf2onnx lacks an operation."""
+        model, card = source.model, source.card
+        with quiet():
+            import onnx
+            import tf2onnx
+
+            try:
+                function = with_constants(model, card.settings.size, photos=None)
+                converted, _ = tf2onnx.convert.from_function(function, function.input_signature, opset=_OPSET)
+                onnx.helper.set_model_props(converted, {KEY: card.text()})
+                onnx.checker.check_model(converted)
+            except Exception as exc:  # the converter raises dozens of unrelated types
+                raise FinetuneError(f"tf2onnx cannot convert this model: {reason(exc)}") from exc
+        (folder / "model.onnx").write_bytes(converted.SerializeToString())
+
+    @staticmethod
+    def open(path: Path, workers: int) -> Opened:  # noqa: ARG004 - ONNX Runtime shares out its work by itself
+        """The model in the file `path`. Raises `WeightsError` when ONNX Runtime cannot load it."""
+        return OpenedOnnx(path)
+
+
+class OpenedOnnx:
+    """An ONNX model in ONNX Runtime, on the CPU."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import onnxruntime
+        except ImportError as exc:
+            raise MissingExtra("the onnx form", "onnx") from exc
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        try:
+            self._session = onnxruntime.InferenceSession(os.fspath(path), options, ["CPUExecutionProvider"])
+        except Exception as exc:  # ONNX Runtime's errors have no common base
+            raise WeightsError(f"{path} cannot be loaded as an ONNX model: {reason(exc)}") from exc
+        text = self._session.get_modelmeta().custom_metadata_map.get(KEY)
+        if text is None:
+            raise WeightsError(f"{path} names no classes: it was not made by finetune export")
+        card = Card.parse(text, path)
+        self.classes, self.settings = card.classes, card.settings
+
+    def probabilities(self, photos: Pixels) -> Floats:
+        """``uint8 (n, size, size, 3)`` RGB -> ``float32 (n, C)``."""
+        (answer,) = self._session.run(["probabilities"], {"image": photos.astype(np.float32)})
+        return np.asarray(answer, np.float32)
+
+    def signatures(self) -> tuple[Signature, ...]:
+        """The model's only input."""
+        return (Signature("image", "pixels", self.probabilities),)

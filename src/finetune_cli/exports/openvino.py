@@ -1,0 +1,70 @@
+"""The form `openvino`: OpenVINO's IR, an ``.xml`` file and the ``.bin`` file beside it.
+
+``image float32 (N, size, size, 3)`` RGB 0..255 in, ``probabilities float32 (N, C)`` out, N free. `float16` halves the
+weights; they are calculated with in float32. The card is in the model's `rt_info`.
+"""
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from finetune_cli.errors import FinetuneError, RunError, WeightsError
+from finetune_cli.exports.card import KEY, Card
+from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, reason
+from finetune_cli.model.runtimes import OpenVinoRuntime, import_openvino, read_ir
+
+Precision = Literal["float32", "float16"]
+
+
+class OpenVino:
+    """Writes and opens ``model.xml``."""
+
+    name: ClassVar[str] = "openvino"
+    main: ClassVar[str | None] = "model.xml"
+    extra: ClassVar[str | None] = None
+    packages: ClassVar[tuple[str, ...]] = ("openvino",)
+
+    def __init__(self, precision: Precision = "float32") -> None:
+        self.precision = precision
+        self.exact = precision == "float32"
+        self.options: dict[str, str] = {"precision": precision}
+
+    def write(self, source: Source, folder: Path) -> None:
+        """Write the run's own OpenVINO model with names for its ends and the card inside."""
+        ov = import_openvino()
+        source.run.file("inference/model.bin")
+        model = read_ir(source.run.file("inference/model.xml"))
+        model.inputs[0].get_tensor().set_names({"image"})
+        model.outputs[0].get_tensor().set_names({"probabilities"})
+        model.set_rt_info(source.card.text(), KEY)
+        try:
+            ov.save_model(model, folder / "model.xml", compress_to_fp16=self.precision == "float16")
+        except RuntimeError as exc:
+            raise FinetuneError(f"OpenVINO cannot save the model: {reason(exc)}") from exc
+
+    @staticmethod
+    def open(path: Path, workers: int) -> Opened:
+        """The model in the file `path`. Raises `WeightsError` when OpenVINO cannot load it."""
+        return OpenedOpenVino(path, workers)
+
+
+class OpenedOpenVino:
+    """An OpenVINO model on the CPU, in float32 even where the CPU would prefer bfloat16."""
+
+    def __init__(self, path: Path, workers: int) -> None:
+        try:
+            model = read_ir(path)
+        except RunError as exc:
+            raise WeightsError(exc.problem) from exc
+        if not model.has_rt_info(KEY):
+            raise WeightsError(f"{path} names no classes: it was not made by finetune export")
+        card = Card.parse(model.get_rt_info(KEY).astype(str), path)
+        self.classes, self.settings = card.classes, card.settings
+        self._runtime = OpenVinoRuntime(model, "float32", workers)
+
+    def probabilities(self, photos: Pixels) -> Floats:
+        """``uint8 (n, size, size, 3)`` RGB -> ``float32 (n, C)``."""
+        return self._runtime.infer(photos)
+
+    def signatures(self) -> tuple[Signature, ...]:
+        """The model's only input."""
+        return (Signature("image", "pixels", self.probabilities),)

@@ -1,0 +1,122 @@
+"""The form `savedmodel`: what TensorFlow Serving loads, with three signatures.
+
+    serving_default  image        float32 (N, H, W, 3) RGB 0..255, any H and W
+    serve_uint8      image        uint8   (N, H, W, 3)
+    serve_bytes      image_bytes  string  (N,) JPEG or PNG files
+
+Each answers `probabilities` float32 (N, C), `label` string (N,), and `class_names` string (N, C). Resizing and decoding
+are inside (`tf_photos.py`), so the folder works wherever TensorFlow does, without this package.
+"""
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from finetune_cli.errors import StorageError, WeightsError
+from finetune_cli.exports.card import Card
+from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, quiet, reason
+
+
+class SavedModel:
+    """Writes and opens the folder of one version."""
+
+    name: ClassVar[str] = "savedmodel"
+    main: ClassVar[str | None] = None
+    extra: ClassVar[str | None] = None
+    packages: ClassVar[tuple[str, ...]] = ("tensorflow",)
+    exact = True
+    options: ClassVar[dict[str, str]] = {}
+
+    def write(self, source: Source, folder: Path) -> None:
+        """Write the SavedModel into `folder`."""
+        model, card = source.model, source.card
+        import tensorflow as tf
+
+        module = tf.Module()
+        # The variables alone: the Keras objects around them would make the loader look for Keras.
+        module.weights = [variable.value for variable in model.variables]
+        module.signatures_by_name = functions = _functions(tf, model, card)
+        try:
+            with quiet():
+                concrete = {name: function.get_concrete_function() for name, function in functions.items()}
+                tf.saved_model.save(module, str(folder), concrete)
+        except tf.errors.OpError as exc:  # TensorFlow's own file system reports its faults like this
+            problem = f"TensorFlow cannot write to {folder.parent}: {reason(exc)}"
+            raise StorageError(problem, "free some space and run the same command again") from exc
+
+    @staticmethod
+    def open(path: Path, workers: int) -> Opened:  # noqa: ARG004 - TensorFlow shares out its work by itself
+        """The SavedModel in the folder `path`. Raises `WeightsError` when TensorFlow cannot load it."""
+        return OpenedSavedModel(path)
+
+
+def _functions(tf: Any, model: Any, card: Card) -> dict[str, Any]:
+    from finetune_cli.exports.tf_photos import PhotoGraph
+
+    graph = PhotoGraph(card.settings)
+    names = tf.constant([name.encode("utf-8", "surrogateescape") for name in card.classes])
+
+    def answer(photos: Any) -> dict[str, Any]:
+        probabilities = model(photos, training=False)
+        return {
+            "probabilities": probabilities,
+            "label": tf.gather(names, tf.argmax(probabilities, axis=1)),
+            "class_names": tf.tile(names[tf.newaxis], [tf.shape(probabilities)[0], 1]),
+        }
+
+    def function(python: Any, *spec: Any) -> Any:
+        return tf.function(python, input_signature=[tf.TensorSpec(*spec)], autograph=False)
+
+    pixels = (None, None, None, 3)
+    return {
+        "serving_default": function(lambda image: answer(graph.fitted(image)), pixels, tf.float32, "image"),
+        "serve_uint8": function(lambda image: answer(graph.fitted(image)), pixels, tf.uint8, "image"),
+        "serve_bytes": function(
+            lambda image_bytes: answer(graph.decoded(image_bytes)), (None,), tf.string, "image_bytes"
+        ),
+    }
+
+
+class OpenedSavedModel:
+    """A SavedModel in TensorFlow."""
+
+    def __init__(self, folder: Path) -> None:
+        from finetune_cli.model.keras_setup import import_keras
+
+        card = Card.read(folder)
+        self.classes, self.settings = card.classes, card.settings
+        import_keras()  # not needed here; it brings TensorFlow in without its noise
+        import tensorflow as tf
+
+        self._tf = tf
+        try:
+            with quiet():
+                self._model = tf.saved_model.load(str(folder))
+            self._signatures = {name: self._model.signatures[name] for name in SIGNATURES}
+        except (OSError, KeyError, ValueError, tf.errors.OpError) as exc:
+            raise WeightsError(f"{folder} cannot be loaded as a SavedModel: {reason(exc)}") from exc
+
+    def probabilities(self, photos: Pixels) -> Floats:
+        """``uint8 (n, size, size, 3)`` RGB -> ``float32 (n, C)``."""
+        answer = self._signatures["serve_uint8"](image=self._tf.constant(photos))
+        return np.asarray(answer["probabilities"])
+
+    def signatures(self) -> tuple[Signature, ...]:
+        """All three."""
+        return (
+            Signature("serving_default", "pixels", self._from_floats),
+            Signature("serve_uint8", "pixels", self.probabilities),
+            Signature("serve_bytes", "bytes", self._from_bytes),
+        )
+
+    def _from_floats(self, photos: Pixels) -> Floats:
+        answer = self._signatures["serving_default"](image=self._tf.constant(photos.astype(np.float32)))
+        return np.asarray(answer["probabilities"])
+
+    def _from_bytes(self, encoded: list[bytes]) -> Floats:
+        answer = self._signatures["serve_bytes"](image_bytes=self._tf.constant(encoded))
+        return np.asarray(answer["probabilities"])
+
+
+SIGNATURES = ("serving_default", "serve_uint8", "serve_bytes")

@@ -1,0 +1,43 @@
+"""Feeds files to the bytes signature of a SavedModel, in a process that has TensorFlow and nothing of finetune-cli.
+
+    python serve_child.py SAVEDMODEL_FOLDER
+
+Paths come one a line (JSON strings); each is answered with a line of JSON: `answered` or `refused`, seconds, and the
+peak of the process's memory in bytes so far. A crash belongs to the file that has no answer.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+
+def main(folder):
+    assert "finetune_cli" not in sys.modules
+    sys.modules["finetune_cli"] = None
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    import tensorflow as tf
+
+    serve = tf.saved_model.load(folder).signatures["serve_bytes"]
+    print(json.dumps({"keras": "keras" in sys.modules}), flush=True)
+    for line in sys.stdin:
+        path = json.loads(line)
+        started = time.monotonic()
+        try:
+            answer = serve(image_bytes=tf.constant([Path(path).read_bytes()]))
+            result = {name: value.numpy().tolist() for name, value in answer.items() if name == "probabilities"}
+            result["result"] = "answered"
+        except tf.errors.InvalidArgumentError as exc:
+            result = {"result": "refused", "reason": exc.message.splitlines()[0][:300]}
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0
+        print(json.dumps({"path": path, **result, "seconds": time.monotonic() - started, "peak": peak}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
