@@ -33,12 +33,13 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{TESTS.parent}"
 NOBODY = 65534
 
 
-def start(script: str, *arguments: object) -> "subprocess.Popen[str]":
+def start(script: str, *arguments: object) -> "subprocess.Popen[bytes]":
     command = [sys.executable, TESTS / script, *map(str, arguments)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Unbuffered, so that the first line can be read without taking others with it.
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
 
 
-def kill_later(process: "subprocess.Popen[str]", seconds: float) -> list[str]:
+def kill_later(process: "subprocess.Popen[bytes]", seconds: float) -> list[bytes]:
     """SIGKILL `process` that long after its first line; all the whole lines that it wrote."""
     assert process.stdout is not None
     first = process.stdout.readline()
@@ -47,7 +48,7 @@ def kill_later(process: "subprocess.Popen[str]", seconds: float) -> list[str]:
     process.send_signal(signal.SIGKILL)
     rest, _errors = process.communicate()
     assert process.returncode == -signal.SIGKILL
-    return [line for line in (first + rest).splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in (first + rest).splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def run_script(script: str, *arguments: object) -> str:

@@ -46,6 +46,13 @@ OPERATIONS = frozenset(
         """,
     )
 )
+_SMALL = frozenset(
+    [
+        *("axis", "batch_dims", "block_size", "dilations", "group", "kernel", "num_splits", "output_padding"),
+        *("pads_begin", "pads_end", "rates", "shape", "sizes", "strides"),
+        *("begin_mask", "ellipsis_mask", "end_mask", "new_axis_mask", "shrink_axis_mask"),
+    ]
+)
 _CHILDREN = {
     "": {"net"},
     "net": {"layers", "edges", "rt_info", "meta_data"},
@@ -156,6 +163,8 @@ class _Graph:
             self._start_layer(attributes)
         elif name == "data" and self._kinds[self._layer] == "Const":
             self._check_constant(attributes)
+        elif name == "data":
+            self._check_settings(attributes)
         elif name == "port":
             self._add_port(self._inputs if parent == "input" else self._outputs, attributes.get("id", ""))
         elif name == "edge":
@@ -199,6 +208,12 @@ class _Graph:
             raise _RefusedError(f"constant {self._layer[:40]!r} has another size than its shape")
         if offset + size > self._bin_size:
             raise _RefusedError(f"constant {self._layer[:40]!r} lies outside the weights")
+
+    def _check_settings(self, attributes: dict[str, str]) -> None:
+        """Strides, paddings and the like stay below 10,000: OpenVINO computes with them in 32 bits."""
+        for key in _SMALL.intersection(attributes):
+            if re.search(r"\d{5}", attributes[key]):
+                raise _RefusedError(f"layer {self._layer[:40]!r} has {key} of {attributes[key][:40]!r}")
 
     def check_edges(self) -> None:
         """Every input has its edge, and all but constants comes from the one input of the model."""
