@@ -21,7 +21,7 @@ from finetune_cli.model.cache import FeatureStore
 from finetune_cli.model.keras_setup import import_keras
 from finetune_cli.photos.dataset import Sample
 from finetune_cli.photos.images import ImageSettings, decode
-from finetune_cli.runs import artefacts, preparation, run
+from finetune_cli.runs import artefacts, preparation, run, surroundings
 from finetune_cli.runs.run import Run, SplitRow
 from finetune_cli.tables import write_csv
 
@@ -144,7 +144,7 @@ def build(folder: Path, classes: tuple[str, ...] = ("ant", "bee", "wasp")) -> Ti
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # inside Keras
         parity = artefacts.save_models(home, model, pixels, measured["val"][:4])
     (home / "config.yaml").write_text(yaml.safe_dump(settings.dump(home)))
-    artefacts.write_environment(home / "environment.json", settings, "cpu", "float32", 1)
+    surroundings.write_environment(home, settings, "cpu", "float32", 1)
     write_csv(
         home / "history.csv",
         ("epoch", "loss", "accuracy", "val_loss", "val_accuracy"),

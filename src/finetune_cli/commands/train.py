@@ -25,8 +25,8 @@ from finetune_cli.model.fitting import Fitted, labels_of
 from finetune_cli.model.head import EpochState
 from finetune_cli.model.solver import Head
 from finetune_cli.observer import Observer
-from finetune_cli.runs import artefacts, checkpoints, figures, run
-from finetune_cli.runs.preparation import Prepared, image_settings, prepare, timed
+from finetune_cli.runs import artefacts, checkpoints, figures, run, surroundings
+from finetune_cli.runs.preparation import Prepared, check_places, image_settings, prepare, timed
 from finetune_cli.runs.run import Run, SplitRow
 from finetune_cli.tables import write_csv
 
@@ -37,6 +37,7 @@ def train(config: Config, observer: Observer, stem: str = "run") -> Run:
     Raises any `FinetuneError`; whatever happens, no finished run is changed and computed features stay in the cache.
     """
     run.check_target(config.output.directory, config.output.name)
+    check_places(config)
     prepared = prepare(config, observer)
     folder = run.create(config.output.directory, config.output.name, stem)
     with files.lock(folder), _resumable(folder):
@@ -47,16 +48,26 @@ def train(config: Config, observer: Observer, stem: str = "run") -> Run:
 def resume(folder: Path, config: Config, observer: Observer) -> Run:
     """Finish the unfinished run in `folder`, whose stored config (perhaps with more epochs) is `config`.
 
-    Raises `RunError` when the run is finished already, or when its photos or classes are not what they were.
+    Raises `RunError` when the run is finished already, or when its photos, classes or settings are not what they were.
     """
+    check_places(config)
+    with files.lock(folder), _resumable(folder):
+        _refuse_unless_begun(folder)
+        files.remove_leftovers(folder)
+        prepared = prepare(config, observer)
+        _refuse_other_photos(folder, prepared)
+        _warn_of_other_surroundings(folder, prepared, observer)
+        _write_config(folder, config)
+        return _fit_and_finish(folder, prepared, observer)
+
+
+def _refuse_unless_begun(folder: Path) -> None:
     if (folder / run.MANIFEST).exists():
         raise RunError(
             f"{folder} is finished; there is nothing to resume", "to train on, set model.start_from to that folder"
         )
-    with files.lock(folder), _resumable(folder):
-        prepared = prepare(config, observer)
-        _refuse_other_photos(folder, prepared)
-        return _fit_and_finish(folder, prepared, observer)
+    if not (folder / "split.csv").exists():
+        raise RunError(f"{folder} was not begun: it has no split.csv", "remove that folder, and train a new run")
 
 
 @contextlib.contextmanager
@@ -71,12 +82,29 @@ def _resumable(folder: Path) -> Iterator[None]:
 
 def _begin(folder: Path, prepared: Prepared) -> None:
     """Write what a resumed run must find; split.csv last, because it marks a run that can be resumed."""
-    text = yaml.safe_dump(prepared.config.dump(folder), sort_keys=False, allow_unicode=True)
-    files.write_text(folder / "config.yaml", text)
-    artefacts.write_environment(
-        folder / "environment.json", prepared.config, prepared.device, prepared.precision, prepared.workers
-    )
+    _write_config(folder, prepared.config)
+    surroundings.write_environment(folder, *_surroundings(prepared))
     run.write_split(folder / "split.csv", _split_rows(prepared))
+
+
+def _write_config(folder: Path, config: Config) -> None:
+    text = yaml.safe_dump(config.dump(folder), sort_keys=False, allow_unicode=True)
+    files.write_text(folder / "config.yaml", text)
+
+
+def _surroundings(prepared: Prepared) -> tuple[Config, str, str, int]:
+    return prepared.config, prepared.device, prepared.precision, prepared.workers
+
+
+def _warn_of_other_surroundings(folder: Path, prepared: Prepared, observer: Observer) -> None:
+    """Say why the end may not be that of an uninterrupted run."""
+    before = surroundings.read_environment(folder / surroundings.FILE)
+    now = surroundings.environment(*_surroundings(prepared))
+    if changed := [each.what for each in surroundings.differences(before, now) if each.what != "git_commit"]:
+        observer.warn(
+            f"the surroundings are not those that {folder} was begun in ({', '.join(changed)}), so the weights may "
+            "differ from those of an uninterrupted run"
+        )
 
 
 def _split_rows(prepared: Prepared) -> list[SplitRow]:
@@ -143,14 +171,38 @@ def _fit(folder: Path, prepared: Prepared, observer: Observer) -> Fitted:
             observer.warn(warning)
         if tuple(last.state["classes"]) != classes:
             raise RunError(f"{last.path} has other classes: {', '.join(last.state['classes'])}", "train a new run")
+        _refuse_other_settings(folder, last.state["settings"], _settings(prepared))
         resumed = EpochState.restore(last.arrays, last.state)
         observer.note(f"going on after epoch {last.epoch}")
 
     def keep(state: EpochState, l2: float) -> None:
-        facts = {**state.info(), "classes": list(classes), "l2": l2}
+        facts = {**state.info(), "classes": list(classes), "l2": l2, "settings": _settings(prepared)}
         checkpoints.save(folder / "checkpoints", state.epoch, state.arrays(), facts, state.is_best)
 
     return fitting.adam(config, parts["train"], parts["val"], classes, start, resumed, keep, observer)
+
+
+def _settings(prepared: Prepared) -> dict[str, Any]:
+    """The settings that a resumed training must share with its beginning, as JSON values."""
+    config = prepared.config
+    return {
+        "image": config.image.model_dump(mode="json"),
+        "model": {"backbone": prepared.backbone.fingerprint, "dropout": config.model.dropout},
+        "augmentation": config.augmentation.model_dump(mode="json") if config.augmentation is not None else None,
+        "training": config.training.model_dump(mode="json", exclude={"epochs", "early_stopping_patience"}),
+        "calibration": config.calibration,
+    }
+
+
+def _refuse_other_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise `RunError` when config.yaml, or a file that it names, was changed since the run was begun."""
+    changes = surroundings.differences(before, now)
+    if changes:
+        raise RunError(
+            f"the settings are not those that {folder} was begun with\n"
+            + "\n".join(f"  {each.what} was {each.before or 'null'}, is {each.now or 'null'}" for each in changes),
+            "put them back, or train a new run",
+        )
 
 
 def _write_history(folder: Path, fitted: Fitted) -> list[str]:

@@ -1,13 +1,9 @@
-"""What a run consists of besides its manifest: the model in two forms, tables, and the record of the surroundings.
+"""What a run consists of besides its manifest: the model in two forms, and tables.
 
 `save_models` proves before the run is finished that both forms answer as the features said that they would.
 """
 
-import platform
-import subprocess
-import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli import files
-from finetune_cli.config import Config
-from finetune_cli.errors import GateError
+from finetune_cli.errors import GateError, StorageError
 from finetune_cli.metrics import Evaluation
 from finetune_cli.model.keras_setup import import_keras
 from finetune_cli.model.runtimes import OpenVinoRuntime, convert, import_openvino, read_ir
@@ -25,17 +20,6 @@ from finetune_cli.tables import write_csv
 
 PARITY_PHOTOS = 16
 PARITY_LIMIT = 1e-4
-PACKAGES = (
-    "finetune-cli",
-    "tensorflow",
-    "keras",
-    "openvino",
-    "numpy",
-    "scipy",
-    "pillow",
-    "opencv-python-headless",
-    "h5py",
-)
 
 
 def save_models(
@@ -47,17 +31,15 @@ def save_models(
     """Write `model.keras` and `inference/` and compare what was written, loaded anew, with `expected`.
 
     `photos`: ``uint8 (n, H, W, 3)``; `expected`: ``float32 (n, C)``, the probabilities that the run's numbers are made
-    of. Returns the largest differences. Raises `GateError` when one exceeds `PARITY_LIMIT`.
+    of. Returns the largest differences. Raises `GateError` when one exceeds `PARITY_LIMIT`, `StorageError` when a file
+    cannot be written.
     """
-    keras, ov = import_keras(), import_openvino()
-    with files.atomic_path(folder / "model.keras") as path:
+    keras = import_keras()
+    size = 4 * model.count_params()
+    with files.atomic_path(folder / "model.keras", size) as path:
         model.save(path)
-    (folder / "inference").mkdir(exist_ok=True)
     xml = folder / "inference" / "model.xml"
-    ov.save_model(convert(model), xml, compress_to_fp16=False)
-    files.fsync_file(xml)
-    files.fsync_file(xml.with_suffix(".bin"))
-    files.fsync_folder(xml.parent)
+    _save_ir(convert(model), xml, size)
     if not len(photos):
         return {}
     loaded = keras.models.load_model(folder / "model.keras", safe_mode=True, compile=False)
@@ -77,6 +59,22 @@ def save_models(
             "please report this with environment.json from the run directory",
         )
     return parity
+
+
+def _save_ir(model: Any, xml: Path, size: int) -> None:
+    """Write an OpenVINO model, of `size` bytes of weights. Raises `StorageError`."""
+    files.make_folder(xml.parent)
+    try:
+        import_openvino().save_model(model, xml, compress_to_fp16=False)
+    except RuntimeError as exc:  # of a C++ stream, which does not say why
+        xml.with_suffix(".bin").unlink(missing_ok=True)
+        files.free_space_check(xml.parent, size)
+        raise StorageError(
+            f"{xml.parent} cannot be written ({files.human_bytes(size)} are needed)", "see the limit with: ulimit -f"
+        ) from exc
+    files.fsync_file(xml)
+    files.fsync_file(xml.with_suffix(".bin"))
+    files.fsync_folder(xml.parent)
 
 
 class Judged(NamedTuple):
@@ -118,60 +116,3 @@ def write_tables(
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{float(value):.6g}"
-
-
-def write_environment(path: Path, config: Config, device: str, precision: str, workers: int) -> None:
-    """Write environment.json: everything outside the config that can change a number."""
-    files.write_json(path, environment(config, device, precision, workers))
-
-
-def environment(config: Config, device: str, precision: str, workers: int) -> dict[str, Any]:
-    """Packages, Python, system, processor, seed and threads, as plain JSON values."""
-    return {
-        "packages": {name: _version(name) for name in PACKAGES},
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpu": _cpu(),
-        "device": device,
-        "feature_precision": precision,
-        "seed": config.training.seed,
-        "threads": workers,
-        "git_commit": _git_commit(),
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu() -> dict[str, Any]:
-    facts: dict[str, Any] = {"machine": platform.machine(), "model": platform.processor(), "flags": []}
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                facts["model"] = value.strip()
-            elif key.strip() == "flags":
-                facts["flags"] = sorted(
-                    flag for flag in value.split() if flag.startswith(("avx", "amx", "fma", "sse4"))
-                )
-                break
-    return facts
-
-
-def _git_commit() -> str | None:
-    """The commit of the repository that the current folder is in, if any: people version their configs."""
-    try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"],  # noqa: S607
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() or None
