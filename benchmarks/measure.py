@@ -1,6 +1,6 @@
 """Prints the numbers that the project promises, measured here and now.
 
-    python benchmarks/numbers.py PHOTOS [part ...]
+    python benchmarks/measure.py PHOTOS [part ...]
 
 PHOTOS is a folder with `hymenoptera/{train,val}` and `scenes/{train,test}` (see data/README.md for where such sets
 are). Parts: predict, extraction, views, textbook, again, growth, memory; all of them without a name. The machine
@@ -21,6 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 FINETUNE = [sys.executable, "-m", "finetune_cli"]
 LITE0 = HERE.parent / "src" / "finetune_cli" / "assets" / "efficientnet_lite0.keras"
+TEST = {"scenes": "test", "hymenoptera": "val"}
 AUGMENTATION = [
     "augmentation.horizontal_flip=true",
     "augmentation.width_shift_range=0.2",
@@ -50,14 +51,15 @@ def train(folder: Path, name: str, data: list[str], *overrides: str) -> tuple[fl
     return taken, json.loads((folder / "runs" / name / "run.json").read_text())
 
 
-def lite0(photos: Path, name: str) -> list[str]:
-    held_out = photos / name / ("test" if name == "scenes" else "val")
-    return [
-        f"data.train={photos / name / 'train'}",
-        f"data.test={held_out}",
-        "data.val_split=0.2",
-        "model.backbone=efficientnet_lite0",
-    ]
+def lite0(photos: Path, folder: Path, name: str) -> list[str]:
+    """A table that holds the test photos apart: a fifth of the training photos validates, the rest of them trains."""
+    table = folder / f"{name}.csv"
+    lines = ["image_path,label,split"]
+    for split, source in (("train", "train"), ("test", TEST[name])):
+        found = sorted((photos / name / source).glob("*/*.*"))
+        lines += [f"{os.path.relpath(path, folder)},{path.parent.name},{split}" for path in found]
+    table.write_text("\n".join(lines) + "\n")
+    return [f"data.train={table}", "model.backbone=efficientnet_lite0"]
 
 
 def predict(photos: Path, folder: Path) -> None:
@@ -66,7 +68,11 @@ def predict(photos: Path, folder: Path) -> None:
     for name, backbone in (("light", "efficientnet_lite0"), ("resnet", "resnet50")):
         weights = ["model.weights=null"] if backbone == "resnet50" else []
         train(
-            folder, name, [*lite0(photos, "hymenoptera"), f"model.backbone={backbone}"], *weights, "augmentation=null"
+            folder,
+            name,
+            [*lite0(photos, folder, "hymenoptera"), f"model.backbone={backbone}"],
+            *weights,
+            "augmentation=null",
         )
         run = folder / "runs" / name
         ours, _ = seconds([*FINETUNE, "predict", str(photo), "--run", str(run)], 7)
@@ -81,12 +87,12 @@ def extraction(photos: Path, folder: Path) -> None:
 
     import keras
     import numpy as np
-    from finetune_cli.model.cache import FeatureStore
-    from finetune_cli.photos.dataset import Sample
 
     from finetune_cli.model import backbones, features, runtimes
+    from finetune_cli.model.cache import FeatureStore
     from finetune_cli.parallel import cores
     from finetune_cli.photos.augment import Augmenter
+    from finetune_cli.photos.dataset import Sample
     from finetune_cli.photos.images import ImageSettings
 
     paths = sorted((photos / "hymenoptera").glob("*/*/*.jpg"))[:256]
@@ -189,8 +195,8 @@ def views(photos: Path, folder: Path) -> None:  # noqa: ARG001
 def textbook(photos: Path, folder: Path) -> None:
     """`finetune train` with augmentation against 20 epochs of `ImageDataGenerator` + `fit`."""
     for name in ("scenes", "hymenoptera"):
-        data = lite0(photos, name)
-        test = data[1].split("=", 1)[1]
+        data = lite0(photos, folder, name)
+        test = str(photos / name / TEST[name])
         ours, run = train(folder, f"textbook-{name}", data, *AUGMENTATION)
         theirs, printed = seconds(
             [sys.executable, str(HERE / "textbook.py"), str(LITE0), str(photos / name / "train"), test]
@@ -209,7 +215,7 @@ def again(photos: Path, folder: Path) -> None:
         taken, run = train(
             folder,
             name,
-            lite0(photos, "scenes"),
+            lite0(photos, folder, "scenes"),
             *AUGMENTATION,
             "training.solver=adam",
             f"training.learning_rate={rate}",
@@ -249,12 +255,12 @@ def memory(photos: Path, folder: Path) -> None:  # noqa: ARG001
 
 def fit_synthetic(folder: Path, solver: str) -> None:
     import numpy as np
-    from finetune_cli.photos.dataset import Sample
 
     from finetune_cli.config import Config
     from finetune_cli.model import fitting
     from finetune_cli.model.features import Features, scratch_array
     from finetune_cli.observer import Silent
+    from finetune_cli.photos.dataset import Sample
 
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(10, 1280)).astype(np.float32) * 0.05
