@@ -170,7 +170,7 @@ def test_groups_by_table(two_classes):
 
 def test_groups_across_named_splits_are_told(tmp_path):
     write_photos(tmp_path, "train/a/s1-1.png train/b/s2-1.png val/a/s1-2.png val/b/s3-1.png")
-    assert "1 groups have photos in both train and val" in load(tmp_path, group_regex=r"s\d").notes
+    assert "1 groups have photos in both train and val" in load(tmp_path, group_regex=r"s\d").warnings
 
 
 @pytest.mark.parametrize("group_regex", ["(", "nothing like this"])
@@ -239,8 +239,8 @@ def test_copies_are_told_and_stay_on_one_side(two_classes):
 def test_a_photo_in_two_named_splits_is_told(tmp_path):
     write_photos(tmp_path, "train/a/1.png train/b/1.png val/b/2.png test/a/5.png test/b/6.png")
     write_photo(tmp_path / "val/a/9.png", str(tmp_path / "train/a/1.png"))
-    notes = load(tmp_path).notes
-    assert [note for note in notes if note.startswith("1 photos of val are also in train")]
+    warnings = load(tmp_path).warnings
+    assert [text for text in warnings if text.startswith("1 photos of val are also in train")]
 
 
 # Bad photos

@@ -23,7 +23,7 @@ class Report:
 
 def check(config: Config, observer: Observer) -> Report:
     """Index and decode all photos of `config`. Raises `DataError` that lists what would stop `train`."""
-    data = index(config, observer)
+    data = index(config, observer, "list")
     settings = image_settings(config)
 
     def decode(sample: Sample) -> BadPhoto | None:

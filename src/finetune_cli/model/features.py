@@ -55,7 +55,14 @@ class Request:
     def key(self, digest: str, view: int) -> bytes:
         """The cache key, 32 bytes, of view `view` of the photo whose SHA-256 is `digest`."""
         augmentation = self.augmenter.key(view) if self.augmenter is not None else ""
-        parts = (digest, str(self.settings), augmentation, self.fingerprint, self.precision)
+        parts = (
+            digest,
+            images.decoder(),
+            f"{self.settings.size} {self.settings.resize}",
+            augmentation,
+            self.fingerprint,
+            self.precision,
+        )
         return hashlib.sha256("\0".join(parts).encode()).digest()
 
 

@@ -28,7 +28,8 @@ _SHOWN = 20
 class Dataset:
     """All photos of a configuration; ``classes[sample.label]`` is a sample's class.
 
-    `roots` maps each split that has photos to the folder that their names are relative to; `notes` are for the person.
+    `roots` maps each split that has photos to the folder that their names are relative to. `notes` are for the person,
+    and so are `warnings`, which tell what makes the numbers look better than they are.
     """
 
     classes: tuple[str, ...]
@@ -37,6 +38,7 @@ class Dataset:
     test: tuple[Sample, ...]
     bad: tuple[BadPhoto, ...]
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     roots: dict[str, Path]
 
 
@@ -83,10 +85,12 @@ def load(
     if "val" not in parts:
         parts["train"], parts["val"] = _keep_for_validation(parts["train"], val_split)
         roots["val"] = roots["train"]
-    notes += _overlaps(parts) + _lonely(parts, classes)
+    notes += _copies(parts["train"]) + _lonely(parts, classes)
     ready = {name: tuple(parts.get(name, ())) for name in ("train", "val", "test")}
     roots = {name: root for name, root in roots.items() if ready[name]}
-    return Dataset(classes, ready["train"], ready["val"], ready["test"], tuple(bad), tuple(notes), roots)
+    return Dataset(
+        classes, ready["train"], ready["val"], ready["test"], tuple(bad), tuple(notes), _overlaps(parts), roots
+    )
 
 
 def load_labelled(
@@ -234,21 +238,23 @@ def _contradictions(parts: Mapping[str, Sequence[Sample]], classes: Sequence[str
     return problems
 
 
-def _overlaps(parts: Mapping[str, Sequence[Sample]]) -> list[str]:
-    """Notes on copies: within the training photos, and in two splits, where they make a score too good."""
-    notes = []
+def _copies(train: Sequence[Sample]) -> list[str]:
+    copies = len(train) - len({sample.digest for sample in train})
+    return [f"{copies} training photos are exact copies of others"] if copies else []
+
+
+def _overlaps(parts: Mapping[str, Sequence[Sample]]) -> tuple[str, ...]:
+    """Warnings of photos and groups that are in two splits."""
+    found = []
     digests = {name: {sample.digest for sample in samples} for name, samples in parts.items()}
-    copies = len(parts["train"]) - len(digests["train"])
-    if copies:
-        notes.append(f"{copies} training photos are exact copies of others")
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         shared = sum(sample.digest in digests.get(a, ()) for sample in parts.get(b, ()))
         if shared:
-            notes.append(f"{shared} photos of {b} are also in {a}: the accuracy on {b} will look better than it is")
+            found.append(f"{shared} photos of {b} are also in {a}: the accuracy on {b} will look better than it is")
         groups = {sample.group for sample in parts.get(a, ())} & {sample.group for sample in parts.get(b, ())} - {None}
         if groups:
-            notes.append(f"{len(groups)} groups have photos in both {a} and {b}")
-    return notes
+            found.append(f"{len(groups)} groups have photos in both {a} and {b}")
+    return tuple(found)
 
 
 def _lonely(parts: Mapping[str, Sequence[Sample]], classes: Sequence[str]) -> list[str]:

@@ -64,6 +64,16 @@ class ImageSettings:
     max_pixels: int = 100_000_000
 
 
+def decoder() -> str:
+    """What the pixels of a photo depend on besides its bytes and the settings; part of every feature's cache key.
+
+    Raise the number when `decode` gives other pixels than before.
+    """
+    import PIL
+
+    return f"1, Pillow {PIL.__version__}"
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
     """What the first bytes of a file tell: pixels as stored, before any Exif rotation, and Pillow's format name."""

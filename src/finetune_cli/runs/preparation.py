@@ -171,8 +171,11 @@ def build_backbone(config: Config) -> Backbone:
     return backbones.build(model.backbone, model.weights, config.image.size, config.training.seed, model.weights_sha256)
 
 
-def index(config: Config, observer: Observer) -> Dataset:
-    """The photos of `config` after preflight (headers and digests); what a person should know is noted."""
+def index(config: Config, observer: Observer, on_bad: str | None = None) -> Dataset:
+    """The photos of `config` after preflight (headers and digests); what a person should know is noted.
+
+    `on_bad`: in place of `data.on_bad_image`; `list` refuses nothing.
+    """
     with observer.stage("preflight", None) as advance, digest_memory(config) as memory:
         data = dataset.load(
             config.data.train,
@@ -182,11 +185,13 @@ def index(config: Config, observer: Observer) -> Dataset:
             config.data.group_regex,
             config.image.max_pixels,
             memory,
-            config.data.on_bad_image,
+            on_bad or config.data.on_bad_image,
             advance_to(advance),
         )
     for note in data.notes:
         observer.note(note)
+    for warning in data.warnings:
+        observer.warn(warning)
     return data
 
 
