@@ -483,7 +483,7 @@ def test_prune_while_a_run_reads_and_writes(tmp_path):
 
 def test_prune_of_a_damaged_file_says_what_to_do(tmp_path):
     (tmp_path / "features.sqlite").write_bytes(b"nonsense" * 1000)
-    with pytest.raises(StorageError, match="cannot be pruned: is damaged\n.*remove it with: finetune cache clear"):
+    with pytest.raises(StorageError, match=r"cannot be pruned: is damaged\n.*remove it with: finetune cache clear"):
         cache.prune(tmp_path, 10)
 
 
