@@ -123,6 +123,12 @@ def test_what_is_odd_about_the_photos_is_found(tiny_run):
     assert f"train: {tiny_run.twin}; test: bee/twin.png" in labels
 
 
+def test_evaluated_photos_that_the_run_learnt_from_are_told_and_its_test_photos_are_not(tiny_run):
+    found = Tags(written(tiny_run.run, data=tiny_run.photos / "test").read_text("utf-8"))
+    assert f"train: {tiny_run.twin}; test: bee/twin.png; evaluated: bee/twin.png" in found.text
+    assert found.text.count("evaluated: ") == 1
+
+
 @pytest.fixture
 def copy(tiny_run, tmp_path) -> TinyRun:
     shutil.copytree(tiny_run.photos, tmp_path / "photos")

@@ -142,19 +142,16 @@ def _examples(judged: Judged) -> tuple[list[Figure], list[Figure]]:
     return figures[: len(mistakes)], figures[len(mistakes) :]
 
 
-def _duplicates(judged: Judged) -> list[Values]:
-    """Photos that lie, byte for byte, on both sides of a split, or in training and among those evaluated."""
+def _duplicates(judged: Judged) -> list[list[tuple[str, str]]]:
+    """Photos that lie, byte for byte, in two splits of the run, or among those evaluated and in what it learnt from."""
     places: dict[str, list[tuple[str, str]]] = defaultdict(list)
     for row in judged.run.split():
-        places[row.digest].append((row.split, row.path))
+        places[row.digest].append((row.split, shown(row.path)))
     if judged.photos.part == "data":
         for sample in judged.answers.samples:
-            places[sample.digest].append(("evaluated", sample.name))
-    return [
-        {"digest": digest[:12], "places": [(split, shown(path)) for split, path in found]}
-        for digest, found in places.items()
-        if len({split for split, _path in found}) > 1
-    ]
+            if {"train", "val"} & {split for split, _path in places[sample.digest]}:
+                places[sample.digest].append(("evaluated", shown(sample.name)))
+    return [found for found in places.values() if len({split for split, _path in found}) > 1]
 
 
 def _from_training(judged: Judged, observer: Observer) -> Values:
