@@ -65,7 +65,7 @@ class Precision(StrEnum):
 
 @command(app)
 def train(
-    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="The YAML file.", show_default=False)] = None,
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)] = None,
     overrides: OverridesArgument = None,
     resume: Annotated[
         bool,
@@ -115,7 +115,7 @@ def _resume(console: "Console", run_folder: str | None, overrides: list[str] | N
 
 @command(app)
 def predict(
-    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Photos, folders, or - for paths on stdin.")],
+    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Photos, folders, or - for paths on stdin.")],
     run: RunOption = None,
     model: Annotated[
         Path | None,
@@ -177,7 +177,7 @@ def evaluate(
     data: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[DATA]",
+            metavar="DATA",
             help="Labelled photos: a folder of class folders, or a CSV file. [default: the run's test photos if it has "
             "some, else its validation photos]",
             show_default=False,

@@ -37,9 +37,7 @@ P = ParamSpec("P")
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[key=value]...", help="Changes to the config, such as training.seed=1.", show_default=False
-    ),
+    typer.Argument(metavar="key=value", help="Changes to the config, such as training.seed=1.", show_default=False),
 ]
 RunOption = Annotated[
     Path | None,
