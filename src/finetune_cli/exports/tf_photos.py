@@ -90,6 +90,9 @@ class PhotoGraph:
 
     def _png(self, data: Any) -> Any:
         tf = self._tf
+        # TensorFlow would quote the bytes of a string that is too short, and not every reader copes with that.
+        with tf.control_dependencies([tf.debugging.Assert(tf.strings.length(data) > 33, ["a PNG file is cut off"])]):
+            data = tf.identity(data)
         # Width and height are two big-endian numbers in the header (https://www.w3.org/TR/png-3/#11IHDR).
         digits = tf.reshape(tf.io.decode_raw(tf.strings.substr(data, 16, 8), tf.uint8), (2, 4))
         places = tf.constant([1 << 24, 1 << 16, 1 << 8, 1], tf.int64)

@@ -1,0 +1,550 @@
+"""Exports of a run: what other programs read in them, the proof, and what happens when something is wrong."""
+
+import csv
+import errno
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from finetune_cli.cli import app
+from finetune_cli.commands.export import Request, export
+from finetune_cli.errors import DataError, GateError, MissingExtra, RunError, StorageError, UsageError, WeightsError
+from finetune_cli.exports import keras_file, litert, opening, openvino, parity, savedmodel
+from finetune_cli.exports.keras_file import OpenedKeras
+from finetune_cli.exports.openvino import OpenedOpenVino
+from finetune_cli.observer import Silent
+from finetune_cli.photos.dataset import Sample
+from finetune_cli.photos.images import decode
+from finetune_cli.runs.run import Run
+
+ALL = ("savedmodel", "keras", "onnx", "litert", "openvino")
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def made(tiny_run, tmp_path_factory):
+    """All five forms of the tiny run in one call."""
+    return export(tiny_run.run, Request(ALL, tmp_path_factory.mktemp("exports") / "new" / "all"), Silent())
+
+
+@pytest.fixture(scope="module")
+def folders(made):
+    return {one.form: one.folder for one in made.exports}
+
+
+@pytest.fixture(scope="module")
+def validation(tiny_run):
+    """The validation photos, decoded, and the probabilities that were measured for them in training."""
+    with (tiny_run.run.folder / "predictions.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "val"]
+    paths = [tiny_run.photos / "val" / row["path"] for row in rows]
+    pixels = np.stack([decode(path, tiny_run.run.image_settings) for path in paths])
+    return paths, pixels, np.array([[float(row[name]) for name in tiny_run.run.classes] for row in rows])
+
+
+def files_below(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="finetune")
+
+
+def changed_run(tiny_run, folder, name, change):
+    """A copy of the run in which the bytes of one file were changed."""
+    copy = shutil.copytree(tiny_run.run.folder, folder / "runs" / "copy")
+    (copy / name).write_bytes(change((copy / name).read_bytes()))
+    return Run.load(copy)
+
+
+# What other programs find
+
+
+def test_every_form_says_what_it_is(folders, tiny_run):
+    for form, folder in folders.items():
+        card = json.loads((folder / "classes.json").read_text())
+        assert card["classes"] == list(tiny_run.run.classes)
+        assert card["image"] == {"size": 64, "resize": "crop", "max_pixels": 100_000_000}
+        said = json.loads((folder / "manifest.json").read_text())
+        assert said["form"] == form
+        contents = files_below(folder)
+        del contents["manifest.json"]
+        assert said["files"] == {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
+        assert (
+            said["run"]["model_sha256"] == hashlib.sha256((folders["keras"] / "model.keras").read_bytes()).hexdigest()
+        )
+        assert json.loads((folder / "parity.json").read_text())["photos"] == 30
+
+
+def test_tensorflow_without_this_package_gives_the_measured_answers(folders, validation, tmp_path):
+    paths, pixels, measured = validation
+    np.save(tmp_path / "pixels.npy", pixels)
+    command = [sys.executable, TESTS / "outsider.py", folders["savedmodel"], folders["keras"] / "model.keras"]
+    answer = subprocess.run(
+        [*command, tmp_path / "pixels.npy", *paths],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        cwd=tmp_path,
+    )
+    assert answer.returncode == 0, answer.stderr[-3000:]
+    said = json.loads(answer.stdout.splitlines()[-1])
+    for name in ("serving_default", "serve_uint8", "keras", "serve_bytes"):
+        assert np.abs(np.array(said[name]) - measured).max() < 1e-4, name
+    names = ["ant", "bee", "wasp"]
+    assert said["label"] == [names[i] for i in measured.argmax(axis=1)]
+    assert said["class_names"] == [names] * len(paths)
+
+
+def test_onnx_runtime_gives_the_measured_answers(folders, validation):
+    import onnxruntime
+
+    _paths, pixels, measured = validation
+    session = onnxruntime.InferenceSession(folders["onnx"] / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [(i.name, i.shape[1:]) for i in session.get_inputs()] == [("image", [64, 64, 3])]
+    for rows in (slice(0, 1), slice(0, 7), slice(None)):
+        (answer,) = session.run(["probabilities"], {"image": pixels[rows].astype(np.float32)})
+        assert np.abs(answer - measured[rows]).max() < 1e-4
+    card = json.loads(session.get_modelmeta().custom_metadata_map["finetune"])
+    assert card["classes"] == ["ant", "bee", "wasp"]
+
+
+def test_litert_gives_the_measured_answers(folders, validation):
+    from ai_edge_litert.interpreter import Interpreter
+
+    _paths, pixels, measured = validation
+    path = folders["litert"] / "model.tflite"
+    run = Interpreter(model_path=str(path)).get_signature_runner("serving_default")
+    answers = [run(image=photo[None].astype(np.float32))["probabilities"] for photo in pixels]
+    assert np.abs(np.concatenate(answers) - measured).max() < 1e-4
+    assert (folders["litert"] / "labels.txt").read_text() == "ant\nbee\nwasp\n"
+    with zipfile.ZipFile(path) as archive:
+        assert archive.read("labels.txt") == b"ant\nbee\nwasp\n"
+
+
+def test_openvino_gives_the_measured_answers(folders, validation):
+    from finetune_cli.model.runtimes import import_openvino
+
+    _paths, pixels, measured = validation
+    ov = import_openvino()
+    model = ov.Core().read_model(folders["openvino"] / "model.xml")
+    assert model.input("image").partial_shape.to_string() == "[?,64,64,3]"
+    compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for rows in (slice(0, 1), slice(0, 7)):
+        answer = compiled({"image": pixels[rows].astype(np.float32)})["probabilities"]
+        assert np.abs(answer - measured[rows]).max() < 1e-4
+    assert json.loads(model.get_rt_info("finetune").astype(str))["classes"] == ["ant", "bee", "wasp"]
+
+
+def test_equal_runs_give_equal_files(tiny_run, folders, tmp_path):
+    again = export(tiny_run.run, Request(("litert", "openvino", "keras"), tmp_path / "x"), Silent())
+    for one in again.exports:
+        for name, data in files_below(one.folder).items():
+            if name not in {"manifest.json", "parity.json"}:
+                assert data == (folders[one.form] / name).read_bytes(), (one.form, name)
+
+
+@pytest.mark.slow
+def test_saved_model_cli_shows_and_runs(folders, validation, tmp_path):
+    _paths, pixels, measured = validation
+    np.save(tmp_path / "image.npy", pixels[:2])
+    tool = [Path(sys.executable).with_name("saved_model_cli")]
+    where = ["--dir", folders["savedmodel"], "--tag_set", "serve"]
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+    def call(*arguments):
+        done = subprocess.run(
+            [*tool, *arguments], env=environment, capture_output=True, text=True, timeout=250, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    shown = call("show", "--dir", folders["savedmodel"], "--all")
+    for text in ("serving_default", "serve_uint8", "serve_bytes", "shape: (-1, -1, -1, 3)", "DT_STRING", "class_names"):
+        assert text in shown
+    call("run", *where, "--signature_def", "serve_uint8", "--inputs", f"image={tmp_path / 'image.npy'}",
+         "--outdir", tmp_path)  # fmt: skip
+    assert np.abs(np.load(tmp_path / "probabilities.npy") - measured[:2]).max() < 1e-4
+
+
+# predict --model
+
+
+@pytest.mark.parametrize("form", ALL)
+def test_predict_answers_as_the_run_does(form, folders, tiny_run, validation):
+    paths, _pixels, measured = validation
+    answer = command("predict", *paths[:6], "--model", folders[form], "--format", "jsonl", "--quiet")
+    assert answer.exit_code == 0, answer.output
+    rows = [json.loads(line) for line in answer.stdout.splitlines()]
+    for row, expected in zip(rows, measured, strict=False):
+        told = {one["label"]: one["probability"] for one in row["top"]}
+        assert [told[name] for name in tiny_run.run.classes] == pytest.approx(expected, abs=1e-4)
+
+
+def test_files_and_versions_can_be_named(folders, validation):
+    _paths, pixels, measured = validation
+    for path in (
+        folders["savedmodel"].parent,
+        folders["onnx"] / "model.onnx",
+        folders["litert"] / "model.tflite",
+        folders["openvino"] / "model.xml",
+        folders["keras"] / "model.keras",
+    ):
+        model = opening.open_model(path, 1)
+        assert tuple(model.classes) == ("ant", "bee", "wasp")
+        assert np.abs(model.probabilities(pixels[:3]) - measured[:3]).max() < 1e-4
+
+
+def test_files_alone_know_their_classes(folders, tmp_path, validation):
+    _paths, pixels, measured = validation
+    for form, names in (
+        ("onnx", ["model.onnx"]),
+        ("litert", ["model.tflite"]),
+        ("openvino", ["model.xml", "model.bin"]),
+    ):
+        for name in names:
+            shutil.copy(folders[form] / name, tmp_path / name)
+        model = opening.open_model(tmp_path / names[0], 1)
+        assert tuple(model.classes) == ("ant", "bee", "wasp")
+        assert np.abs(model.probabilities(pixels[:3]) - measured[:3]).max() < 1e-4
+    shutil.copy(folders["keras"] / "model.keras", tmp_path)
+    with pytest.raises(WeightsError, match="does not say what its classes are called"):
+        opening.open_model(tmp_path / "model.keras", 1)
+
+
+@pytest.mark.parametrize("form", ALL)
+def test_a_changed_file_is_named_before_it_is_loaded(form, folders, tmp_path):
+    copy = shutil.copytree(folders[form], tmp_path / "copy")
+    card = copy / "classes.json"
+    card.write_text(card.read_text().replace("ant", "owl"))
+    with pytest.raises(WeightsError, match=r"classes\.json is damaged"):
+        opening.open_model(copy, 1)
+
+
+@pytest.mark.parametrize("form", ["onnx", "litert", "openvino"])
+@pytest.mark.parametrize("part", [0.0, 0.3, 0.9])
+def test_cut_files_are_an_error(form, part, folders, tmp_path):
+    name = {"onnx": "model.onnx", "litert": "model.tflite", "openvino": "model.xml"}[form]
+    data = (folders[form] / name).read_bytes()
+    (tmp_path / name).write_bytes(data[: int(part * len(data))])
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(WeightsError):
+        opening.open_model(tmp_path / name, 1)
+
+
+def test_what_is_no_export(folders, tmp_path, tiny_run):
+    (tmp_path / "x.pkl").write_bytes(b"x")
+    for path, words in (
+        (tmp_path / "absent", "there is no model"),
+        (tmp_path, "not made by finetune export"),
+        (tmp_path / "x.pkl", "is no exported model"),
+        (folders["savedmodel"] / "saved_model.pb", "a part of a SavedModel"),
+        (folders["onnx"].parent, "holds several models"),
+        (tiny_run.run.folder / "inference" / "model.xml", "names no classes"),
+        (tiny_run.run.folder / "model.keras", "does not say what its classes are called"),
+    ):
+        with pytest.raises(WeightsError, match=words):
+            opening.open_model(path, 1)
+    answer = command("predict", tmp_path / "x.pkl", "--model", tmp_path, "--run", tiny_run.run.folder)
+    assert answer.exit_code == 2
+    assert "exclude each other" in answer.stderr
+
+
+# The proof
+
+
+def test_the_proof_is_told_and_kept(made, folders):
+    signatures = [check.signature for one in made.exports for check in one.checks if one.form == "savedmodel"]
+    assert signatures == ["serving_default", "serve_uint8", "serve_bytes"]
+    for one in made.exports:
+        said = json.loads((one.folder / "parity.json").read_text())
+        assert said["photos"] == 30
+        assert said["photos_not_found"] == 0
+        assert said["run_against_predictions_csv"] < 1e-5
+        for check in said["checks"]:
+            assert check["passed"]
+            assert check["photos"] == 30
+            assert check["top1_agreement"] == 1
+            assert 0 <= check["mean_difference"] <= check["largest_difference"] < 1e-4
+        assert one.size == sum(len(data) for data in files_below(one.folder).values())
+        assert one.milliseconds > 0
+
+
+def answers_with(monkeypatch, change):
+    probabilities = OpenedOpenVino.probabilities
+    monkeypatch.setattr(OpenedOpenVino, "probabilities", lambda self, photos: change(probabilities(self, photos)))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("two classes change places", lambda p: p[:, [1, 0, 2]]),
+        ("a little more than allowed", lambda p: p + np.float32(2e-4)),
+        ("not a number", lambda p: p * np.float32("nan")),
+        ("a class too few", lambda p: p[:, :2]),
+    ],
+)
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_another_answer_ends_the_export(name, change, precision, tiny_run, tmp_path, monkeypatch):
+    answers_with(monkeypatch, change)
+    request = Request(("keras", "openvino"), tmp_path / "out", precision=precision)
+    if precision == "float16" and name == "a little more than allowed":
+        export(tiny_run.run, request, Silent())
+        return
+    with pytest.raises(GateError, match=r"openvino export does not answer as the run does|answers .* numbers"):
+        export(tiny_run.run, request, Silent())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_form_that_cannot_be_run_ends_the_export(tiny_run, tmp_path, monkeypatch):
+    def crash(_self, _photos):
+        raise RuntimeError("\nno such operation\nat line 3")
+
+    monkeypatch.setattr(OpenedKeras, "probabilities", crash)
+    answer = command("export", "--run", tiny_run.run.folder, "--format", "keras", "--output", tmp_path / "out")
+    assert answer.exit_code == 4
+    assert "cannot be run: no such operation\n" in answer.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def check(answers, reference, limit=None):
+    photos = [
+        parity.Photo(Path(str(i)), f"photo {i}", np.zeros((1, 1, 3), np.uint8), None) for i in range(len(answers))
+    ]
+    return parity._check("x", photos, np.array(answers, np.float32), np.array(reference, np.float32), limit)
+
+
+def test_the_figures_of_the_proof():
+    found = check(
+        [[0.6, 0.4], [0.45, 0.55], [0.2, 0.8], [0.1, 0.9]], [[0.6, 0.4], [0.52, 0.48], [0.2, 0.8], [0.6, 0.4]]
+    )
+    assert found.agreement == pytest.approx(2 / 4)
+    assert found.agreement_or_tie == pytest.approx(3 / 4)  # the second was a tie within 0.1, the fourth was not
+    assert found.largest == pytest.approx(0.5)
+    assert found.mean == pytest.approx((0 + 0.07 + 0 + 0.5) / 4, abs=1e-6)
+    assert found.worst == "photo 3"
+    assert not found.passed
+    assert check([[0.5, 0.5]] * 19 + [[1, 0]], [[0.5, 0.5]] * 19 + [[0, 1]]).passed
+    assert not check([[0.5, 0.5]] * 18 + [[1, 0]], [[0.5, 0.5]] * 18 + [[0, 1]]).passed
+    assert check([[0.50009, 0.49991]], [[0.5, 0.5]], 1e-4).passed
+    assert not check([[0.50011, 0.49989]], [[0.5, 0.5]], 1e-4).passed
+    assert not check([[np.nan, 0.5]], [[0.5, 0.5]]).passed
+
+
+def test_the_hardest_photos_are_always_replayed():
+    samples = [Sample(Path(str(i)), str(i), 0, "") for i in range(1000)]
+    margins = np.random.default_rng(0).permutation(1000) / 1000
+    chosen = parity.choose(samples, margins.tolist())
+    found = sorted(margins[int(sample.name)] for sample in chosen)
+    assert len({sample.name for sample in chosen}) == 64
+    assert found[:32] == [i / 1000 for i in range(32)]
+    assert found[-1] == 0.999
+    assert np.diff(found[32:]).max() < 0.05
+    assert parity.choose(samples[:5], [0.0] * 5) == samples[:5]
+
+
+def test_quantized_forms_are_smaller_and_judged_by_their_answers(tiny_run, folders, tmp_path):
+    for quantize, precision in (("float16", "float16"), ("int8", None)):
+        names = ("litert", "openvino") if precision else ("litert",)
+        result = export(tiny_run.run, Request(names, tmp_path / quantize, None, quantize, precision), Silent())
+        for one in result.exports:
+            (figures,) = one.checks
+            assert figures.limit is None
+            assert 0 < figures.largest < 0.05
+            assert figures.agreement_or_tie == 1
+            model = {"litert": "model.tflite", "openvino": "model.bin"}[one.form]
+            assert (one.folder / model).stat().st_size < 0.8 * (folders[one.form] / model).stat().st_size
+
+
+def test_other_formats_are_left_out_of_the_bytes_signature(tiny_run, tmp_path, folders):
+    run = tiny_run.run
+    replay = parity.collect(run, None, Silent())
+    model = savedmodel.OpenedSavedModel(folders["savedmodel"])
+    photos = list(replay.photos)
+    for i, (kind, exif) in enumerate([("WEBP", None), ("PNG", 6), ("JPEG", 6), ("PNG", None)]):
+        data = Image.Exif()
+        if exif:
+            data[0x0112] = exif
+        path = tmp_path / f"{i}.{kind}"
+        Image.open(photos[i].path).save(path, kind, exif=data)
+        photos[i] = parity._read(Sample(path, path.name, 0, hashlib.sha256(path.read_bytes()).hexdigest()), run)
+    *_pixels, figures = parity.compare(model, parity.Replay(tuple(photos), replay.reference, 0, 0.0), exact=True)
+    assert figures.photos == 28
+    assert figures.left_out == {"WEBP files": 1, "PNG files that are to be turned": 1}
+
+
+# What can be wrong
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        (Request(("tflite",), Path("x")), "unknown format 'tflite'"),
+        (Request(("onnx",), Path("x"), version=2), "--version belongs to the format savedmodel"),
+        (Request(("onnx",), Path("x"), quantize="int8"), "--quantize belongs to the format litert"),
+        (Request(("onnx",), Path("x"), precision="float16"), "--precision belongs to the format openvino"),
+        (Request(("savedmodel",), Path("x"), version=0), "not a positive number"),
+    ],
+    ids=["format", "version", "quantize", "precision", "zero"],
+)
+def test_wrong_options(request_, words, tiny_run):
+    with pytest.raises(UsageError, match=words):
+        export(tiny_run.run, request_, Silent())
+
+
+def test_an_unknown_format_lists_the_known_ones(tiny_run):
+    answer = command("export", "--run", tiny_run.run.folder, "--format", "tflite", "--output", "x")
+    assert answer.exit_code == 2
+    for name in ALL:
+        assert f"'{name}'" in answer.stderr
+
+
+@pytest.mark.parametrize(("form", "package"), [("onnx", "onnxruntime"), ("litert", "ai_edge_litert")])
+def test_a_missing_extra_is_named(form, package, tiny_run, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
+    with pytest.raises(MissingExtra) as caught:
+        export(tiny_run.run, Request((form,), tmp_path / "out"), Silent())
+    assert caught.value.remedy == f"pip install 'finetune-cli[{form}]'"
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setitem(sys.modules, f"{package}.interpreter", None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("form", "package"), [("onnx", "onnxruntime"), ("litert", "ai_edge_litert.interpreter")])
+def test_predict_names_a_missing_extra(form, package, folders, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingExtra):
+        opening.open_model(folders[form], 1)
+
+
+@pytest.mark.parametrize("name", ["model.keras", "inference/model.xml", "inference/model.bin", "predictions.csv"])
+def test_a_damaged_run_names_the_file(name, tiny_run, tmp_path):
+    run = changed_run(tiny_run, tmp_path, name, lambda data: data[:-1] + b"~")
+    shutil.copytree(tiny_run.photos, tmp_path / "photos")
+    with pytest.raises(RunError, match=f"{name} is damaged"):
+        export(run, Request(("openvino",), tmp_path / "out"), Silent())
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unfinished_run(tiny_run, tmp_path):
+    copy = shutil.copytree(tiny_run.run.folder, tmp_path / "copy")
+    (copy / "run.json").unlink()
+    answer = command("export", "--run", copy, "--output", tmp_path / "out")
+    assert answer.exit_code == 1
+    assert "not a finished run" in answer.stderr
+
+
+def test_photos_that_were_moved_are_found_by_their_content(tiny_run, tmp_path):
+    run = Run.load(shutil.copytree(tiny_run.run.folder, tmp_path / "runs" / "copy"))
+    with pytest.raises(DataError) as caught:
+        export(run, Request(("openvino",), tmp_path / "out"), Silent())
+    assert "--data" in caught.value.remedy
+    for i, path in enumerate(sorted(tiny_run.photos.rglob("*.png"))):
+        target = tmp_path / "elsewhere" / str(i % 3) / f"{i}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    result = export(run, Request(("openvino",), tmp_path / "out", root=tmp_path / "elsewhere"), Silent())
+    assert (result.photos, result.missing) == (30, 0)
+
+
+def test_photos_that_are_gone_or_changed_are_counted(tiny_run, tmp_path):
+    run = Run.load(shutil.copytree(tiny_run.run.folder, tmp_path / "runs" / "copy"))
+    photos = shutil.copytree(tiny_run.photos, tmp_path / "photos")
+    first, second, *_rest = sorted((photos / "val" / "bee").iterdir())
+    first.unlink()
+    second.write_bytes(second.read_bytes() + b"more")
+    observer = Silent()
+    result = export(run, Request(("openvino",), tmp_path / "out"), observer)
+    assert (result.photos, result.missing) == (28, 2)
+    assert "2 validation photos" in observer.warnings[0]
+    for path in (photos / "val").rglob("*.png"):
+        path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(DataError, match="have changed"):
+        export(run, Request(("openvino",), tmp_path / "out2"), observer)
+
+
+def test_a_new_version_stands_beside_the_old_one(folders, tiny_run, tmp_path, monkeypatch):
+    def write(_self, _source, folder):
+        shutil.copytree(folders["savedmodel"], folder, dirs_exist_ok=True)
+
+    monkeypatch.setattr(savedmodel.SavedModel, "write", write)
+    out = tmp_path / "models"
+    shutil.copytree(folders["savedmodel"], out / "3")
+    before = files_below(out)
+    result = export(tiny_run.run, Request(("savedmodel",), out), Silent())
+    assert result.exports[0].folder == out / "4"
+    assert {name: data for name, data in files_below(out).items() if name.startswith("3/")} == before
+    with pytest.raises(UsageError, match="is not empty"):
+        export(tiny_run.run, Request(("savedmodel",), out, version=4), Silent())
+
+
+def test_force_replaces_and_a_failure_leaves_the_old_one(tiny_run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    for _ in range(2):
+        export(tiny_run.run, Request(("openvino",), out, force=True), Silent())
+    before = files_below(tmp_path)
+    with pytest.raises(UsageError, match="is not empty"):
+        export(tiny_run.run, Request(("openvino",), out), Silent())
+    answers_with(monkeypatch, lambda p: p[:, ::-1])
+    with pytest.raises(GateError):
+        export(tiny_run.run, Request(("openvino",), out, force=True), Silent())
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize("form", [keras_file.KerasFile, litert.LiteRt, openvino.OpenVino])
+def test_a_full_disk_leaves_nothing(form, tiny_run, tmp_path, monkeypatch):
+    write = form.write
+
+    def full(self, source, folder):
+        write(self, source, folder)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "x"))
+
+    monkeypatch.setattr(form, "write", full)
+    with pytest.raises(StorageError, match="no space left to write"):
+        export(tiny_run.run, Request((form.name,), tmp_path / "out"), Silent())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_room_is_told_before_the_work(tiny_run, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1_000_000))
+    with pytest.raises(StorageError, match=r"of disk space, and 1\.0 MB are free"):
+        export(tiny_run.run, Request(ALL, tmp_path / "out"), Silent())
+
+
+def test_a_target_that_cannot_be_written(tiny_run):
+    answer = command("export", "--run", tiny_run.run.folder, "--format", "openvino", "--output", "/proc/finetune/out")
+    assert answer.exit_code == 1
+    assert answer.stderr.count("error:") == 1
+    assert "Traceback" not in answer.output
+
+
+def test_the_table_on_the_screen(tiny_run, tmp_path):
+    answer = command(
+        "export",
+        "--run",
+        tiny_run.run.folder,
+        "--format",
+        "openvino",
+        "--format",
+        "keras",
+        "--output",
+        tmp_path / "out",
+    )
+    assert answer.exit_code == 0, answer.output
+    for text in ("compared with the run on 30 validation photos", "<= 0.0001", "100.0%", "MB", "ms a photo"):
+        assert text in answer.stdout
+    assert f"finetune predict PHOTO --model {tmp_path / 'out' / 'keras'}" in answer.stdout
