@@ -13,6 +13,7 @@ from finetune_cli.cli_app import (
     QuietOption,
     app,
     command,
+    find_run,
     load_config,
     new_console,
 )
@@ -32,8 +33,14 @@ class GraphFormat(StrEnum):
 
 @command(app)
 def check(
-    config: ConfigArgument,
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="The YAML file.", show_default=False)
+    ] = None,
     overrides: OverridesArgument = None,
+    reproduce: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="Say instead what differs here from where RUN was made.", show_default=False),
+    ] = None,
     quiet: QuietOption = False,
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
@@ -41,6 +48,13 @@ def check(
     from finetune_cli import render
 
     console = new_console(quiet)
+    if (config is None) == (reproduce is None):
+        raise UsageError("check needs either CONFIG or --reproduce RUN")
+    if reproduce is not None:
+        from finetune_cli.commands import reproduce as command_reproduce
+
+        render.reproduced(console, command_reproduce.reproduce(find_run(console, reproduce), console))
+        return
     loaded = load_config(config, overrides)
     from finetune_cli.commands import check as command_check
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from finetune_cli.commands.explain import Explanation
     from finetune_cli.commands.export import Result as ExportResult
     from finetune_cli.commands.predict import Prediction
+    from finetune_cli.commands.reproduce import Reproduction
     from finetune_cli.metrics import Comparison, Evaluation
     from finetune_cli.runs.judged import Judged
     from finetune_cli.runs.run import Run
@@ -136,6 +137,25 @@ def checked(console: Console, report: "Report") -> None:
     for photo in report.bad:
         console.print(f"would skip {shown(photo.path)}: {shown(photo.reason)}")
     console.print("every photo was decoded" if not report.bad else f"{len(report.bad)} bad photos would be skipped")
+
+
+def reproduced(console: Console, found: "Reproduction") -> None:
+    """The end of `check --reproduce`: what differs here from where a run was made."""
+    folder = shown(_nearby(found.run.folder))
+    if found.surroundings:
+        rows = [(each.what, each.before or "-", each.now or "-") for each in found.surroundings]
+        console.table(("", f"{folder} was made with", "here"), rows)
+    for line in found.photos:
+        console.print(f"photos {shown(line)}")
+    if found.photos_problem:
+        console.print(f"the photos could not be compared: {shown(found.photos_problem)}")
+    if found.same:
+        console.print(
+            f"nothing differs here from where {folder} was made; the same weights come from:\n"
+            f"  finetune train {folder}/config.yaml"
+        )
+    else:
+        console.print("so training again may give other weights")
 
 
 _MATRIX_CLASSES = 12

@@ -1,0 +1,64 @@
+"""`check --reproduce`: what differs here from where a run was made; nothing is trained and nothing is written."""
+
+from dataclasses import dataclass
+
+from finetune_cli.config import load
+from finetune_cli.errors import DataError
+from finetune_cli.model import runtimes
+from finetune_cli.observer import Observer
+from finetune_cli.runs import preparation, surroundings
+from finetune_cli.runs.run import Run
+from finetune_cli.runs.surroundings import Difference
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """`surroundings`: what differs of them; `photos`: what differs of the photos, by split and name.
+
+    `photos_problem` says why the photos could not be compared; empty when they were.
+    """
+
+    run: Run
+    surroundings: tuple[Difference, ...]
+    photos: tuple[str, ...]
+    photos_problem: str = ""
+
+    @property
+    def same(self) -> bool:
+        """Whether training here again, by the run's config.yaml, can be expected to give the same weights."""
+        return not (self.surroundings or self.photos or self.photos_problem)
+
+
+def reproduce(run: Run, observer: Observer) -> Reproduction:
+    """Compare packages, Python, processor, device, threads, seed, commit and photos with those of `run`.
+
+    Raises `RunError` when a file of the run is damaged, `ConfigError` when its config cannot be used here.
+    """
+    config = load(run.file("config.yaml"))
+    before = surroundings.read_environment(run.file(surroundings.FILE))
+    device = runtimes.choose_device(config.runtime.device)
+    precision = runtimes.training_precision(device, config.runtime.feature_precision)
+    now = surroundings.environment(config, device, precision, preparation.worker_count(config))
+    differing = tuple(surroundings.differences(before, now))
+    try:
+        data = preparation.index(config, observer)
+    except DataError as exc:
+        return Reproduction(run, differing, (), exc.problem.splitlines()[0])
+    skipped = {str(photo["path"]) for photo in run.manifest["bad_photos"]}
+    here = {
+        (split, data.classes[sample.label], sample.digest, sample.name)
+        for split, samples in (("train", data.train), ("val", data.val), ("test", data.test))
+        for sample in samples
+        if sample.name not in skipped
+    }
+    there = {(row.split, row.label, row.digest, row.path) for row in run.split()}
+    return Reproduction(run, differing, (*_listed("gone or changed", there - here), *_listed("new", here - there)))
+
+
+def _listed(what: str, rows: set[tuple[str, str, str, str]]) -> list[str]:
+    """A line for each of the first rows, and one that counts the others."""
+    lines = [f"{what}: {split}/{label}: {name}" for split, label, _digest, name in sorted(rows)]
+    rest = len(lines) - _SHOWN
+    return lines if rest <= 0 else [*lines[:_SHOWN], f"{what}: and {rest} more"]
