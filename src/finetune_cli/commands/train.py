@@ -51,6 +51,7 @@ def resume(folder: Path, config: Config, observer: Observer) -> Run:
     Raises `RunError` when the run is finished already, or when its photos, classes or settings are not what they were.
     """
     check_places(config)
+    files.check_writable(folder)
     with files.lock(folder), _resumable(folder):
         _refuse_unless_begun(folder)
         files.remove_leftovers(folder)
