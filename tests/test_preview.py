@@ -26,7 +26,7 @@ def dataset(folder: Path, photos_per_class: int = 4) -> Dataset:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (80, 60), tuple(part - 5 * number for part in colour)).save(path)
             samples.append(Sample(path, f"{name}/{path.name}", label, f"{label}{number}"))
-    return Dataset(tuple(COLOURS), tuple(samples), (), (), (), (), {"train": folder})
+    return Dataset(tuple(COLOURS), tuple(samples), (), (), (), (), (), {"train": folder})
 
 
 def sheet(path: Path) -> NDArray[np.uint8]:
