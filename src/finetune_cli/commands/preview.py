@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from importlib.util import find_spec
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,10 +94,13 @@ def _save(title: str, rows: list[tuple[str, str, list[NDArray[np.uint8]]]], outp
 
 def _font(name: str, size: int) -> "FreeTypeFont":
     """One of the fonts that come with matplotlib; they know more alphabets than Pillow's own."""
-    import matplotlib as mpl
     from PIL import ImageFont
 
-    return ImageFont.truetype(Path(mpl.get_data_path(), "fonts", "ttf", f"{name}.ttf"), size)
+    # Importing matplotlib would make a folder in the home.
+    package = find_spec("matplotlib")
+    assert package is not None
+    assert package.origin is not None
+    return ImageFont.truetype(Path(package.origin).with_name("mpl-data") / "fonts" / "ttf" / f"{name}.ttf", size)
 
 
 def _fitted(text: str, font: "FreeTypeFont", width: float) -> str:

@@ -4,6 +4,9 @@ matplotlib without its global state (no pyplot), so that nothing depends on a di
 """
 
 import math
+import os
+import sys
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +27,7 @@ CONFUSION = "confusion_matrix.png"
 _BLUE, _ORANGE, _GREY = "#2563a8", "#c2571a", "#777777"
 _LONGEST_NAME = 28
 _MOST_LABELS = 120
+_FOLDER = "MPLCONFIGDIR"
 
 
 def write_figures(folder: Path, evaluation: Evaluation, history: Sequence[Mapping[str, Any]] = ()) -> list[str]:
@@ -38,10 +42,26 @@ def write_figures(folder: Path, evaluation: Evaluation, history: Sequence[Mappin
     return [CURVES, CONFUSION]
 
 
-def curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
-    """Draw the columns `loss` and `accuracy` and their `val_` twins over the epochs. Raises `StorageError`."""
+def _import_figure() -> type["Figure"]:
+    """matplotlib's `Figure`, without a person's matplotlibrc and without the folders that it makes in the home."""
+    if "matplotlib.font_manager" not in sys.modules:
+        before = os.environ.get(_FOLDER)
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ[_FOLDER] = folder
+            try:
+                import matplotlib.font_manager  # noqa: F401 - which lists the fonts, a matter of tenths of a second
+            finally:
+                del os.environ[_FOLDER]
+                if before is not None:
+                    os.environ[_FOLDER] = before
     from matplotlib.figure import Figure
 
+    return Figure
+
+
+def curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the columns `loss` and `accuracy` and their `val_` twins over the epochs. Raises `StorageError`."""
+    Figure = _import_figure()  # noqa: N806
     drawn = [name for name in ("loss", "accuracy") if name in history[0] or f"val_{name}" in history[0]]
     figure = Figure(figsize=(4.6 * len(drawn), 3.4), dpi=130, layout="constrained")
     epochs = np.arange(1, len(history) + 1)
@@ -64,8 +84,7 @@ def confusion_matrix(path: Path, evaluation: Evaluation) -> None:
 
     Raises `StorageError`.
     """
-    from matplotlib.figure import Figure
-
+    Figure = _import_figure()  # noqa: N806
     counts, n = evaluation.confusion, len(evaluation.classes)
     names = [_short(name) for name in evaluation.classes]
     # Cells shrink as classes grow in number, down to two digits of 5 points; beyond, the picture grows.

@@ -1,0 +1,125 @@
+"""What `check --reproduce` says of the same place, of other photos and of another place."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from finetune_cli import files
+from finetune_cli.commands.reproduce import reproduce
+from finetune_cli.errors import RunError
+from finetune_cli.observer import Silent
+from finetune_cli.runs import run, surroundings
+from finetune_cli.runs.run import Run
+from finetune_cli.runs.surroundings import Difference
+
+
+@pytest.fixture
+def copy(tiny_run, tmp_path):
+    """The tiny run in a folder of its own, with its photos where it expects them."""
+    shutil.copytree(tiny_run.photos, tmp_path / "photos")
+    shutil.copytree(tiny_run.run.folder, tmp_path / "runs" / "tiny-1")
+    facts = {key: value for key, value in tiny_run.run.manifest.items() if key not in {"files", "sha256"}}
+
+    def rewritten(environment: dict | None = None) -> Run:
+        """The run as if it had been made with `environment`, one worker and photos in this folder."""
+        folder = tmp_path / "runs" / "tiny-1"
+        text = (folder / "config.yaml").read_text()
+        (folder / "config.yaml").write_text(
+            text.replace(str(tiny_run.photos), str(tmp_path / "photos"))
+            .replace("workers: auto", "workers: 1")
+            .replace("device: auto", "device: cpu")
+        )
+        if environment is not None:
+            files.write_json(folder / "environment.json", environment)
+        return run.finish(folder, facts, tiny_run.run.manifest["files"])
+
+    return rewritten
+
+
+def test_the_same_place(copy):
+    found = reproduce(copy(), Silent())
+    assert found.same, found
+
+
+def test_another_place(copy):
+    made = copy()
+    environment = surroundings.read_environment(made.folder / "environment.json")
+    environment["packages"]["keras"] = "3.99"
+    environment["cpu"]["flags"] = ["avx9"]
+    environment["git_commit"] = None
+    environment["variables"] = {"OMP_NUM_THREADS": "7"}
+    found = reproduce(copy(environment), Silent())
+    told = {each.what: each for each in found.surroundings}
+    assert told["packages.keras"].before == "3.99"
+    assert told["cpu.flags"].before == "avx9"
+    assert told["variables.OMP_NUM_THREADS"].before == "7"
+    assert set(told) <= {"packages.keras", "cpu.flags", "variables.OMP_NUM_THREADS", "git_commit"}
+    assert not found.same
+    assert found.photos == ()
+
+
+def test_other_photos(copy, tmp_path):
+    made = copy()
+    (tmp_path / "photos" / "train" / "bee" / "bee-03.png").unlink()
+    shutil.copy(tmp_path / "photos" / "val" / "ant" / "ant-02.png", tmp_path / "photos" / "test" / "ant" / "zz.png")
+    found = reproduce(made, Silent())
+    assert found.photos == ("gone or changed: train/bee: bee/bee-03.png", "new: test/ant: ant/zz.png")
+    for path in (tmp_path / "photos" / "train" / "ant").iterdir():
+        path.rename(path.with_stem(path.stem + "x"))
+    found = reproduce(made, Silent())
+    assert "gone or changed: and 13 more" in found.photos  # 17 ants and a bee
+
+
+def test_photos_that_are_not_here(copy, tmp_path):
+    made = copy()
+    shutil.rmtree(tmp_path / "photos")
+    found = reproduce(made, Silent())
+    assert "photos/train" in found.photos_problem
+    assert not found.same
+
+
+def test_skipped_photos_are_no_news(copy, tmp_path):
+    made = copy()
+    shutil.copy(tmp_path / "photos" / "val" / "ant" / "ant-02.png", tmp_path / "photos" / "test" / "ant" / "zz.png")
+    bad = {**made.manifest, "bad_photos": [{"path": "ant/zz.png", "reason": "is cut off"}]}
+    assert reproduce(replace(made, manifest=bad), Silent()).same
+
+
+def test_a_damaged_run_is_refused(copy):
+    made = copy()
+    (made.folder / "environment.json").write_bytes(b"{}")
+    with pytest.raises(RunError, match=r"environment\.json is damaged"):
+        reproduce(made, Silent())
+    for content in (b"", b"[]", b"\xff", b"[" * 10**5):
+        (made.folder / "environment.json").write_bytes(content)
+        with pytest.raises(RunError, match=r"environment\.json is damaged"):
+            surroundings.read_environment(made.folder / "environment.json")
+
+
+def test_differences_name_what_came_and_what_went():
+    before = {"a": 1, "b": {"c": [1, 2], "d": None, "e": 0.5}, "gone": True}
+    now = {"a": 1, "b": {"c": [1], "d": None, "e": 0.5}, "come": "x"}
+    assert surroundings.differences(before, now) == [
+        Difference("b.c", "1 2", "1"),
+        Difference("gone", "True", ""),
+        Difference("come", "", "x"),
+    ]
+
+
+def test_the_command_line(copy, tmp_path):
+    environment = surroundings.read_environment(copy().folder / "environment.json")
+    environment["packages"]["keras"] = "3.99"
+    made = copy(environment)
+    command = [sys.executable, "-m", "finetune_cli", "check", "--reproduce", str(made.folder)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    assert answer.returncode == 0, answer.stderr
+    assert "packages.keras" in answer.stdout
+    assert "3.99" in answer.stdout
+    both = subprocess.run([*command, "config.yaml"], capture_output=True, text=True, check=False)
+    assert both.returncode == 2
+    neither = subprocess.run(command[:4], capture_output=True, text=True, check=False)
+    assert neither.returncode == 2
