@@ -82,7 +82,7 @@ def test_a_bad_photo_is_left_out_and_odd_names_are_shown(tmp_path: Path) -> None
     data = dataset(tmp_path)
     data.train[0].path.write_bytes(b"broken")
     odd = Sample(data.train[1].path, "red/\udcff\n\u202e" + 100 * "long" + ".png", 0, "odd")
-    data = Dataset(data.classes, (data.train[0], odd, *data.train[4:]), (), (), (), (), data.roots)
+    data = Dataset(data.classes, (data.train[0], odd, *data.train[4:]), (), (), (), (), (), data.roots)
     pixels = sheet(preview.contact_sheet(data, Augmenter({}, 1, 0, 64), SETTINGS, tmp_path / "sheet.png", photos=2))
     assert cells(pixels, COLOURS["red"]) + cells(pixels, COLOURS["blue"]) == 2
 
