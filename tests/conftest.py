@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from finetune_cli.commands.export import Result
     from runs_fixture import TinyRun
 
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -25,3 +26,13 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> "TinyRun":
     import runs_fixture
 
     return runs_fixture.build(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_run: "TinyRun", tmp_path_factory: pytest.TempPathFactory) -> "Result":
+    """All five exported forms of the tiny run, made in one call; not to be changed by a test."""
+    from finetune_cli.commands.export import Request, export
+    from finetune_cli.observer import Silent
+
+    names = ("savedmodel", "keras", "onnx", "litert", "openvino")
+    return export(tiny_run.run, Request(names, tmp_path_factory.mktemp("exports") / "models" / "scenes"), Silent())

@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import os
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -149,16 +148,19 @@ def quiet() -> Iterator[None]:
     """Keep what converters and their C++ parts print away from the terminal, and Python's warnings, too."""
     sys.stdout.flush()
     sys.stderr.flush()
-    with tempfile.TemporaryFile() as sink, warnings.catch_warnings():
+    with Path(os.devnull).open("wb") as sink, warnings.catch_warnings(), contextlib.ExitStack() as streams:
         warnings.simplefilter("ignore")
-        saved = [(number, os.dup(number)) for number in (1, 2)]
-        try:
-            for number, _copy in saved:
+        for number in (1, 2):
+            with contextlib.suppress(OSError):  # no such stream at all
+                streams.callback(_restore, number, os.dup(number))
                 os.dup2(sink.fileno(), number)
+        try:
             yield
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            for number, copy in saved:
-                os.dup2(copy, number)
-                os.close(copy)
+
+
+def _restore(number: int, copy: int) -> None:
+    os.dup2(copy, number)
+    os.close(copy)

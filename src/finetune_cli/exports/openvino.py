@@ -7,7 +7,7 @@ weights; they are calculated with in float32. The card is in the model's `rt_inf
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from finetune_cli.errors import FinetuneError, RunError, WeightsError
+from finetune_cli.errors import RunError, StorageError, WeightsError
 from finetune_cli.exports.card import KEY, Card
 from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, reason
 from finetune_cli.model.runtimes import OpenVinoRuntime, import_openvino, read_ir
@@ -39,7 +39,8 @@ class OpenVino:
         try:
             ov.save_model(model, folder / "model.xml", compress_to_fp16=self.precision == "float16")
         except RuntimeError as exc:
-            raise FinetuneError(f"OpenVINO cannot save the model: {reason(exc)}") from exc
+            problem = f"OpenVINO cannot write the model: {reason(exc)}"
+            raise StorageError(problem, "free some space and run the same command again") from exc
 
     @staticmethod
     def open(path: Path, workers: int) -> Opened:

@@ -42,7 +42,7 @@ class SavedModel:
                 concrete = {name: function.get_concrete_function() for name, function in functions.items()}
                 tf.saved_model.save(module, str(folder), concrete)
         except tf.errors.OpError as exc:  # TensorFlow's own file system reports its faults like this
-            problem = f"TensorFlow cannot write to {folder.parent}: {reason(exc)}"
+            problem = f"TensorFlow cannot write the model: {reason(exc).rpartition('; ')[2]}"
             raise StorageError(problem, "free some space and run the same command again") from exc
 
     @staticmethod

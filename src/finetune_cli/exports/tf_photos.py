@@ -117,9 +117,8 @@ class PhotoGraph:
         """RGBA ``uint8 (h, w, 4)`` -> RGB ``uint8 (h, w, 3)``, laid on white."""
         tf = self._tf
         # In 16 bits: 255 * 255 fits, and a large picture takes half of the memory that float32 would.
-        values = tf.cast(pixels, tf.uint16)
-        colour, alpha = values[..., :3], values[..., 3:]
-        return tf.cast((colour * alpha + 255 * (255 - alpha) + 127) // 255, tf.uint8)
+        darkness, alpha = (tf.cast(part, tf.uint16) for part in (255 - pixels[..., :3], pixels[..., 3:]))
+        return 255 - tf.cast((darkness * alpha + 127) // 255, tf.uint8)
 
     def _geometry(self, height: Any, width: Any) -> tuple[Any, ...]:
         """Top, left, height and width of the part that is used, and its height and width afterwards; all float64."""
