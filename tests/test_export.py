@@ -534,6 +534,24 @@ def test_force_replaces_and_a_failure_leaves_the_old_one(tiny_run, tmp_path, mon
     assert files_below(tmp_path) == before
 
 
+def test_several_forms_beside_older_ones(tiny_run, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    export(tiny_run.run, Request(("openvino", "keras"), out), Silent())
+    shutil.rmtree(out / "keras")
+    (out / "notes.txt").write_text("mine")
+    before = files_below(tmp_path)
+    with pytest.raises(UsageError, match="openvino is not empty"):
+        export(tiny_run.run, Request(("openvino", "keras"), out), Silent())
+    with monkeypatch.context() as patch:
+        answers_with(patch, lambda p: p[:, ::-1])
+        with pytest.raises(GateError):
+            export(tiny_run.run, Request(("keras", "openvino"), out, force=True), Silent())
+    assert files_below(tmp_path) == before
+    export(tiny_run.run, Request(("keras", "openvino"), out, precision="float16", force=True), Silent())
+    assert {path.name for path in out.iterdir()} == {"keras", "openvino", "notes.txt"}
+    assert json.loads((out / "openvino" / "manifest.json").read_text())["options"] == {"precision": "float16"}
+
+
 @pytest.mark.parametrize("form", [keras_file.KerasFile, litert.LiteRt, openvino.OpenVino])
 def test_a_full_disk_leaves_nothing(form, tiny_run, tmp_path, monkeypatch):
     write = form.write

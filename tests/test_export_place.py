@@ -246,7 +246,7 @@ def test_a_full_disk_is_told_with_the_target(tmp_path):
 
 
 def test_old_leftovers_of_a_kill_go_and_young_ones_stay(tmp_path):
-    names = [".out-0123abcd.tmp", "..out-0123abcd-0123abcd.tmp", ".out-0123abce.tmp", ".other-0123abcd.tmp"]
+    names = [".out-0123abcd.tmp", "..out-0123abcd-0123abcd.tmp.tmp", ".out-0123abce.tmp", ".outer-0123abcd.tmp"]
     for name in names:
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.bin").write_text("half")
@@ -254,6 +254,19 @@ def test_old_leftovers_of_a_kill_go_and_young_ones_stay(tmp_path):
         os.utime(tmp_path / name, (time.time() - 4000,) * 2)
     fill(tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"out", names[2], names[3]}
+
+
+@pytest.mark.parametrize("name", ["x", "a" * 33, "a.b" * 20])
+def test_leftovers_are_known_by_the_names_that_they_really_have(tmp_path, name):
+    def age(folder):
+        for path in (folder, folder.with_name(f".{name[:40]}-0123abcd.tmp")):
+            shutil.copytree(folder, tmp_path / "beside" / path.name)
+            os.utime(tmp_path / "beside" / path.name, (time.time() - 4000,) * 2)
+
+    fill(tmp_path / name, then=age)
+    assert len(list((tmp_path / "beside").iterdir())) == 2
+    fill(tmp_path / "beside" / name)
+    assert [path.name for path in (tmp_path / "beside").iterdir()] == [name]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="forks")

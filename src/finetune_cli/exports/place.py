@@ -106,7 +106,11 @@ def placed(target: Path, force: bool) -> Iterator[Path]:
 
 def _remove_abandoned(target: Path) -> None:
     """Remove what killed exports to `target` left beside it, an hour or more ago."""
-    pattern = re.compile(rf"\.\.?{re.escape(target.name[:30])}.*-[0-9a-f]{{8}}\.tmp(\..*)?")
+    # The folder that `placed` names, and the one that `files.atomic_folder` makes for it, cut to 40 characters.
+    digits, name = "-[0-9a-f]{8}", target.name
+    ready = rf"\.{re.escape(name[:40])}{digits}\.tmp"
+    building = rf"\.\.{re.escape(name[:30])}.{{0,19}}{digits}\.tmp\.tmp"
+    pattern = re.compile(f"{ready}|{building}")
     with contextlib.suppress(OSError):
         for path in target.parent.iterdir():
             if pattern.fullmatch(path.name) and time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
