@@ -272,7 +272,11 @@ def fit_synthetic(folder: Path, solver: str) -> None:
             array[i] = np.abs(rng.normal(size=(n_views, 1280)).astype(np.float32)) + centres[i % 10]
         parts[split] = Features(array, samples, (), 0, 0)
     config = Config.model_validate({"data": {"train": folder}, "training": {"solver": solver, "l2": 1e-4}})
-    fitting.fit(config, parts, tuple("0123456789"), None, None, Silent())
+    classes = tuple("0123456789")
+    if solver == "adam":
+        fitting.adam(config, parts["train"], parts["val"], classes, None, None, lambda _state, _l2: None, Silent())
+    else:
+        fitting.lbfgs(config, parts["train"], classes, None, Silent())
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 

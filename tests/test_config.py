@@ -149,7 +149,18 @@ def test_billion_laughs(tmp_path):
     assert "anchors and aliases" in problem(tmp_path, "\n".join(lines))
 
 
-@pytest.mark.parametrize("text", ["- a\n- b", "data: [", "data: !!python/object:os.system x", "\x00", "[" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- a\n- b",
+        "data: [",
+        "data: !!python/object:os.system x",
+        "\x00",
+        "[" * 5000,
+        "a: " + "1:" * 100_000,
+        "\n".join(" " * i + "a:" for i in range(600)),
+    ],
+)
 def test_malformed_yaml(tmp_path, text):
     assert "config.yaml" in problem(tmp_path, text)
 

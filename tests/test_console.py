@@ -36,7 +36,7 @@ def test_plain_lines_without_a_terminal(monkeypatch):
 
 def test_a_bar_on_a_terminal():
     made, _out, err = console(terminal=True)
-    with made.stage("features", 3) as advance:
+    with made.stage("features a[/b]", 3) as advance:
         advance(3)
     assert "features" in err.getvalue()
     assert "3 photos in" in err.getvalue()
@@ -56,7 +56,10 @@ def test_quiet_tells_warnings_and_errors_only():
 def test_names_are_shown_and_not_obeyed():
     made, out, err = console(terminal=False)
     made.warn("photo \x1b[2J\u202e.jpg")
-    made.table(("name",), [("[red]\x07",)])
+    made.table(("name\x1b[1m",), [("[red]\x07",)])
+    made.title("\x1b]0;title\x07")
+    made.print("two\nlines\x1b[1m")
+    assert "\x1b" not in out.getvalue()
     assert "\x1b" not in err.getvalue()
     assert "\u202e" not in err.getvalue()
     assert "[red]\\x07" in out.getvalue()

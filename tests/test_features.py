@@ -145,6 +145,42 @@ def test_a_bad_photo_is_left_out_and_costs_nothing_else(run, tmp_path):
     assert again.cached == 18
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_copies_of_a_photo_share_its_features(run, tmp_path, cached):
+    samples = photos(tmp_path, 3)
+    for name, source in (("copy-a.png", 0), ("copy-b.png", 2), ("copy-c.png", 0)):
+        data = samples[source].path.read_bytes()
+        (tmp_path / name).write_bytes(data)
+        samples.append(Sample(tmp_path / name, name, source % 2, hashlib.sha256(data).hexdigest()))
+    if cached:
+        run(samples[:1])
+    found = run(samples)
+    for row, i in enumerate((0, 1, 2, 0, 2, 0)):
+        for view in range(3):
+            np.testing.assert_array_equal(found.array[row, view], expected(i, view))
+    assert run.runtime.photos == (6 if cached else 9)
+    assert (found.computed, found.cached) == ((6, 3) if cached else (9, 0))
+    assert sum(run.told) == 6
+
+
+def test_copies_of_a_bad_photo_are_bad(run, tmp_path):
+    samples = photos(tmp_path, 2)
+    data = b"\xff\xd8\xff nothing"
+    for name in ("x.jpg", "y.jpg"):
+        (tmp_path / name).write_bytes(data)
+        samples.append(Sample(tmp_path / name, name, 0, hashlib.sha256(data).hexdigest()))
+    assert [photo.name for photo in run(samples).bad] == ["x.jpg", "y.jpg"]
+
+
+def test_an_interrupted_pass_keeps_what_it_computed(run, tmp_path, monkeypatch):
+    samples = photos(tmp_path, 8)
+    (tmp_path / "7.png").write_bytes(b"changed")
+    with pytest.raises(DataError):
+        run(samples, views=1, batch_size=1)
+    found = run(samples[:7], views=1)
+    assert found.cached >= 1
+
+
 def test_a_missing_photo_is_a_bad_one(run, tmp_path):
     samples = photos(tmp_path, 2)
     samples[1].path.unlink()

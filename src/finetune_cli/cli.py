@@ -82,13 +82,15 @@ def train(
     if config is not None and "=" in config and not Path(config).exists():
         overrides, config = [config, *(overrides or [])], None
     if resume:
+        if name is not None:
+            raise UsageError("--name and --resume exclude each other", "a resumed run keeps its name")
         render.trained(console, _resume(console, config, overrides))
         return
-    from finetune_cli.commands import train as command_train  # after the config is known to be good
-
     path = Path(config) if config is not None else None
     named = [f"output.name={json.dumps(name)}"] if name is not None else []
     loaded = load_config(path, [*(overrides or []), *named])
+    from finetune_cli.commands import train as command_train  # after the config is known to be good
+
     render.trained(console, command_train.train(loaded, console, path.stem if path else "run"))
 
 
@@ -120,7 +122,9 @@ def predict(
     model: Annotated[
         Path | None,
         typer.Option(
-            metavar="PATH", help="An exported model instead of a run: its folder or file.", show_default=False
+            metavar="PATH",
+            help="An exported model instead of a run: its folder or file. A SavedModel is a program: trust its source.",
+            show_default=False,
         ),
     ] = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="How many classes to tell of a photo.")] = 3,

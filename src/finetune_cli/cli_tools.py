@@ -33,9 +33,7 @@ class GraphFormat(StrEnum):
 
 @command(app)
 def check(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="The YAML file.", show_default=False)
-    ] = None,
+    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)] = None,
     overrides: OverridesArgument = None,
     reproduce: Annotated[
         Path | None,

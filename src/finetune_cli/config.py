@@ -6,6 +6,7 @@ problem with its line. Paths in a file are relative to that file, on the command
 """
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -261,6 +262,11 @@ def _contradictions(values: dict[str, Any]) -> Iterator[tuple[yamlfile.Keys, str
         return value if isinstance(value, dict) else {}
 
     data, training, augmentation = section("data"), section("training"), section("augmentation")
+    if isinstance(data.get("group_regex"), str):
+        try:
+            re.compile(data["group_regex"])
+        except re.error as exc:
+            yield ("data", "group_regex"), f"`data.group_regex` is no regular expression: {exc}"
     if data.get("val") is not None and "val_split" in data:
         yield ("data", "val_split"), "`data.val` and `data.val_split` exclude each other; delete one"
     if training.get("solver", TrainingConfig.model_fields["solver"].default) == "lbfgs":

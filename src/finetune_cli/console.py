@@ -27,16 +27,16 @@ class Console:
         self.quiet = quiet
         # A file or a pipe has no width, so nothing is folded there.
         width = None if sys.stdout.isatty() else 10_000
-        self.out = RichConsole(highlight=False, soft_wrap=True, width=width)
-        self.err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self.out = RichConsole(highlight=False, emoji=False, soft_wrap=True, width=width)
+        self.err = RichConsole(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
     def print(self, text: str = "") -> None:
         """A line of the result, as it is."""
-        self.out.print(text, markup=False)
+        self.out.print("\n".join(map(shown, text.split("\n"))), markup=False)
 
     def title(self, text: str) -> None:
         """A line of the result that stands out."""
-        self.out.print(text, markup=False, style="bold")
+        self.out.print(shown(text), markup=False, style="bold")
 
     def note(self, text: str) -> None:
         """A fact about the work."""
@@ -72,7 +72,7 @@ class Console:
         table = Table(box=box.SIMPLE_HEAD if self.out.is_terminal else box.ASCII2, pad_edge=False)
         table.box = box.SIMPLE_HEAD if self.out.is_terminal else None
         for i, name in enumerate(header):
-            table.add_column(Text(name), justify="right" if i in right else "left", overflow="fold")
+            table.add_column(Text(shown(name)), justify="right" if i in right else "left", overflow="fold")
         for row in rows:
             table.add_row(*(Text(shown(cell)) for cell in row))
         self.out.print(table)
@@ -107,9 +107,15 @@ class Console:
                 speed = task.finished_speed or task.speed
                 return Text(f"{speed:.0f} {unit}/s" if speed else "", style="dim")
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Rate(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.err, transient=True) as progress:
-            task = progress.add_task(name, total=total)
+            task = progress.add_task(shown(name), total=total)
             started = time.monotonic()
 
             def advance(n: int) -> None:

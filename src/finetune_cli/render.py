@@ -1,5 +1,6 @@
 """Results as a person or a program reads them: tables on a `Console`, rows of CSV and JSON Lines."""
 
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -37,7 +38,7 @@ def trained(console: Console, run: "Run") -> None:
             f"{metrics['baseline']['accuracy']:.1%}",
             metrics["photos"],
         )
-        for split, metrics in sorted(manifest["metrics"].items(), key=lambda item: item[0], reverse=True)
+        for split, metrics in sorted(manifest["metrics"].items())
     ]
     console.table(("", "accuracy", "95 % interval", "largest class alone", "photos"), rows, right=(1, 2, 3, 4))
     seconds = manifest["seconds"]
@@ -78,6 +79,8 @@ def predictions(
 @contextmanager
 def _target(output: Path | None) -> Iterator[TextIO]:
     if output is None:
+        if isinstance(sys.stdout, io.TextIOWrapper):  # names that are not UTF-8 keep their bytes
+            sys.stdout.reconfigure(errors="surrogateescape")
         yield sys.stdout
         return
     from finetune_cli import files

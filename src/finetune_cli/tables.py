@@ -50,7 +50,11 @@ def read_csv(path: Path, header: Sequence[str]) -> list[list[str]]:
     """The rows below `header` of a file that `write_csv` wrote. Raises `ValueError` when it is another table."""
     with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
         rows = list(csv.reader(file, strict=True))
-    if not rows or rows[0] != list(header) or any(len(row) != len(header) for row in rows):
+    if (
+        not rows
+        or [undo_defuse(cell) for cell in rows[0]] != list(header)
+        or any(len(row) != len(header) for row in rows)
+    ):
         raise ValueError(f"it is not a table with the columns {', '.join(header)}")
     return [[undo_defuse(cell) for cell in row] for row in rows[1:]]
 

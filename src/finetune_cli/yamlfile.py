@@ -7,6 +7,8 @@ from typing import Any
 from finetune_cli.errors import ConfigError
 
 MAX_BYTES = 256 * 1024
+MAX_SCALAR = 4096
+MAX_DEPTH = 10
 Keys = tuple[str | int, ...]
 
 
@@ -69,13 +71,24 @@ def parse_scalar(text: str) -> Any:
 def _without_aliases(data: bytes, path: Path) -> str:
     import yaml
 
+    opening = yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken
+    opening |= yaml.BlockSequenceStartToken | yaml.BlockMappingStartToken
+    closing = yaml.FlowSequenceEndToken | yaml.FlowMappingEndToken | yaml.BlockEndToken
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         raise ConfigError(f"{path} is not UTF-8 text: {exc.reason} at byte {exc.start}") from exc
+    depth = 0
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        place = f"{path}, line {token.start_mark.line + 1}"
         if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
-            raise ConfigError(f"{path}, line {token.start_mark.line + 1}: anchors and aliases are not allowed here")
+            raise ConfigError(f"{place}: anchors and aliases are not allowed here")
+        if isinstance(token, yaml.ScalarToken) and len(token.value) > MAX_SCALAR:
+            raise ConfigError(f"{place}: a value of more than {MAX_SCALAR} characters, which no key here takes")
+        depth += isinstance(token, opening)
+        depth -= isinstance(token, closing)
+        if depth > MAX_DEPTH:
+            raise ConfigError(f"{place}: nested more than {MAX_DEPTH} deep, which no config is")
     return text
 
 

@@ -39,10 +39,11 @@ def train(config: Config, observer: Observer, stem: str = "run") -> Run:
     run.check_target(config.output.directory, config.output.name)
     check_places(config)
     prepared = prepare(config, observer)
+    start = _start(prepared, observer)
     folder = run.create(config.output.directory, config.output.name, stem)
     with files.lock(folder), _resumable(folder):
         _begin(folder, prepared)
-        return _fit_and_finish(folder, prepared, observer)
+        return _fit_and_finish(folder, prepared, start, observer)
 
 
 def resume(folder: Path, config: Config, observer: Observer) -> Run:
@@ -59,7 +60,7 @@ def resume(folder: Path, config: Config, observer: Observer) -> Run:
         _refuse_other_photos(folder, prepared)
         _warn_of_other_surroundings(folder, prepared, observer)
         _write_config(folder, config)
-        return _fit_and_finish(folder, prepared, observer)
+        return _fit_and_finish(folder, prepared, _start(prepared, observer), observer)
 
 
 def _refuse_unless_begun(folder: Path) -> None:
@@ -133,10 +134,10 @@ def _refuse_other_photos(folder: Path, prepared: Prepared) -> None:
     )
 
 
-def _fit_and_finish(folder: Path, prepared: Prepared, observer: Observer) -> Run:
+def _fit_and_finish(folder: Path, prepared: Prepared, start: Head | None, observer: Observer) -> Run:
     parts, classes = prepared.parts, prepared.data.classes
     with timed(prepared.seconds, "head"):
-        fitted = _fit(folder, prepared, observer)
+        fitted = _fit(folder, prepared, start, observer)
     temperature = 1.0
     if prepared.config.calibration == "temperature":
         val = parts["val"]
@@ -159,10 +160,9 @@ def _fit_and_finish(folder: Path, prepared: Prepared, observer: Observer) -> Run
     return finished
 
 
-def _fit(folder: Path, prepared: Prepared, observer: Observer) -> Fitted:
+def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observer) -> Fitted:
     """Fit the head; with Adam, from the last checkpoint if there is one."""
     config, parts, classes = prepared.config, prepared.parts, prepared.data.classes
-    start = _start(prepared, observer)
     if config.training.solver == "lbfgs":
         return fitting.lbfgs(config, parts["train"], classes, start, observer)
     last = checkpoints.load_latest(folder / "checkpoints")
@@ -232,6 +232,8 @@ def _start(prepared: Prepared, observer: Observer) -> Head | None:
         f"start from {old.name}: kept {', '.join(kept) or 'nothing'}; new {', '.join(new) or 'nothing'}"
         + (f"; dropped {', '.join(dropped)}" if dropped else "")
     )
+    if prepared.config.training.solver == "lbfgs":
+        observer.note("solver lbfgs finds the same head from any start; solver adam trains on from this one")
     return grown
 
 

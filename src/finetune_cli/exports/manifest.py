@@ -78,6 +78,8 @@ def _check(manifest: Mapping[str, Any]) -> None:
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest in `folder` after the hash of every file was checked. Raises `WeightsError` that names the file."""
     manifest = read(folder)
+    if extra := sorted(_present(folder) - set(manifest["files"]) - {FILE}):
+        raise WeightsError(f"{folder / extra[0]} is not listed in {FILE}", "export again into a new folder")
     for name, expected in manifest["files"].items():
         try:
             actual = files.sha256(folder / name)
@@ -94,4 +96,8 @@ def is_export(folder: Path) -> bool:
         listed = set(read(folder)["files"]) | {FILE}
     except WeightsError:
         return False
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()} <= listed
+    return _present(folder) <= listed
+
+
+def _present(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}

@@ -68,7 +68,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Features:
-    """`array[i]` belongs to ``samples[i]``; `computed` and `cached` count views, `bad` what the decoder refused."""
+    """`array[i]` belongs to ``samples[i]``; `bad` is what the decoder refused.
+
+    `computed` and `cached` count views; copies of a photo count once.
+    """
 
     array: NDArray[np.float32]
     samples: tuple[Sample, ...]
@@ -94,47 +97,76 @@ def extract(
     be decoded is left out and listed in `bad`. `advance` counts photos. Raises `StorageError` when the folder
     `scratch` has no room for the array.
     """
-    views = request.views
-    array = scratch_array(scratch, (len(samples), views, width))
-    missing: dict[int, list[int]] = {}
-    for start in range(0, len(samples), _STORE_ROWS // views or 1):
-        block = range(start, min(start + (_STORE_ROWS // views or 1), len(samples)))
-        keys = {request.key(samples[i].digest, view): (i, view) for i in block for view in range(views)}
-        found = store.get(list(keys))
-        for key, (i, view) in keys.items():
-            row = found.get(key)
-            if row is not None and row.shape == (width,):
-                array[i, view] = row
-            else:
-                missing.setdefault(i, []).append(view)
-        advance(sum(i not in missing for i in block))
+    array = scratch_array(scratch, (len(samples), request.views, width))
+    originals: dict[str, int] = {}  # copies of a photo share its digest, and so its features
+    for i, sample in enumerate(samples):
+        originals.setdefault(sample.digest, i)
+    missing = _from_store(samples, list(originals.values()), request, store, array, advance)
     computed = sum(map(len, missing.values()))
     bad: dict[int, BadPhoto] = {}
     if missing:
         runtime = make_runtime(request.precision)
-        work = _chunks(missing, batch_size)
+        work = ordered_map(_worker(samples, request, runtime), _chunks(missing, batch_size), workers)
         waiting: list[tuple[bytes, NDArray[np.float32]]] = []
-        for rows, refused in ordered_map(_worker(samples, request, runtime), work, workers):
-            for (i, view), row in rows.items():
-                array[i, view] = row
-                waiting.append((request.key(samples[i].digest, view), row))
-            bad |= refused
-            advance(len({i for i, _view in rows} | refused.keys()))
-            if len(waiting) >= _STORE_ROWS:
-                store.put(waiting)
-                waiting = []
-        store.put(waiting)
+        try:
+            for rows, refused in work:
+                for (i, view), row in rows.items():
+                    array[i, view] = row
+                    waiting.append((request.key(samples[i].digest, view), row))
+                bad |= refused
+                advance(len({i for i, _view in rows} | refused.keys()))
+                if len(waiting) >= _STORE_ROWS:
+                    store.put(waiting)
+                    waiting = []
+        finally:  # an interrupted pass goes on where it stopped
+            store.put(waiting)
+    computed -= sum(len(missing[i]) for i in bad)
+    cached = len(originals) * request.views - sum(map(len, missing.values()))
+    _fill_copies(samples, originals, array, bad)
+    advance(len(samples) - len(originals))
     kept = [i for i in range(len(samples)) if i not in bad]
     if bad:
         array = _without(array, kept, scratch)
-    refused_views = sum(len(missing[i]) for i in bad)
-    return Features(
-        array,
-        tuple(samples[i] for i in kept),
-        tuple(bad.values()),
-        computed=computed - refused_views,
-        cached=len(samples) * views - computed,
-    )
+    return Features(array, tuple(samples[i] for i in kept), tuple(bad.values()), computed, cached)
+
+
+def _from_store(
+    samples: Sequence[Sample],
+    chosen: Sequence[int],
+    request: Request,
+    store: FeatureStore,
+    array: NDArray[np.float32],
+    advance: Advance,
+) -> dict[int, list[int]]:
+    """Fill the rows of `array` for the samples `chosen` from the cache; returns the views that it lacks, by sample."""
+    missing: dict[int, list[int]] = {}
+    step = _STORE_ROWS // request.views or 1
+    for start in range(0, len(chosen), step):
+        block = chosen[start : start + step]
+        keys = {request.key(samples[i].digest, view): (i, view) for i in block for view in range(request.views)}
+        found = store.get(list(keys))
+        for key, (i, view) in keys.items():
+            row = found.get(key)
+            if row is not None and row.shape == array.shape[2:]:
+                array[i, view] = row
+            else:
+                missing.setdefault(i, []).append(view)
+        advance(sum(i not in missing for i in block))
+    return missing
+
+
+def _fill_copies(
+    samples: Sequence[Sample], originals: dict[str, int], array: NDArray[np.float32], bad: dict[int, BadPhoto]
+) -> None:
+    """Give copies of a photo the rows, or the badness, of the one that was computed."""
+    for i, sample in enumerate(samples):
+        original = originals[sample.digest]
+        if original == i:
+            continue
+        if original in bad:
+            bad[i] = BadPhoto(sample.path, sample.name, bad[original].reason)
+        else:
+            array[i] = array[original]
 
 
 def scratch_array(folder: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:

@@ -49,6 +49,8 @@ def _first_import() -> None:
     import keras  # noqa: F401  (imported for its effect)
     import tensorflow as tf
 
+    # float32 means float32, on newer GPUs, too: the saved model is compared with its numbers to 1e-4.
+    tf.config.experimental.enable_tensor_float_32_execution(False)
     tf.get_logger().setLevel("ERROR")  # no advice on retracing; our models are traced as often as they must be
     # The search for a GPU happens at the first operation and is as talkative: do it while nobody listens.
     tf.config.list_physical_devices()

@@ -155,6 +155,11 @@ def _keep_for_validation(samples: list[Sample], val_split: float | None) -> tupl
     sides: tuple[list[Sample], list[Sample]] = ([], [])
     for sample, is_kept in zip(samples, kept, strict=True):
         sides[is_kept].append(sample)
+    if not sides[True]:
+        raise DataError(
+            "no photo can be kept for validation: each class has only one photo, or one group of them",
+            "add photos, set data.val, or choose a data.group_regex that makes more groups",
+        )
     return sides
 
 

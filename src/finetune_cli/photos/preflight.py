@@ -55,7 +55,7 @@ def refuse_bad(bad: Sequence[BadPhoto], total: int, on_bad: str) -> None:
         raise DataError(problem + lines, "repair or remove them; so many may mean that the wrong folder was named")
     raise DataError(
         f"{len(bad)} of {total} photos cannot be used{lines}",
-        "repair or remove them, or run the same command with data.on_bad_image=skip to leave them out",
+        "repair or remove them, or leave them out by adding this to the command: data.on_bad_image=skip",
     )
 
 

@@ -12,14 +12,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from finetune_cli import files
 from finetune_cli.config import Config
-from finetune_cli.errors import DataError
+from finetune_cli.errors import ConfigError, DataError, Interrupted
 from finetune_cli.model import backbones, features, runtimes
 from finetune_cli.model.backbones import Backbone
 from finetune_cli.model.cache import FeatureStore, default_folder
 from finetune_cli.model.features import Features, Request
 from finetune_cli.model.runtimes import Device, Precision, Runtime
+from finetune_cli.model.solver import class_weights
 from finetune_cli.observer import Observer
 from finetune_cli.parallel import cores
 from finetune_cli.photos import dataset
@@ -27,6 +30,7 @@ from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import Dataset, Sample
 from finetune_cli.photos.digests import DigestMemory
 from finetune_cli.photos.images import ImageSettings
+from finetune_cli.runs.run import Run
 from finetune_cli.text import shown
 
 _TABLES_AND_FIGURES = 1_000_000
@@ -54,8 +58,10 @@ def prepare(config: Config, observer: Observer) -> Prepared:
     then stays in the cache. Raises `StorageError` when there is no room for the features or for the run.
     """
     seconds: dict[str, float] = {}
+    check_model(config)
     with timed(seconds, "preflight"):
         data = index(config, observer)
+    class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
     augmentation = augmenter(config)
     if config.augmentation is not None and config.augmentation.views > 1 and not augmentation.active:
         observer.note("augmentation: no transform is active, so each photo has one view")
@@ -66,13 +72,18 @@ def prepare(config: Config, observer: Observer) -> Prepared:
     _check_room(config, data, augmentation.views, backbone)
     extractor = Extractor(config, backbone, device, observer)
     with timed(seconds, "features"), FeatureStore(cache_folder(config)) as store:
-        parts = {"train": extractor(store, "train", data.train, precision, augmentation)}
-        for split, samples in (("val", data.val), ("test", data.test)):
-            if samples:
-                parts[split] = extractor(store, split, samples, "float32", None)
-        cache_bytes = store.size()
-    for warning in store.warnings:
-        observer.warn(warning)
+        try:
+            parts = {"train": extractor(store, "train", data.train, precision, augmentation)}
+            for split, samples in (("val", data.val), ("test", data.test)):
+                if samples:
+                    parts[split] = extractor(store, split, samples, "float32", None)
+            cache_bytes = store.size()
+        except Interrupted as exc:
+            exc.remedy = "the features so far are in the cache; run the same command again to go on"
+            raise
+        finally:
+            for warning in store.warnings:
+                observer.warn(warning)
     bad = [*data.bad, *(photo for part in parts.values() for photo in part.bad)]
     total = sum(map(len, (data.train, data.val, data.test, data.bad)))
     dataset.refuse_bad(bad, total, config.data.on_bad_image)
@@ -91,6 +102,25 @@ def _refuse_empty(classes: Sequence[str], parts: Mapping[str, Features]) -> None
         raise DataError("\n".join(problems), "replace the bad photos; `finetune check CONFIG` lists them")
 
 
+def check_model(config: Config) -> None:
+    """Find out what is wrong with the `model` section before minutes of work, and without TensorFlow.
+
+    Raises `ConfigError` for an unknown backbone, too small an image, and files that are not there; `RunError` for a
+    `start_from` that is no finished run.
+    """
+    info = backbones.resolve(config.model.backbone)
+    problems = []
+    if config.image.size < info.min_size:
+        problems.append(f"image.size: {info.name} needs at least {info.min_size} pixels, not {config.image.size}")
+    for key, path in (("backbone", info.path), ("weights", config.model.weights)):
+        if path is not None and path != "imagenet" and not Path(path).is_file():
+            problems.append(f"model.{key}: there is no file {path}")
+    if problems:
+        raise ConfigError("\n".join(problems), "correct the model section of the config")
+    if config.model.start_from is not None:
+        Run.load(config.model.start_from)
+
+
 def check_places(config: Config) -> None:
     """Raise `StorageError` unless files can be made where the run and the features go."""
     files.check_writable(config.output.directory)
@@ -100,7 +130,7 @@ def check_places(config: Config) -> None:
 def _check_room(config: Config, data: Dataset, views: int, backbone: Backbone) -> None:
     """Raise `StorageError` unless there is room for the features and for the run, before hours go into them."""
     rows = views * len(data.train) + len(data.val) + len(data.test)
-    files.free_space_check(cache_folder(config), 4 * backbone.width * rows)
+    files.free_space_check(cache_folder(config), 2 * 4 * backbone.width * rows)  # in the cache, and at hand
     head = 4 * (backbone.width + 1) * len(data.classes)
     model = 4 * backbone.model.count_params() + head
     # The model in two forms; up to four checkpoints, each with the head, the best head and Adam's two moments.

@@ -134,7 +134,11 @@ def _check_manifest(manifest: Any) -> None:
         raise ValueError(f"there is no format {manifest['format']!r}")
     if len(manifest["classes"]) < 2 or not all(isinstance(name, str) for name in manifest["classes"]):
         raise ValueError("classes are not at least two names")
-    ImageSettings(**manifest["image"])
+    image = ImageSettings(**manifest["image"])
+    if not (type(image.size) is int and 32 <= image.size <= 1024 and image.resize in {"crop", "squash", "pad"}):
+        raise ValueError("image settings are not those of a run")
+    if type(image.max_pixels) is not int or image.max_pixels < 1:
+        raise ValueError("image.max_pixels is not a number of pixels")
     for name in manifest["files"]:
         parts = PurePosixPath(name).parts
         if PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or ":" in name or not parts:
