@@ -29,7 +29,8 @@ from runs_fixture import TinyRun
 def tiny(tiny_run, tmp_path) -> TinyRun:
     """A copy of the tiny run and its photos that a test may change."""
     shutil.copytree(tiny_run.photos, tmp_path / "photos")
-    shutil.copytree(tiny_run.run.folder, tmp_path / "runs" / "tiny-1")
+    # Other tests evaluate the shared run, each in a folder of its own.
+    shutil.copytree(tiny_run.run.folder, tmp_path / "runs" / "tiny-1", ignore=shutil.ignore_patterns("evaluations"))
     return replace(tiny_run, run=Run.load(tmp_path / "runs" / "tiny-1"), photos=tmp_path / "photos")
 
 
