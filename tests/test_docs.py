@@ -12,7 +12,10 @@ from finetune_cli.config import Config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-PAGES = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
 GROUPS = sorted(group.name for group in app.registered_groups)
 

@@ -121,7 +121,7 @@ def test_what_is_no_hdf5_file(path: Path, tmp_path: Path):
     with pytest.raises(WeightsError, match="no weight file"), hdf5.open_file(tmp_path):
         pass
     path.write_bytes(b"no HDF5 at all")
-    with pytest.raises(WeightsError, match="weights.h5 is damaged or not an HDF5 file"), hdf5.open_file(path):
+    with pytest.raises(WeightsError, match=r"weights\.h5 is damaged or not an HDF5 file"), hdf5.open_file(path):
         pass
 
 

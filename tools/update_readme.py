@@ -18,16 +18,16 @@ def help_text(command: str) -> str:
 
     from finetune_cli.cli import app
 
-    answer = CliRunner().invoke(app, [command, "--help"], prog_name="finetune", env={"COLUMNS": "100"}, terminal_width=100)
+    answer = CliRunner().invoke(
+        app, [command, "--help"], prog_name="finetune", env={"COLUMNS": "100"}, terminal_width=100
+    )
     assert answer.exit_code == 0, answer.output
     return "\n".join(line.rstrip() for line in answer.output.strip().splitlines())
 
 
 def renewed(text: str) -> str:
     """`text` with the help blocks as they should be."""
-    return BLOCK.sub(
-        lambda block: f"<!-- help {block[1]} -->\n```text\n{help_text(block[1])}\n```\n<!-- end -->", text
-    )
+    return BLOCK.sub(lambda block: f"<!-- help {block[1]} -->\n```text\n{help_text(block[1])}\n```\n<!-- end -->", text)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_ALPHA = (b"\4", b"\6")  # the colour types with an alpha channel (https://www.w3.org/TR/png-3/#11IHDR)
 _PNG_HEAD = 1 << 16  # a transparent colour is declared before the pixels; so far is it looked for
-# Photos of one request that are decoded at the same time: each may take 3 bytes for every one of `max_pixels`.
-_AT_ONCE = 4
+# Photos of one request that are decoded at the same time. One: a transparent PNG of `max_pixels` takes 2 GB for a
+# moment, and a server works on several requests at once anyway.
+_AT_ONCE = 1
 
 
 class PhotoGraph:
