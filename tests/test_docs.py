@@ -17,7 +17,7 @@ PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 COMMANDS = sorted(command.name or command.callback.__name__ for command in app.registered_commands)
-GROUPS = sorted(group.name for group in app.registered_groups)
+GROUPS = sorted(str(group.typer_instance.info.name) for group in app.registered_groups)
 
 
 def test_the_help_texts_are_those_of_the_program():
