@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from finetune_cli import files
@@ -25,9 +24,9 @@ from finetune_cli.model.fitting import Fitted, labels_of
 from finetune_cli.model.head import EpochState
 from finetune_cli.model.solver import Head
 from finetune_cli.observer import Observer
-from finetune_cli.runs import artefacts, checkpoints, figures, run, surroundings
+from finetune_cli.runs import artefacts, beginning, checkpoints, figures, run
 from finetune_cli.runs.preparation import Prepared, check_places, image_settings, prepare, timed
-from finetune_cli.runs.run import Run, SplitRow
+from finetune_cli.runs.run import Run
 from finetune_cli.tables import write_csv
 
 
@@ -42,7 +41,7 @@ def train(config: Config, observer: Observer, stem: str = "run") -> Run:
     start = _start(prepared, observer)
     folder = run.create(config.output.directory, config.output.name, stem)
     with files.lock(folder), _resumable(folder):
-        _begin(folder, prepared)
+        beginning.begin(folder, prepared)
         return _fit_and_finish(folder, prepared, start, observer)
 
 
@@ -54,22 +53,11 @@ def resume(folder: Path, config: Config, observer: Observer) -> Run:
     check_places(config)
     files.check_writable(folder)
     with files.lock(folder), _resumable(folder):
-        _refuse_unless_begun(folder)
+        beginning.check(folder)
         files.remove_leftovers(folder)
         prepared = prepare(config, observer)
-        _refuse_other_photos(folder, prepared)
-        _warn_of_other_surroundings(folder, prepared, observer)
-        _write_config(folder, config)
+        beginning.go_on(folder, prepared, observer)
         return _fit_and_finish(folder, prepared, _start(prepared, observer), observer)
-
-
-def _refuse_unless_begun(folder: Path) -> None:
-    if (folder / run.MANIFEST).exists():
-        raise RunError(
-            f"{folder} is finished; there is nothing to resume", "to train on, set model.start_from to that folder"
-        )
-    if not (folder / "split.csv").exists():
-        raise RunError(f"{folder} was not begun: it has no split.csv", "remove that folder, and train a new run")
 
 
 @contextlib.contextmanager
@@ -80,58 +68,6 @@ def _resumable(folder: Path) -> Iterator[None]:
     except Interrupted as exc:
         exc.remedy = f"what was finished is saved; go on with: finetune train --resume {folder}"
         raise
-
-
-def _begin(folder: Path, prepared: Prepared) -> None:
-    """Write what a resumed run must find; split.csv last, because it marks a run that can be resumed."""
-    _write_config(folder, prepared.config)
-    surroundings.write_environment(folder, *_surroundings(prepared))
-    run.write_split(folder / "split.csv", _split_rows(prepared))
-
-
-def _write_config(folder: Path, config: Config) -> None:
-    text = yaml.safe_dump(config.dump(folder), sort_keys=False, allow_unicode=True)
-    files.write_text(folder / "config.yaml", text)
-
-
-def _surroundings(prepared: Prepared) -> tuple[Config, str, str, int]:
-    return prepared.config, prepared.device, prepared.precision, prepared.workers
-
-
-def _warn_of_other_surroundings(folder: Path, prepared: Prepared, observer: Observer) -> None:
-    """Say why the end may not be that of an uninterrupted run."""
-    before = surroundings.read_environment(folder / surroundings.FILE)
-    now = surroundings.environment(*_surroundings(prepared))
-    if changed := [each.what for each in surroundings.differences(before, now) if each.what != "git_commit"]:
-        observer.warn(
-            f"the surroundings are not those that {folder} was begun in ({', '.join(changed)}), so the weights may "
-            "differ from those of an uninterrupted run"
-        )
-
-
-def _split_rows(prepared: Prepared) -> list[SplitRow]:
-    return [
-        SplitRow(split, prepared.data.classes[sample.label], sample.digest, sample.name)
-        for split, part in prepared.parts.items()
-        for sample in part.samples
-    ]
-
-
-def _refuse_other_photos(folder: Path, prepared: Prepared) -> None:
-    """Raise `RunError` when the photos are not those that the run was begun with, and say which differ."""
-    before, now = set(run.read_split(folder / "split.csv")), set(_split_rows(prepared))
-    if before == now:
-        return
-    changes = [
-        f"{what} {row.split}/{row.label}: {row.path}"
-        for what, rows in (("gone or changed", before - now), ("new or changed", now - before))
-        for row in sorted(rows, key=lambda row: (row.split, row.path))[:5]
-    ]
-    raise RunError(
-        f"the photos are not those that {folder} was begun with ({len(before - now)} gone, {len(now - before)} new)\n"
-        + "\n".join(f"  {change}" for change in changes),
-        "restore them, or train a new run (the features of the unchanged photos are in the cache)",
-    )
 
 
 def _fit_and_finish(folder: Path, prepared: Prepared, start: Head | None, observer: Observer) -> Run:
@@ -165,6 +101,7 @@ def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observe
     config, parts, classes = prepared.config, prepared.parts, prepared.data.classes
     if config.training.solver == "lbfgs":
         return fitting.lbfgs(config, parts["train"], classes, start, observer)
+    begun = beginning.identity(folder)
     last = checkpoints.load_latest(folder / "checkpoints")
     resumed = None
     if last is not None:
@@ -172,38 +109,16 @@ def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observe
             observer.warn(warning)
         if tuple(last.state["classes"]) != classes:
             raise RunError(f"{last.path} has other classes: {', '.join(last.state['classes'])}", "train a new run")
-        _refuse_other_settings(folder, last.state["settings"], _settings(prepared))
+        if last.state["begun"] != begun:
+            raise RunError(f"{last.path} belongs to another training", f"remove {last.path}")
         resumed = EpochState.restore(last.arrays, last.state)
         observer.note(f"going on after epoch {last.epoch}")
 
     def keep(state: EpochState, l2: float) -> None:
-        facts = {**state.info(), "classes": list(classes), "l2": l2, "settings": _settings(prepared)}
+        facts = {**state.info(), "classes": list(classes), "l2": l2, "begun": begun}
         checkpoints.save(folder / "checkpoints", state.epoch, state.arrays(), facts, state.is_best)
 
     return fitting.adam(config, parts["train"], parts["val"], classes, start, resumed, keep, observer)
-
-
-def _settings(prepared: Prepared) -> dict[str, Any]:
-    """The settings that a resumed training must share with its beginning, as JSON values."""
-    config = prepared.config
-    return {
-        "image": config.image.model_dump(mode="json"),
-        "model": {"backbone": prepared.backbone.fingerprint, "dropout": config.model.dropout},
-        "augmentation": config.augmentation.model_dump(mode="json") if config.augmentation is not None else None,
-        "training": config.training.model_dump(mode="json", exclude={"epochs", "early_stopping_patience"}),
-        "calibration": config.calibration,
-    }
-
-
-def _refuse_other_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise `RunError` when config.yaml, or a file that it names, was changed since the run was begun."""
-    changes = surroundings.differences(before, now)
-    if changes:
-        raise RunError(
-            f"the settings are not those that {folder} was begun with\n"
-            + "\n".join(f"  {each.what} was {each.before or 'null'}, is {each.now or 'null'}" for each in changes),
-            "put them back, or train a new run",
-        )
 
 
 def _write_history(folder: Path, fitted: Fitted) -> list[str]:

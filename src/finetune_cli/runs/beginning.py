@@ -1,0 +1,150 @@
+"""How an unfinished run began: what a training that goes on must find as it was, and what may have changed since.
+
+config.yaml        the config that it goes on with
+environment.json   where it was begun
+checkpoints/begun.json   every config that it was begun or gone on with, the backbone's fingerprint, the SHA-256 of
+                   environment.json, and one of its own content
+split.csv          the photos; written last, because it marks a run that can be resumed
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune_cli import config as configs
+from finetune_cli import files
+from finetune_cli.config import Config
+from finetune_cli.errors import RunError
+from finetune_cli.observer import Observer
+from finetune_cli.runs import run, surroundings
+from finetune_cli.runs.preparation import Prepared
+from finetune_cli.runs.run import SplitRow
+from finetune_cli.runs.surroundings import Difference, differences
+
+_RECORD = Path("checkpoints", "begun.json")
+_MAY_CHANGE = ("training.epochs", "training.early_stopping_patience", "data.", "runtime.")
+_NEW_RUN = "put them back, or train a new run"
+
+
+def begin(folder: Path, prepared: Prepared) -> None:
+    """Write what a resumed training must find. Raises `StorageError`."""
+    _write_config(folder, prepared.config)
+    surroundings.write_environment(folder, *_surroundings(prepared))
+    record = {
+        "configs": [prepared.config.dump(folder)],
+        "backbone": prepared.backbone.fingerprint,
+        "environment": files.sha256(folder / surroundings.FILE),
+    }
+    files.write_json(folder / _RECORD, run.sealed(record))
+    run.write_split(folder / "split.csv", _split_rows(prepared))
+
+
+def identity(folder: Path) -> str:
+    """What only the checkpoints of this training share: a hash of its first config and of its backbone."""
+    record = _read(folder)
+    return str(run.sealed({"config": record["configs"][0], "backbone": record["backbone"]})["sha256"])
+
+
+def check(folder: Path) -> None:
+    """Raise `RunError` unless `folder` holds an unfinished run whose beginning is as it was written."""
+    if (folder / run.MANIFEST).exists():
+        raise RunError(
+            f"{folder} is finished; there is nothing to resume", "to train on, set model.start_from to that folder"
+        )
+    if not (folder / "split.csv").exists():
+        raise RunError(f"{folder} was not begun: it has no split.csv", "remove that folder, and train a new run")
+    record = _read(folder)
+    if files.sha256(folder / surroundings.FILE) != record["environment"]:
+        raise RunError(f"{folder / surroundings.FILE} is damaged", "restore it from a copy, or train a new run")
+    stored = configs.load(folder / "config.yaml").dump(folder)
+    # Two, when a kill came between the record of a changed config and the config itself.
+    if stored not in record["configs"][-2:]:
+        raise _other_settings(folder, differences(record["configs"][-1], stored))
+
+
+def go_on(folder: Path, prepared: Prepared, observer: Observer) -> None:
+    """Compare photos, settings and surroundings with those of the beginning, and note the config that is gone on with.
+
+    Raises `RunError` when the photos or the settings differ; warns when the surroundings do.
+    """
+    _refuse_other_photos(folder, prepared)
+    record = _read(folder)
+    if prepared.backbone.fingerprint != record["backbone"]:
+        raise RunError(f"the backbone's weights are not those that {folder} was begun with", _NEW_RUN)
+    config = prepared.config.dump(folder)
+    changed = differences(record["configs"][-1], config)
+    if refused := [each for each in changed if not each.what.startswith(_MAY_CHANGE)]:
+        raise _other_settings(folder, refused)
+    _warn_of_other_surroundings(folder, prepared, observer)
+    if changed:
+        del record["sha256"]
+        files.write_json(folder / _RECORD, run.sealed({**record, "configs": [*record["configs"], config]}))
+    _write_config(folder, prepared.config)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / _RECORD
+    try:
+        record = json.loads(path.read_text("utf-8"))
+        if run.sealed(record) != record:
+            raise ValueError("its content does not match its own SHA-256")
+        record["configs"][0], record["backbone"], record["environment"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as exc:
+        raise RunError(f"{path} is damaged: {exc}", "restore it from a copy, or train a new run") from exc
+    return dict(record)
+
+
+def _write_config(folder: Path, config: Config) -> None:
+    text = yaml.safe_dump(config.dump(folder), sort_keys=False, allow_unicode=True)
+    files.write_text(folder / "config.yaml", text)
+
+
+def _surroundings(prepared: Prepared) -> tuple[Config, str, str, int]:
+    return prepared.config, prepared.device, prepared.precision, prepared.workers
+
+
+def _warn_of_other_surroundings(folder: Path, prepared: Prepared, observer: Observer) -> None:
+    """Say why the end may not be that of an uninterrupted run."""
+    before = surroundings.read_environment(folder / surroundings.FILE)
+    now = surroundings.environment(*_surroundings(prepared))
+    if changed := [each.what for each in differences(before, now) if each.what != "git_commit"]:
+        observer.warn(
+            f"the surroundings are not those that {folder} was begun in ({', '.join(changed)}), so the weights may "
+            "differ from those of an uninterrupted run"
+        )
+
+
+def _other_settings(folder: Path, changes: Iterable[Difference]) -> RunError:
+    return RunError(
+        f"the settings are not those that {folder} was begun with\n"
+        + "\n".join(f"  {each.what} was {each.before or 'null'}, is {each.now or 'null'}" for each in changes),
+        _NEW_RUN,
+    )
+
+
+def _split_rows(prepared: Prepared) -> list[SplitRow]:
+    return [
+        SplitRow(split, prepared.data.classes[sample.label], sample.digest, sample.name)
+        for split, part in prepared.parts.items()
+        for sample in part.samples
+    ]
+
+
+def _refuse_other_photos(folder: Path, prepared: Prepared) -> None:
+    """Raise `RunError` when the photos are not those that the run was begun with, and say which differ."""
+    before, now = set(run.read_split(folder / "split.csv")), set(_split_rows(prepared))
+    if before == now:
+        return
+    changes = [
+        f"{what} {row.split}/{row.label}: {row.path}"
+        for what, rows in (("gone or changed", before - now), ("new or changed", now - before))
+        for row in sorted(rows, key=lambda row: (row.split, row.path))[:5]
+    ]
+    raise RunError(
+        f"the photos are not those that {folder} was begun with ({len(before - now)} gone, {len(now - before)} new)\n"
+        + "\n".join(f"  {change}" for change in changes),
+        "restore them, or train a new run (the features of the unchanged photos are in the cache)",
+    )
