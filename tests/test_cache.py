@@ -159,7 +159,7 @@ def test_a_truncated_file_is_set_aside_or_read_as_far_as_it_goes(tmp_path, sixte
     assert store.warnings == []
 
 
-def test_flipped_bits_never_give_a_wrong_row(fast_path):
+def test_flipped_bits_never_give_a_wrong_row(fast_path, record_property):
     tmp_path = fast_path
     path = fill(tmp_path / "whole", ITEMS[:20])
     whole = path.read_bytes()
@@ -178,6 +178,7 @@ def test_flipped_bits_never_give_a_wrong_row(fast_path):
             store.put(ITEMS[:20])
             assert_holds(store, ITEMS[:20])
         shutil.rmtree(folder)
+    record_property("tries", len(bits))
 
 
 @pytest.mark.parametrize("content", ["text", "database", "newer", "trigger", "empty"])

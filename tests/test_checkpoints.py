@@ -106,7 +106,7 @@ def test_later_epochs_of_a_training_that_was_given_up_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_cut_at_each_sixteenth_is_passed_over(tmp_path, name):
+def test_a_file_cut_at_each_sixteenth_is_passed_over(tmp_path, name, record_property):
     save(tmp_path, 1)
     path = save(tmp_path, 2) / name
     whole = path.read_bytes()
@@ -120,10 +120,11 @@ def test_a_file_cut_at_each_sixteenth_is_passed_over(tmp_path, name):
         assert name in found.warnings[0]
     path.write_bytes(whole)
     assert_is(checkpoints.load_latest(tmp_path), 2)
+    record_property("tries", 16)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_flipped_bit_is_passed_over(tmp_path, name):
+def test_every_flipped_bit_is_passed_over(tmp_path, name, record_property):
     save(tmp_path, 1)
     path = save(tmp_path, 2) / name
     whole = path.read_bytes()
@@ -136,6 +137,7 @@ def test_every_flipped_bit_is_passed_over(tmp_path, name):
         found = checkpoints.load_latest(tmp_path)
         assert found.epoch == 1
         assert name in found.warnings[0]
+    record_property("tries", len(bits))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -169,11 +171,12 @@ def test_when_none_is_whole_training_does_not_silently_start_over(tmp_path):
 
 
 @posix
-def test_exit_at_every_step_of_saving_leaves_a_checkpoint_that_loads(tmp_path):
+def test_exit_at_every_step_of_saving_leaves_a_checkpoint_that_loads(tmp_path, record_property):
     start = tmp_path / "start"
     for epoch in range(1, 5):
         save(start, epoch, best=epoch == 1)
     steps = inject("checkpoint", start, tmp_path / "work")
+    record_property("tries", steps)
     epochs = []
     for step in range(1, steps + 1):
         folder = tmp_path / "work" / str(step)

@@ -65,11 +65,12 @@ def test_the_umask_decides_who_may_read(tmp_path):
 
 
 @posix
-def test_exit_at_every_step_leaves_the_old_or_the_new_file(tmp_path):
+def test_exit_at_every_step_leaves_the_old_or_the_new_file(tmp_path, record_property):
     start = tmp_path / "start"
     start.mkdir()
     (start / "file.json").write_bytes(b"old")
     steps = inject("file", start, tmp_path / "work")
+    record_property("tries", steps)
     contents = []
     for step in range(1, steps + 1):
         folder = tmp_path / "work" / str(step)
@@ -82,10 +83,11 @@ def test_exit_at_every_step_leaves_the_old_or_the_new_file(tmp_path):
 
 
 @posix
-def test_exit_at_every_step_leaves_the_whole_folder_or_none(tmp_path):
+def test_exit_at_every_step_leaves_the_whole_folder_or_none(tmp_path, record_property):
     start = tmp_path / "start"
     start.mkdir()
     steps = inject("folder", start, tmp_path / "work")
+    record_property("tries", steps)
     seen = set()
     for step in range(1, steps + 1):
         parent = tmp_path / "work" / str(step) / "deep"

@@ -69,8 +69,10 @@ class Cases:
 
 
 @pytest.fixture
-def cases(tmp_path):
-    return Cases(tmp_path)
+def cases(tmp_path, record_property):
+    made = Cases(tmp_path)
+    yield made
+    record_property("tries", len(list(tmp_path.iterdir())))
 
 
 def words(text: str) -> list[str]:

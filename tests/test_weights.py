@@ -286,7 +286,7 @@ def test_a_file_of_another_architecture_is_refused(tmp_path: Path, keras: Any, t
 
 
 @pytest.mark.parametrize("name", ["x.h5", "x.weights.h5"])
-def test_a_truncated_file_is_refused(tmp_path: Path, small: Any, small_target: Any, name: str):
+def test_a_truncated_file_is_refused(tmp_path: Path, small: Any, small_target: Any, name: str, record_property: Any):
     path = tmp_path / name
     if name == "x.h5":
         file_of_today(path, small)
@@ -297,6 +297,7 @@ def test_a_truncated_file_is_refused(tmp_path: Path, small: Any, small_target: A
         path.write_bytes(data[: len(data) * sixteenth // 16])
         with pytest.raises(WeightsError, match="damaged or not an HDF5 file"):
             weights.load_into(small_target, path)
+    record_property("tries", 16)
 
 
 def test_a_file_without_weights_is_refused(tmp_path: Path, small_target: Any):
