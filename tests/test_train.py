@@ -247,3 +247,14 @@ def test_the_manifest_names_versions_and_surroundings(finished):
     assert environment["packages"]["keras"]
     assert environment["cpu"]["flags"]
     assert files.sha256(finished.file("model.keras")) == finished.manifest["files"]["model.keras"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["quickstart", "resnet50", "text-and-signs"])
+def test_every_shipped_config_trains(tmp_path, drawn, cache, name):
+    path = Path(__file__).parents[1] / "configs" / f"{name}.yaml"
+    weights = ["model.weights=null", "image.size=64"] if config.load(path).model.backbone == "resnet50" else []
+    overrides = [f"data.train={drawn}", f"runtime.cache_dir={cache}", f"output.directory={tmp_path / 'runs'}"]
+    run = command_train.train(config.load(path, [*overrides, *weights]), Silent(), name)
+    assert run.name == f"{name}-1"
+    assert run.manifest["views"]["a_photo"] > 1
