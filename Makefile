@@ -32,7 +32,7 @@ test: $(VENV)/.installed-dev  ## run the test suite (under 10 minutes)
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(VENV)/.installed-dev  ## run the long tests, too: faults, all backbones, exports
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -o timeout=1200
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy --strict
 	$(BIN)/ruff check .
