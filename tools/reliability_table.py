@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> int:
     text = PAGE.read_text("utf-8")
     for name, table in tables(outcomes).items():
         marked = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
-        text, count = marked.subn(lambda _old, new=table: new, text)
+        text, count = marked.subn(lambda _old, new=table: new, text, count=1)
         assert count == 1, f"no marker {name} in {PAGE}"
     PAGE.write_text(text, "utf-8")
     failed = [each.name for each in outcomes if each.state == "failed"]
