@@ -83,11 +83,13 @@ def bundled_with_head(folder: Path, classes: int):
     keras = import_keras()
     path = Path(finetune_cli.__file__).parent / "assets" / "efficientnet_lite0.keras"
     backbone = keras.models.load_model(path, compile=False)
-    logits = keras.layers.Dense(classes, kernel_initializer=keras.initializers.RandomNormal(0, 0.5, seed=2))
+    # Named, because Keras numbers unnamed layers by what the process made before, and the file has a "rescaling".
+    initial = keras.initializers.RandomNormal(0, 0.5, seed=2)
+    logits = keras.layers.Dense(classes, kernel_initializer=initial, name="logits")
     up_to_logits = keras.Model(backbone.input, logits(backbone.output))
     logits.bias.assign(np.linspace(-1, 1, classes))
-    scaled = keras.layers.Rescaling(0.4)(up_to_logits.output)
-    model = keras.Model(backbone.input, keras.layers.Softmax()(scaled))
+    scaled = keras.layers.Rescaling(0.4, name="temperature")(up_to_logits.output)
+    model = keras.Model(backbone.input, keras.layers.Softmax(name="probabilities")(scaled))
     runtimes.import_openvino().save_model(runtimes.convert(model), folder / "model.xml", compress_to_fp16=False)
     return up_to_logits
 
