@@ -274,7 +274,7 @@ def fit_synthetic(folder: Path, solver: str) -> None:
     config = Config.model_validate({"data": {"train": folder}, "training": {"solver": solver, "l2": 1e-4}})
     classes = tuple("0123456789")
     if solver == "adam":
-        fitting.adam(config, parts["train"], parts["val"], classes, None, None, lambda _state, _l2: None, Silent())
+        fitting.keras(config, parts["train"], parts["val"], classes, None, None, lambda _state, _l2: None, Silent())
     else:
         fitting.lbfgs(config, parts["train"], classes, None, Silent())
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")

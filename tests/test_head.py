@@ -1,5 +1,6 @@
 """The head in Keras: the same objective as the solver's, exact resuming, growth, and the finished model."""
 
+import dataclasses
 import io
 import json
 import zipfile
@@ -11,7 +12,7 @@ import pytest
 import finetune_cli
 from finetune_cli.errors import FinetuneError, RunError
 from finetune_cli.model import head as heads
-from finetune_cli.model.head import AdamSettings, EpochState, build, fit_adam, glorot, grow, read
+from finetune_cli.model.head import EpochState, KerasSettings, build, fit_keras, glorot, grow, read
 from finetune_cli.model.keras_setup import import_keras
 from finetune_cli.model.solver import Head, fit_lbfgs
 
@@ -31,7 +32,7 @@ def train(settings, data=None, val=None, weights=None, **options):
     x, y = data or views()
     val_x, val_y = val or views(seed=1, photos=30)
     weights = np.ones(len(y)) if weights is None else weights
-    return fit_adam(x, y, weights, val_x[:, 0], val_y, int(y.max()) + 1, settings, **options)
+    return fit_keras(x, y, weights, val_x[:, 0], val_y, int(y.max()) + 1, settings, **options)
 
 
 def objective(head, x, y, weights, l2, smoothing):
@@ -91,7 +92,7 @@ def test_the_loss_is_the_documented_objective():
     start = Head(
         np.random.default_rng(6).normal(0, 0.3, (12, 3)).astype(np.float32), np.array([0.5, 0, -1], np.float32)
     )
-    settings = AdamSettings(epochs=1, batch_size=100, label_smoothing=0.1, l2=0.01)
+    settings = KerasSettings(epochs=1, batch_size=100, label_smoothing=0.1, l2=0.01)
     state = train(settings, data=(x, y), weights=weights, start=start)
     row = state.history[0]
     # One batch: the loss that Keras reports is that of the weights before the step, the validation loss after it.
@@ -100,10 +101,13 @@ def test_the_loss_is_the_documented_objective():
     assert row["val_accuracy"] == pytest.approx((state.head.logits(val_x[:, 0]).argmax(axis=1) == val_y).mean())
 
 
-def test_adam_ends_where_lbfgs_ends():
+@pytest.mark.parametrize(("optimizer", "rate"), [("adam", 0.03), ("sgd", 0.3)])
+def test_keras_ends_where_lbfgs_ends(optimizer, rate):
     x, y = views(count=1)
     weights = np.random.default_rng(5).uniform(0.2, 3, len(y))
-    settings = AdamSettings(epochs=400, batch_size=100, learning_rate=0.03, patience=None, label_smoothing=0.1, l2=0.01)
+    settings = KerasSettings(
+        optimizer, epochs=400, batch_size=100, learning_rate=rate, patience=None, label_smoothing=0.1, l2=0.01
+    )
     slow = train(settings, data=(x, y), weights=weights).head
     exact = fit_lbfgs(x[:, 0], y, weights, 3, 0.01, 0.1)
     losses = [objective(head, x[:, 0], y, weights, 0.01, 0.1) for head in (slow, exact)]
@@ -115,7 +119,7 @@ def test_adam_ends_where_lbfgs_ends():
 def test_every_epoch_visits_each_photo_once_and_all_views_in_turn():
     photos, count = 23, 3
     x = np.stack(np.meshgrid(np.arange(photos), np.arange(count), indexing="ij"), axis=-1).astype(np.float32)
-    settings = AdamSettings(batch_size=5)
+    settings = KerasSettings(batch_size=5)
     weights = np.linspace(1, 3, photos)
     batches = heads._batches(import_keras(), x, np.arange(photos) % 2, weights, 2, settings, 0)
     epochs = []
@@ -134,14 +138,16 @@ def test_every_epoch_visits_each_photo_once_and_all_views_in_turn():
     assert np.array_equal(later[3][0], batches[4 * 5 + 3][0])
 
 
-DROPOUT = AdamSettings(epochs=8, batch_size=16, learning_rate=0.01, dropout=0.3, patience=None, l2=1e-4, seed=3)
+DROPOUT = KerasSettings(epochs=8, batch_size=16, learning_rate=0.01, dropout=0.3, patience=None, l2=1e-4, seed=3)
 
 
-def test_a_killed_training_ends_bit_for_bit_as_if_it_had_not_been():
-    whole = train(DROPOUT)
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_killed_training_ends_bit_for_bit_as_if_it_had_not_been(optimizer):
+    settings = dataclasses.replace(DROPOUT, optimizer=optimizer)
+    whole = train(settings)
     assert whole.epoch == 8
-    assert_same(train(DROPOUT), whole)
-    assert_same(train(DROPOUT, resume=killed_after(3, DROPOUT)), whole)
+    assert_same(train(settings), whole)
+    assert_same(train(settings, resume=killed_after(3, settings)), whole)
 
 
 def test_dropout_draws_go_on_where_they_stopped():
@@ -152,13 +158,13 @@ def test_dropout_draws_go_on_where_they_stopped():
 
 
 def test_more_epochs_can_be_asked_for():
-    shorter = AdamSettings(**{name: getattr(DROPOUT, name) for name in AdamSettings.__slots__} | {"epochs": 4})
+    shorter = dataclasses.replace(DROPOUT, epochs=4)
     assert_same(train(DROPOUT, resume=through_files(train(shorter))), train(DROPOUT))
 
 
 def test_resuming_keeps_the_patience_that_has_begun():
     # Labels of the validation photos that contradict the training ones: the loss can only rise.
-    settings = AdamSettings(epochs=30, batch_size=16, learning_rate=0.02, patience=4, dropout=0.2)
+    settings = KerasSettings(epochs=30, batch_size=16, learning_rate=0.02, patience=4, dropout=0.2)
     val_x, val_y = views(seed=1, photos=30)
     val = val_x, (val_y + 1) % 3
     states = []
@@ -181,20 +187,20 @@ def test_a_memory_map_of_features_will_do(tmp_path):
     x, y = views()
     stored = np.memmap(tmp_path / "x", np.float32, "w+", shape=x.shape)
     stored[:] = x
-    settings = AdamSettings(epochs=2, batch_size=16)
+    settings = KerasSettings(epochs=2, batch_size=16)
     assert_same(train(settings, data=(stored, y)), train(settings, data=(x, y)))
 
 
 def test_training_begins_with_the_given_head():
     start = Head(np.full((12, 3), 0.25, np.float32), np.array([1, 2, 3], np.float32))
-    state = train(AdamSettings(epochs=1, learning_rate=1e-9), start=start)
+    state = train(KerasSettings(epochs=1, learning_rate=1e-9), start=start)
     assert np.allclose(state.head.kernel, 0.25)
     assert np.allclose(state.head.bias, [1, 2, 3])
 
 
 def test_a_learning_rate_that_blows_up_is_told():
     with pytest.raises(FinetuneError, match="diverged") as caught:
-        train(AdamSettings(epochs=3, learning_rate=1e38))
+        train(KerasSettings(epochs=3, learning_rate=1e38))
     assert "learning_rate" in caught.value.remedy
 
 
@@ -241,7 +247,7 @@ def test_growing_without_a_class_in_common_starts_afresh():
 def test_two_classes_grown_to_three_keep_what_they_know():
     x, y = views(classes=3, photos=90, spread=2)
     two = y < 2
-    settings = AdamSettings(epochs=12, batch_size=16, learning_rate=0.02)
+    settings = KerasSettings(epochs=12, batch_size=16, learning_rate=0.02)
     val_x, val_y = views(seed=1, photos=30, spread=2)
     old = train(settings, data=(x[two], y[two]), val=(val_x[val_y < 2], val_y[val_y < 2])).best
     grown, _, _ = grow(old, ["a", "b"], ["a", "b", "c"], seed=0)

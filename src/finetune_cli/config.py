@@ -82,7 +82,7 @@ class AugmentationConfig(Section):
 class TrainingConfig(Section):
     """How the head is fitted."""
 
-    solver: Literal["adam", "lbfgs"] = "lbfgs"
+    solver: Literal["lbfgs", "adam", "sgd"] = "lbfgs"
     epochs: Annotated[int, Field(ge=1)] = 30
     batch_size: Annotated[int, Field(ge=1)] = 64
     learning_rate: Annotated[float, Field(gt=0)] = 0.001
@@ -110,8 +110,8 @@ class OutputConfig(Section):
     name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$", max_length=100)] | None = None
 
 
-# Keys that only one solver reads; setting one for the other solver is an error, because it would do nothing.
-ADAM_ONLY = ("epochs", "batch_size", "learning_rate", "early_stopping_patience")
+# Keys that only the solvers of Keras read; with L-BFGS one is an error, because it would do nothing.
+KERAS_ONLY = ("epochs", "batch_size", "learning_rate", "early_stopping_patience")
 
 
 class Config(Section):
@@ -141,7 +141,7 @@ class Config(Section):
         """
         values = self.model_dump(mode="json")
         if self.training.solver == "lbfgs":
-            for key in ADAM_ONLY:
+            for key in KERAS_ONLY:
                 del values["training"][key]
         if self.data.val is not None:
             del values["data"]["val_split"]
@@ -270,10 +270,16 @@ def _contradictions(values: dict[str, Any]) -> Iterator[tuple[yamlfile.Keys, str
     if data.get("val") is not None and "val_split" in data:
         yield ("data", "val_split"), "`data.val` and `data.val_split` exclude each other; delete one"
     if training.get("solver", TrainingConfig.model_fields["solver"].default) == "lbfgs":
-        for key in ADAM_ONLY:
+        for key in KERAS_ONLY:
             if key in training:
-                yield ("training", key), f"`training.{key}` has no effect with solver lbfgs; add `solver: adam`"
+                yield (
+                    ("training", key),
+                    f"`training.{key}` has no effect with solver lbfgs; add `solver: adam`",
+                )
         if section("model").get("dropout"):
-            yield ("model", "dropout"), "`model.dropout` has no effect with solver lbfgs; add `solver: adam`"
+            yield (
+                ("model", "dropout"),
+                "`model.dropout` has no effect with solver lbfgs; add `solver: adam`",
+            )
     if augmentation.get("cval") and augmentation.get("fill_mode", "nearest") != "constant":
         yield ("augmentation", "cval"), "`augmentation.cval` has no effect without `fill_mode: constant`"

@@ -97,7 +97,7 @@ def _fit_and_finish(folder: Path, prepared: Prepared, start: Head | None, observ
 
 
 def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observer) -> Fitted:
-    """Fit the head; with Adam, from the last checkpoint if there is one."""
+    """Fit the head; in Keras, from the last checkpoint if there is one."""
     config, parts, classes = prepared.config, prepared.parts, prepared.data.classes
     if config.training.solver == "lbfgs":
         return fitting.lbfgs(config, parts["train"], classes, start, observer)
@@ -118,7 +118,7 @@ def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observe
         facts = {**state.info(), "classes": list(classes), "l2": l2, "begun": begun}
         checkpoints.save(folder / "checkpoints", state.epoch, state.arrays(), facts, state.is_best)
 
-    return fitting.adam(config, parts["train"], parts["val"], classes, start, resumed, keep, observer)
+    return fitting.keras(config, parts["train"], parts["val"], classes, start, resumed, keep, observer)
 
 
 def _write_history(folder: Path, fitted: Fitted) -> list[str]:
@@ -148,7 +148,7 @@ def _start(prepared: Prepared, observer: Observer) -> Head | None:
         + (f"; dropped {', '.join(dropped)}" if dropped else "")
     )
     if prepared.config.training.solver == "lbfgs":
-        observer.note("solver lbfgs finds the same head from any start; solver adam trains on from this one")
+        observer.note("solver lbfgs finds the same head from any start; solvers adam and sgd train on from this one")
     return grown
 
 

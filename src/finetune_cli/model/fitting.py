@@ -1,6 +1,6 @@
 """The head of one run: the config's `training` section and the features in, a fitted `Head` and its history out.
 
-Chooses l2 and the solver and weights the rows. Adam reports every epoch, so that the caller can keep a checkpoint;
+Chooses l2 and weights the rows. Keras reports every epoch, so that the caller can keep a checkpoint;
 L-BFGS takes a second or two and starts again.
 """
 
@@ -49,7 +49,7 @@ def lbfgs(config: Config, train: Features, classes: Sequence[str], start: Head |
     return Fitted(fitted, l2, ())
 
 
-def adam(
+def keras(
     config: Config,
     train: Features,
     val: Features,
@@ -59,11 +59,13 @@ def adam(
     on_epoch: Callable[[EpochState, float], None],
     observer: Observer,
 ) -> Fitted:
-    """The head with the lowest validation loss on the way of Adam; `on_epoch` gets every epoch's state, and l2."""
+    """The head with the lowest validation loss on the way of a Keras optimizer; `on_epoch` gets every state, and l2."""
     training = config.training
     labels = labels_of(train.samples)
     l2 = chosen_l2(config, train, classes, observer)
-    settings = head.AdamSettings(
+    assert training.solver != "lbfgs"
+    settings = head.KerasSettings(
+        optimizer=training.solver,
         epochs=training.epochs,
         batch_size=training.batch_size,
         learning_rate=training.learning_rate,
@@ -73,7 +75,7 @@ def adam(
         l2=l2,
         seed=training.seed,
     )
-    with observer.stage("head (adam)", training.epochs, "epochs") as advance:
+    with observer.stage(f"head ({training.solver})", training.epochs, "epochs") as advance:
 
         def epoch_ended(state: EpochState) -> None:
             on_epoch(state, l2)
@@ -85,7 +87,7 @@ def adam(
             )
             advance(1)
 
-        state = head.fit_adam(
+        state = head.fit_keras(
             train.array,
             labels,
             class_weights(labels, training.class_weights, classes),

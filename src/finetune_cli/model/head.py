@@ -1,4 +1,4 @@
-"""The softmax head in Keras: its fit by Adam, its growth to new classes, and the finished model around it.
+"""The softmax head in Keras: its fit epoch by epoch, its growth to new classes, and the finished model around it.
 
 Features (photos, views, D) and labels (photos,) go in, a `Head` comes out; the objective is that of
 `finetune_cli.model.solver`. `build` puts a head on a backbone: raw pixels (N, H, W, 3) in, probabilities (N, C) out.
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,10 @@ from finetune_cli.model.solver import Floats, Head, Ints, Rows, one_blas_thread
 
 
 @dataclass(frozen=True, slots=True)
-class AdamSettings:
-    """What `fit_adam` is told; `patience` None trains all epochs. The best weights are kept either way."""
+class KerasSettings:
+    """What `fit_keras` is told; `patience` None trains all epochs. The best weights are kept either way."""
 
+    optimizer: Literal["adam", "sgd"] = "adam"
     epochs: int = 30
     batch_size: int = 64
     learning_rate: float = 0.001
@@ -100,19 +101,19 @@ class EpochState:
         )
 
 
-def fit_adam(
+def fit_keras(
     features: Rows,
     labels: Ints,
     weights: Floats,
     val_features: Rows,
     val_labels: Ints,
     n_classes: int,
-    settings: AdamSettings,
+    settings: KerasSettings,
     start: Head | None = None,
     resume: EpochState | None = None,
     on_epoch: Callable[[EpochState], None] = lambda _state: None,
 ) -> EpochState:
-    """Fit a head by Adam and return the last epoch's state, whose `best` is the head to use.
+    """Fit a head in Keras, by Adam or SGD, and return the last epoch's state, whose `best` is the head to use.
 
     features: float32 (photos, views, D), read batch by batch, so it may be a memory map; labels and weights: (photos,);
     val_features: (n, D), n >= 1. An epoch visits each photo once, in an order drawn from (seed, epoch) and in its next
@@ -220,14 +221,14 @@ def read(path: Path) -> Head:
 
 
 class _Trainer:
-    """The Keras side of `fit_adam`: a model on features, its optimizer, and their variables."""
+    """The Keras side of `fit_keras`: a model on features, its optimizer, and their variables."""
 
-    def __init__(self, keras: Any, width: int, n_classes: int, settings: AdamSettings) -> None:
+    def __init__(self, keras: Any, width: int, n_classes: int, settings: KerasSettings) -> None:
         dropout = [keras.layers.Dropout(settings.dropout, seed=settings.seed)] if settings.dropout else []
         penalty = keras.regularizers.L2(settings.l2) if settings.l2 else None
         self.dense = keras.layers.Dense(n_classes, kernel_initializer="zeros", kernel_regularizer=penalty)
         self.model = keras.Sequential([keras.Input((width,)), *dropout, self.dense])
-        self.optimizer = keras.optimizers.Adam(settings.learning_rate)
+        self.optimizer = _optimizer(keras, settings)
         self.optimizer.build(self.model.trainable_variables)
         self.dropout = [layer.seed_generator.state for layer in dropout]
         self.model.compile(
@@ -268,16 +269,22 @@ class _Trainer:
         )
 
 
-def _has_stopped(state: EpochState, settings: AdamSettings) -> bool:
+def _optimizer(keras: Any, settings: KerasSettings) -> Any:
+    if settings.optimizer == "adam":
+        return keras.optimizers.Adam(settings.learning_rate)
+    return keras.optimizers.SGD(settings.learning_rate, momentum=0.9, nesterov=True)
+
+
+def _has_stopped(state: EpochState, settings: KerasSettings) -> bool:
     return settings.patience is not None and state.wait >= settings.patience
 
 
-def _steps(photos: int, settings: AdamSettings) -> int:
+def _steps(photos: int, settings: KerasSettings) -> int:
     return math.ceil(photos / settings.batch_size)
 
 
 def _batches(
-    keras: Any, features: Rows, labels: Ints, weights: Floats, n_classes: int, settings: AdamSettings, first: int
+    keras: Any, features: Rows, labels: Ints, weights: Floats, n_classes: int, settings: KerasSettings, first: int
 ) -> Any:
     """A `PyDataset` of all batches of all epochs from epoch `first`, without end: batch i is always the same one.
 
@@ -309,7 +316,7 @@ def _batches(
     return Batches()
 
 
-def _validate(head: Head, features: Rows, labels: Ints, settings: AdamSettings) -> dict[str, float]:
+def _validate(head: Head, features: Rows, labels: Ints, settings: KerasSettings) -> dict[str, float]:
     """Validation loss (the objective) and accuracy."""
     z = head.logits(features).astype(np.float64)
     z -= z.max(axis=1, keepdims=True)
