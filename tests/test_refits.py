@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from sklearn import metrics as reference
 from sklearn.linear_model import LogisticRegression
 
 from finetune_cli import config
 from finetune_cli.errors import DataError
+from finetune_cli.folds import group_folds
 from finetune_cli.metrics import softmax
 from finetune_cli.model.keras_setup import import_keras
 from finetune_cli.photos.images import decode
@@ -35,6 +37,7 @@ def made(labels, features, l2=1e-3, classes=("a", "b", "c")) -> Material:
         l2,
         0.0,
         0,
+        calibrated=True,
     )
 
 
@@ -173,6 +176,48 @@ def test_gain_and_error_by_hand():
     assert np.isnan(curve.gain[2])
 
 
-def test_without_l2_one_is_chosen():
+def modest(each, seed):
+    """Three classes in more dimensions than photos: a strong l2 mixes them least, and dares least."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(3), each)
+    return labels, (2.4 * np.eye(3, 100)[labels] + rng.normal(0, 1, (len(labels), 100))).astype(np.float32)
+
+
+def held_out_log_loss(labels, features, l2, calibrated):
+    """Log loss of scikit-learn's heads in the same five folds, after the best of many temperatures if `calibrated`."""
+    fold = group_folds(labels, np.arange(len(labels)), 5, 0)
+    logits = np.zeros((len(labels), 3))
+    for k in range(5):
+        rest = fold != k
+        fitted = LogisticRegression(C=1 / (2 * l2 * rest.sum()), tol=1e-8, max_iter=10_000)
+        logits[~rest] = fitted.fit(features[rest], labels[rest]).decision_function(features[~rest])
+    temperatures = np.geomspace(0.1, 10, 400) if calibrated else [1.0]
+    return min(reference.log_loss(labels, softmax(logits, temperature)) for temperature in temperatures)
+
+
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_without_l2_the_one_is_chosen_that_suits_the_calibration(calibrated):
+    labels, features = modest(25, seed=4)
+    stuff = replace(made(labels, features), l2=0.0, calibrated=calibrated)
+    chosen = refits.with_strength(stuff).l2
+    tried = {k: held_out_log_loss(labels, features, chosen * 10 ** (k / 2), calibrated) for k in (-2, -1, 0, 1, 2)}
+    assert tried[0] <= min(tried.values()) * 1.01  # the search takes a weaker one only for a gain of half a per cent
+    other = refits.with_strength(replace(stuff, calibrated=not calibrated)).l2
+    assert (chosen > other) == calibrated
+
+
+def test_the_material_knows_whether_the_model_is_calibrated(tiny_run):
+    assert load(tiny_run).calibrated
+    settings = config.load(tiny_run.run.folder / "config.yaml", ["calibration=none"])
+    assert not material.load(tiny_run.run, settings).calibrated
+
+
+def test_modest_probabilities_are_no_harm_to_a_calibrated_model():
+    """All views are the photo itself, so nothing is learnt from them; only l2 differs, and is much stronger."""
     labels, features = clusters(20, 1.0)
-    assert refits.with_strength(replace(made(labels, features), l2=0.0)).l2 > 0
+    judge_labels, judges = clusters(40, 1.0, seed=5)
+    stuff = made(labels, np.repeat(features[:, None], 2, axis=1), l2=3.0)
+    calibrated = refits.effect_of_views(stuff, Judges(judges, judge_labels)).log_loss
+    plain = refits.effect_of_views(replace(stuff, calibrated=False), Judges(judges, judge_labels)).log_loss
+    assert plain[2] < -0.2  # "did harm"
+    assert abs(calibrated[0]) < 0.1

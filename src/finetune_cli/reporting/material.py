@@ -33,7 +33,7 @@ class Material:
     """Training features ``float32 (n, views, D)`` with labels, weights and groups ``(n,)`` and lines of split.csv.
 
     `photos` is how many training photos the run has; n may be less, then the classes keep their shares. `l2`: the
-    strength that the run's head was fitted with.
+    strength that the run's head was fitted with. `calibrated`: whether its model got a temperature.
     """
 
     features: NDArray[np.float32]
@@ -46,6 +46,7 @@ class Material:
     l2: float
     label_smoothing: float
     seed: int
+    calibrated: bool
 
     @property
     def views(self) -> int:
@@ -86,6 +87,7 @@ def load(run: Run, config: Config) -> Material:
         float(run.manifest["solver"]["l2"]),
         training.label_smoothing,
         training.seed,
+        config.calibration == "temperature",
     )
 
 

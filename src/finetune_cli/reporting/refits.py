@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli.folds import group_folds
-from finetune_cli.metrics import Comparison, compare, softmax
+from finetune_cli.metrics import Comparison, compare, cross_fitted, softmax
 from finetune_cli.model.solver import Head, choose_l2, fit_lbfgs, flatten_views
 from finetune_cli.reporting.material import Material
 from finetune_cli.runs.run import SplitRow
@@ -94,17 +94,22 @@ def with_strength(material: Material) -> Material:
 
 def _chosen_l2(material: Material, views: int) -> float:
     rows = flatten_views(material.features[:, :views], material.labels, material.weights, material.groups)
-    return choose_l2(*rows, len(material.classes), material.label_smoothing, material.seed)[0]
+    settings = material.label_smoothing, material.seed, material.calibrated
+    return choose_l2(*rows, len(material.classes), *settings)[0]
 
 
 def effect_of_views(material: Material, judges: Judges) -> ViewsEffect:
-    """Fit on the photos as they are, and on all views; each head has the l2 that is right for it."""
+    """Fit on the photos as they are, and on all views; each head has the l2 and the temperature that are right for it.
+
+    Without the temperature, the log loss would blame a strong l2 for the modest probabilities that it mends.
+    """
     everything = np.arange(len(material.labels))
     heads = (
         refit(material, everything, views=1, l2=_chosen_l2(material, 1)),
         refit(material, everything),
     )
-    probabilities = [softmax(head.logits(judges.features)) for head in heads]
+    answer = (lambda logits: cross_fitted(logits, judges.labels)) if material.calibrated else softmax
+    probabilities = [answer(head.logits(judges.features)) for head in heads]
     own = np.arange(len(judges.labels)), judges.labels
     gains = np.log(np.maximum(probabilities[1][own], 1e-15)) - np.log(np.maximum(probabilities[0][own], 1e-15))
     half = _Z95 * float(gains.std(ddof=1)) / np.sqrt(len(gains)) if len(gains) > 1 else float("inf")
