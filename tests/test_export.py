@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from finetune_cli.exports.openvino import OpenedOpenVino
 from finetune_cli.observer import Silent
 from finetune_cli.photos.dataset import Sample
 from finetune_cli.photos.images import decode
+from finetune_cli.runs.predictor import RunPredictor
 from finetune_cli.runs.run import Run
 
 ALL = ("savedmodel", "keras", "onnx", "litert", "openvino")
@@ -281,7 +283,9 @@ def test_what_is_no_export(folders, tmp_path, tiny_run):
 
 def test_the_proof_is_told_and_kept(exported):
     signatures = [check.signature for one in exported.exports for check in one.checks if one.form == "savedmodel"]
-    assert signatures == ["serving_default", "serve_uint8", "serve_bytes"]
+    assert signatures == [
+        "serving_default", "serving_default, full size", "serve_uint8", "serve_uint8, full size", "serve_bytes",
+    ]  # fmt: skip
     for one in exported.exports:
         said = json.loads((one.folder / "parity.json").read_text())
         assert said["photos"] == 30
@@ -334,9 +338,8 @@ def test_a_form_that_cannot_be_run_ends_the_export(tiny_run, tmp_path, monkeypat
 
 
 def check(answers, reference, limit=None):
-    photos = [
-        parity.Photo(Path(str(i)), f"photo {i}", np.zeros((1, 1, 3), np.uint8), None) for i in range(len(answers))
-    ]
+    pixels = np.zeros((1, 1, 3), np.uint8)
+    photos = [parity.Photo(Path(str(i)), f"photo {i}", pixels, 1, 1, None) for i in range(len(answers))]
     return parity._check("x", photos, np.array(answers, np.float32), np.array(reference, np.float32), limit)
 
 
@@ -382,21 +385,74 @@ def test_quantized_forms_are_smaller_and_judged_by_their_answers(tiny_run, folde
             assert (one.folder / model).stat().st_size < 0.8 * (folders[one.form] / model).stat().st_size
 
 
-def test_other_formats_are_left_out_of_the_bytes_signature(tiny_run, tmp_path, folders):
-    run = tiny_run.run
+def replayed(run, folder, *kinds, scale=1):
+    """Validation photos of `run` saved anew: (format, orientation) for the first ones, the others as they are."""
     replay = parity.collect(run, None, Silent())
-    model = savedmodel.OpenedSavedModel(folders["savedmodel"])
     photos = list(replay.photos)
-    for i, (kind, exif) in enumerate([("WEBP", None), ("PNG", 6), ("JPEG", 6), ("PNG", None)]):
-        data = Image.Exif()
-        if exif:
-            data[0x0112] = exif
-        path = tmp_path / f"{i}.{kind}"
-        Image.open(photos[i].path).save(path, kind, exif=data)
+    for i, (kind, orientation) in enumerate(kinds):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = folder / f"{i}.{kind}"
+        image = Image.open(photos[i].path)
+        image.resize((scale * image.width, scale * image.height)).save(path, kind, exif=exif, lossless=True)
         photos[i] = parity._read(Sample(path, path.name, 0, hashlib.sha256(path.read_bytes()).hexdigest()), run)
-    *_pixels, figures = parity.compare(model, parity.Replay(tuple(photos), replay.reference, 0, 0.0), exact=True)
-    assert figures.photos == 28
-    assert figures.left_out == {"WEBP files": 1, "PNG files that are to be turned": 1}
+    predictor = RunPredictor(run, 1)
+    reference = predictor.probabilities(np.stack([photo.pixels for photo in photos]))
+    return parity.Replay(tuple(photos), reference, 0, 0.0)
+
+
+def checks_of(folder, replay):
+    return {check.signature: check for check in parity.compare(savedmodel.OpenedSavedModel(folder), replay, exact=True)}
+
+
+def test_files_that_the_bytes_signature_does_not_read_are_given_as_png(tiny_run, tmp_path, folders):
+    kinds = [("WEBP", 1), ("PNG", 6), ("JPEG", 6), ("PNG", 1), ("WEBP", 8)]
+    figures = checks_of(folders["savedmodel"], replayed(tiny_run.run, tmp_path, *kinds))["serve_bytes"]
+    assert figures.photos == 30
+    assert figures.largest < 0.01  # turned before it is resized, where the run turns it afterwards
+    assert [note.partition(" given")[0] for note in figures.notes] == [
+        "2 WEBP files",
+        "1 PNG files that are to be turned",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["BMP", "WEBP"])
+def test_sets_without_a_file_that_it_reads_prove_the_bytes_signature_too(kind, tiny_run, tmp_path, folders):
+    replay = replayed(tiny_run.run, tmp_path, *[(kind, 1)] * 30)
+    figures = checks_of(folders["savedmodel"], replay)["serve_bytes"]
+    assert figures.photos == 30
+    assert figures.largest < 1e-4
+    assert figures.notes[0].startswith(f"30 {kind} files given as PNG copies")
+    others = replace(replay, reference=replay.reference[:, [1, 2, 0]])
+    assert not checks_of(folders["savedmodel"], others)["serve_bytes"].passed
+
+
+@pytest.mark.parametrize("signature", ["serving_default", "serve_uint8"])
+def test_pixels_at_full_size_are_compared(signature, tiny_run, tmp_path, folders, monkeypatch):
+    replay = replayed(tiny_run.run, tmp_path, ("JPEG", 1), scale=9)  # 810 x 720 pixels
+    name, figures = f"{signature}, full size", checks_of(folders["savedmodel"], replay)
+    assert figures[signature].largest < 1e-5
+    # The run decodes that file at a quarter of its size, and the export is given all of its pixels.
+    assert figures[name].worst == "0.JPEG"
+    assert 1e-4 < figures[name].largest < 0.01
+    assert (figures[name].photos, figures[name].notes) == (30, ())
+    turned = Image.open(replay.photos[0].path).transpose(Image.Transpose.ROTATE_90)
+    turned.save(replay.photos[0].path)
+    again = checks_of(folders["savedmodel"], replay)
+    assert again[signature] == figures[signature]
+    assert again[name].largest > 2 * figures[name].largest
+
+
+@pytest.mark.parametrize(
+    ("most", "photos", "note"),
+    [(610_000, 4, "4 of 30 photos, 0.6 megapixels"), (1, 1, "1 of 30 photos, 0.0 megapixels")],
+)
+def test_few_large_photos_are_enough_at_full_size(most, photos, note, tiny_run, tmp_path, folders, monkeypatch):
+    replay = replayed(tiny_run.run, tmp_path, ("JPEG", 1), scale=9)
+    monkeypatch.setattr(parity, "_FULL_SIZE_PIXELS", most)
+    for signature in ("serving_default, full size", "serve_uint8, full size"):
+        figures = checks_of(folders["savedmodel"], replay)[signature]
+        assert (figures.photos, figures.notes) == (photos, (note,))
 
 
 @pytest.mark.slow

@@ -295,8 +295,8 @@ def exported(console: Console, result: "ExportResult") -> None:
         right=(2, 3, 4, 5),
     )  # fmt: skip
     for form, check in checks:
-        for what, count in check.left_out.items():
-            console.print(f"{form}, {check.signature}: {count} {what} left out, which it does not read as the run does")
+        for note in check.notes:
+            console.print(f"{form}, {check.signature}: {note}")
     console.table(
         ("format", "options", "MB", "ms a photo", "folder"),
         [

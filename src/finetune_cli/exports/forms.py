@@ -45,11 +45,15 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """One way into a model. `takes`: pixels ``uint8 (n, size, size, 3)``, or a list of n encoded files."""
+    """One way into a model. `takes`: pixels ``uint8 (n, size, size, 3)``, or a list of n encoded files.
+
+    `any_size`: pixels may be ``(n, h, w, 3)``, too.
+    """
 
     name: str
     takes: Literal["pixels", "bytes"]
     answer: Callable[[Any], Floats]
+    any_size: bool = False
 
 
 class Opened(Protocol):

@@ -98,15 +98,15 @@ class OpenedSavedModel:
             raise WeightsError(f"{folder} cannot be loaded as a SavedModel: {reason(exc)}") from exc
 
     def probabilities(self, photos: Pixels) -> Floats:
-        """``uint8 (n, size, size, 3)`` RGB -> ``float32 (n, C)``."""
+        """``uint8 (n, h, w, 3)`` RGB -> ``float32 (n, C)``."""
         answer = self._signatures["serve_uint8"](image=self._tf.constant(photos))
         return np.asarray(answer["probabilities"])
 
     def signatures(self) -> tuple[Signature, ...]:
         """All three."""
         return (
-            Signature("serving_default", "pixels", self._from_floats),
-            Signature("serve_uint8", "pixels", self.probabilities),
+            Signature("serving_default", "pixels", self._from_floats, any_size=True),
+            Signature("serve_uint8", "pixels", self.probabilities, any_size=True),
             Signature("serve_bytes", "bytes", self._from_bytes),
         )
 

@@ -109,6 +109,13 @@ def decode(source: Path | bytes, settings: ImageSettings) -> NDArray[np.uint8]:
         return np.array(_padded(picture, settings.size))
 
 
+def decode_whole(source: Path | bytes, max_pixels: int) -> NDArray[np.uint8]:
+    """The photo at its own size, ``uint8 (h, w, 3)`` RGB: upright, first frame, 8 bits, on white. Raises `BadImage`."""
+    with opened(source, max_pixels) as image, _BUDGET.spend(image.width * image.height):
+        image.load()
+        return np.array(_on_white(_upright(_eight_bits(image), image)))
+
+
 class _PixelBudget:
     """Bounds the memory that all threads together need: at most `most` pixels are being decoded at any time.
 
