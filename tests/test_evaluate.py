@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 from sklearn import metrics as reference
 from typer.testing import CliRunner
 
-from finetune_cli import cli
+from finetune_cli import cli, metrics
 from finetune_cli.commands import evaluate as command
 from finetune_cli.errors import DataError, GateError, UsageError
 from finetune_cli.model.keras_setup import import_keras
@@ -34,8 +35,8 @@ def tiny(tiny_run, tmp_path) -> TinyRun:
     return replace(tiny_run, run=Run.load(tmp_path / "runs" / "tiny-1"), photos=tmp_path / "photos")
 
 
-def without_test(tiny: TinyRun) -> Run:
-    rows = [row for row in tiny.run.split() if row.split != "test"]
+def without_test(tiny: TinyRun, group: Callable[[str], str] = lambda _path: "") -> Run:
+    rows = [replace(row, group=group(row.path)) for row in tiny.run.split() if row.split != "test"]
     run.write_split(tiny.run.folder / "split.csv", rows)
     facts = {key: value for key, value in tiny.run.manifest.items() if key not in {"files", "format"}}
     return run.finish(tiny.run.folder, facts, tiny.run.manifest["files"])
@@ -94,6 +95,23 @@ def test_validation_photos_are_judged_cross_fitted(tiny):
     assert result.judged.calibration is not None
     assert result.judged.calibration.cross_fitted
     assert result.folder.name == "val-1"
+
+
+@pytest.mark.parametrize("from_a_folder", [False, True])
+def test_photos_of_a_group_stay_together_in_cross_fitting(tiny, monkeypatch, from_a_folder):
+    """Each photo's temperature was fitted without the photos whose number has the same last digit."""
+    grouped = without_test(tiny, lambda path: "" if "wasp" in path else path[-5])
+    given: list[np.ndarray] = []
+    fit = metrics.cross_fitted_calibration
+    monkeypatch.setattr(
+        metrics, "cross_fitted_calibration", lambda z, y, groups: given.append(groups) or fit(z, y, groups)
+    )
+    result = command.evaluate(grouped, Silent(), data=tiny.photos / "val" if from_a_folder else None)
+    names = [sample.name for sample in result.judged.answers.samples]
+    expected = [name if "wasp" in name else name[-5] for name in names]
+    assert len(names) == 30
+    assert len(set(given[0])) == 20
+    assert len(set(zip(given[0], expected, strict=True))) == 20
 
 
 def test_other_photos_that_hold_validation_ones_are_cross_fitted_too(tiny):

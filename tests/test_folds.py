@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from finetune_cli.folds import group_folds
+from finetune_cli.folds import group_folds, group_numbers
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -30,3 +30,12 @@ def test_fewer_groups_than_folds():
     fold = group_folds([0, 0, 1, 1], [7, 7, 9, 9], 5)
     assert sorted(set(fold.tolist())) == [0, 1]
     assert fold[0] == fold[1] != fold[2]
+
+
+def test_photos_of_a_group_and_copies_share_a_number():
+    photos = [("a", "00"), (None, "01"), ("a", "02"), ("", "01"), ("b", "03"), (None, "a")]
+    numbers = group_numbers(photos).tolist()
+    assert numbers[0] == numbers[2]
+    assert numbers[1] == numbers[3]
+    assert len(set(numbers)) == 4
+    assert group_numbers([]).shape == (0,)

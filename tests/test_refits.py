@@ -16,7 +16,7 @@ from finetune_cli.photos.images import decode
 from finetune_cli.reporting import material, refits
 from finetune_cli.reporting.material import Material
 from finetune_cli.reporting.refits import Judges
-from finetune_cli.runs.run import SplitRow
+from finetune_cli.runs.run import Run, SplitRow
 
 
 def load(tiny_run) -> Material:
@@ -89,9 +89,10 @@ def test_a_large_set_is_thinned_evenly(tiny_run, monkeypatch):
     assert adjusted.l2 == pytest.approx(found.l2 * 49 / 13)
 
 
-def test_groups_follow_the_config(tiny_run):
-    settings = config.load(tiny_run.run.folder / "config.yaml", [r"data.group_regex=-(\d)\d\."])
-    found = material.load(tiny_run.run, settings)
+def test_groups_are_those_of_the_split(tiny_run, monkeypatch):
+    rows = [replace(row, group=row.path[-6]) for row in tiny_run.run.split()]  # the tens of its number
+    monkeypatch.setattr(Run, "split", lambda _run: rows)
+    found = load(tiny_run)
     names = [row.path for row in found.rows]
     first, second = names.index("ant/ant-03.png"), names.index("bee/bee-07.png")
     assert found.groups[first] == found.groups[second]

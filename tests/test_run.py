@@ -38,6 +38,18 @@ def test_a_finished_run_comes_back(tmp_path):
     assert loaded.split() == [SplitRow("train", "ant", "00", "ant/1.jpg")]
 
 
+def test_a_split_comes_back_also_from_before_there_were_groups(tmp_path):
+    rows = [SplitRow("val", "ant", "00", "ant/1.jpg", "roll 1"), SplitRow("val", "=bee", "01", "-2.jpg")]
+    run.write_split(tmp_path / "split.csv", rows)
+    assert run.read_split(tmp_path / "split.csv") == rows
+    (tmp_path / "split.csv").write_text("split,class,digest,path\nval,ant,00,ant/1.jpg\n")
+    assert run.read_split(tmp_path / "split.csv") == [SplitRow("val", "ant", "00", "ant/1.jpg", "")]
+    for text in ("split,class,digest\nval,ant,00\n", "split,class,digest,path\nval,ant,00,1.jpg,x\n"):
+        (tmp_path / "split.csv").write_text(text)
+        with pytest.raises(RunError, match="damaged"):
+            run.read_split(tmp_path / "split.csv")
+
+
 def test_names_are_numbered_and_never_reused(tmp_path):
     assert [run.create(tmp_path, None, "pets").name for _ in range(3)] == ["pets-1", "pets-2", "pets-3"]
     assert run.create(tmp_path, "mine", "pets").name == "mine"

@@ -15,8 +15,8 @@ from finetune_cli.commands import train as command_train
 from finetune_cli.errors import DataError, GateError, Interrupted, RunError, UsageError
 from finetune_cli.observer import Silent
 from finetune_cli.photos import sample
-from finetune_cli.runs import artefacts, preparation
-from finetune_cli.runs.run import Run
+from finetune_cli.runs import artefacts, beginning, preparation
+from finetune_cli.runs.run import Run, read_split
 
 # Everything that a run holds besides pictures; each of these names is promised in the README.
 FILES = {
@@ -90,6 +90,20 @@ def test_a_run_holds_what_is_promised(finished):
     )
     assert str(Path.home()) not in text
     assert str(finished.folder.parents[1]) not in text
+
+
+def test_the_split_keeps_the_groups_of_a_table_and_of_the_regex(tmp_path, drawn, cache):
+    names = sorted(path.relative_to(drawn).as_posix() for path in drawn.rglob("*.jpg"))
+    lines = [f"{drawn / name},{name.split('/')[0]},{'roll' * (i < 4)}" for i, name in enumerate(names)]
+    (tmp_path / "photos.csv").write_text("\n".join(["image_path,label,group", *lines]))
+    loaded = load(tmp_path, tmp_path / "photos.csv", cache, r"data.group_regex=forest-(01)\d")
+    prepared = preparation.prepare(loaded, Silent())
+    beginning.begin(tmp_path / "run", prepared)
+    groups = {Path(row.path).stem: row.group for row in read_split(tmp_path / "run" / "split.csv")}
+    assert len(groups) == 32
+    assert {name for name, group in groups.items() if group == "roll"} == {f"city-00{i}" for i in (1, 2, 3, 4)}
+    assert {name for name, group in groups.items() if group == "01"} == {f"forest-01{i}" for i in range(7)}
+    assert set(groups.values()) == {"roll", "01", ""}
 
 
 def test_predictions_equal_what_was_measured(finished, drawn):

@@ -4,8 +4,19 @@ What belongs together (views of one photo, exact duplicates, photos of one burst
 both sides of a split; the classes are spread evenly.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+
+def group_numbers(photos: Iterable[tuple[str | None, str]]) -> NDArray[np.int64]:
+    """``int64 (n,)``: a number for the group of each photo, given as (group, digest), or for its content without one.
+
+    What shares a number, the photos of a group and copies of a photo, is kept together.
+    """
+    keys = [f"group {group}" if group else digest for group, digest in photos]
+    return np.unique(np.array(keys), return_inverse=True)[1].astype(np.int64)
 
 
 def group_folds(labels: ArrayLike, groups: ArrayLike, folds: int, seed: int = 0) -> NDArray[np.intp]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli.config import Config
+from finetune_cli.folds import group_numbers
 from finetune_cli.model import head
 from finetune_cli.model.features import Features
 from finetune_cli.model.head import EpochState
@@ -31,12 +32,6 @@ class Fitted:
 def labels_of(samples: Sequence[Sample]) -> NDArray[np.int64]:
     """``int64 (n,)``: the class index of every sample."""
     return np.array([sample.label for sample in samples], np.int64)
-
-
-def groups_of(samples: Sequence[Sample]) -> NDArray[np.int64]:
-    """``int64 (n,)``: a number for each sample's group, or for its content if it has none; equal photos share one."""
-    keys = [f"group {s.group}" if s.group is not None else s.digest for s in samples]
-    return np.unique(np.array(keys), return_inverse=True)[1].astype(np.int64)
 
 
 def lbfgs(config: Config, train: Features, classes: Sequence[str], start: Head | None, observer: Observer) -> Fitted:
@@ -119,4 +114,5 @@ def _rows(
     """Features, labels, weights and groups of every view."""
     labels = labels_of(train.samples)
     weights = class_weights(labels, config.training.class_weights, classes)
-    return flatten_views(train.array, labels, weights, groups_of(train.samples))  # type: ignore[return-value]
+    groups = group_numbers((sample.group, sample.digest) for sample in train.samples)
+    return flatten_views(train.array, labels, weights, groups)  # type: ignore[return-value]

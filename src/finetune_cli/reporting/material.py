@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from finetune_cli.config import Config
 from finetune_cli.errors import DataError
+from finetune_cli.folds import group_numbers
 from finetune_cli.model import cachefile
 from finetune_cli.model.cache import FeatureStore
 from finetune_cli.model.features import Request
 from finetune_cli.model.solver import class_weights
-from finetune_cli.photos.dataset import grouping
 from finetune_cli.runs import preparation
 from finetune_cli.runs.run import Run, SplitRow
 
@@ -80,7 +80,7 @@ def load(run: Run, config: Config) -> Material:
         _read(rows, request, width, config),
         labels,
         class_weights(labels, training.class_weights, run.classes),
-        _groups(rows, config),
+        group_numbers((row.group, row.digest) for row in rows),
         tuple(rows),
         run.classes,
         len(everything),
@@ -100,13 +100,6 @@ def _some(rows: Sequence[SplitRow], most: int) -> list[SplitRow]:
         of_class[row.label].append(row)
     chosen = {id(row) for own in of_class.values() for row in own[: math.ceil(len(own) * most / len(rows))]}
     return [row for row in rows if id(row) in chosen]
-
-
-def _groups(rows: Sequence[SplitRow], config: Config) -> NDArray[np.int64]:
-    """A number for each photo's group, or for its content; what shares one is never on both sides of a fold."""
-    group_of = grouping(config.data.group_regex)
-    keys = [f"group {group}" if (group := group_of(row.path)) is not None else row.digest for row in rows]
-    return np.unique(np.array(keys), return_inverse=True)[1].astype(np.int64)
 
 
 def _read(rows: Sequence[SplitRow], request: Request, width: int, config: Config) -> NDArray[np.float32]:

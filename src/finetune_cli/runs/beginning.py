@@ -127,7 +127,7 @@ def _other_settings(folder: Path, changes: Iterable[Difference]) -> RunError:
 
 def _split_rows(prepared: Prepared) -> list[SplitRow]:
     return [
-        SplitRow(split, prepared.data.classes[sample.label], sample.digest, sample.name)
+        SplitRow(split, prepared.data.classes[sample.label], sample.digest, sample.name, sample.group or "")
         for split, part in prepared.parts.items()
         for sample in part.samples
     ]

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from finetune_cli import files, metrics
 from finetune_cli.errors import BadImage, DataError, RunError, UsageError
+from finetune_cli.folds import group_numbers
 from finetune_cli.metrics import CalibrationScores, Comparison, Evaluation
 from finetune_cli.observer import Advance
 from finetune_cli.parallel import ordered_map
@@ -240,9 +241,11 @@ def _calibration(run: Run, answers: Answers, evaluation: Evaluation) -> Calibrat
     if run.temperature == 1.0:
         return None
     logits = run.temperature * np.log(np.maximum(answers.probabilities, _SMALLEST), dtype=np.float64)
-    fitted_on = {row.digest for row in run.split() if row.split == "val"}
+    rows = run.split()
+    fitted_on = {row.digest for row in rows if row.split == "val"}
     if any(sample.digest in fitted_on for sample in answers.samples):
-        _, groups = np.unique([sample.digest for sample in answers.samples], return_inverse=True)
+        group_of = {row.digest: row.group for row in rows}
+        groups = group_numbers((group_of.get(s.digest) or s.group, s.digest) for s in answers.samples)
         before, after = metrics.cross_fitted_calibration(logits, answers.labels, groups)
         return Calibration(before, after, cross_fitted=True)
     before = metrics.calibration_scores(metrics.softmax(logits), answers.labels)

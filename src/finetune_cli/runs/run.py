@@ -29,12 +29,16 @@ _REMEDY = "restore it from a copy, or train again"
 
 @dataclass(frozen=True, slots=True)
 class SplitRow:
-    """One line of split.csv: `split` is train, val or test; `path` is relative to that split's data root."""
+    """One line of split.csv: `split` is train, val or test; `path` is relative to that split's data root.
+
+    group: what the photo must not be torn from, empty if it stands alone.
+    """
 
     split: str
     label: str
     digest: str
     path: str
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -215,17 +219,21 @@ def finish(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> R
     return Run.load(folder)
 
 
-_SPLIT_HEADER = ("split", "class", "digest", "path")
+_SPLIT_HEADER = ("split", "class", "digest", "path", "group")
 
 
 def write_split(path: Path, rows: Iterable[SplitRow]) -> None:
     """Write split.csv."""
-    write_csv(path, _SPLIT_HEADER, ((row.split, row.label, row.digest, row.path) for row in rows))
+    write_csv(path, _SPLIT_HEADER, ((row.split, row.label, row.digest, row.path, row.group) for row in rows))
 
 
 def read_split(path: Path) -> list[SplitRow]:
     """Read split.csv. Raises `RunError` when it is damaged."""
     try:
-        return [SplitRow(*row) for row in read_csv(path, _SPLIT_HEADER)]
+        try:
+            rows = read_csv(path, _SPLIT_HEADER)
+        except ValueError:
+            rows = read_csv(path, _SPLIT_HEADER[:-1])  # written before groups were kept
+        return [SplitRow(*row) for row in rows]
     except (OSError, ValueError, csv.Error) as exc:
         raise RunError(f"{path} is damaged: {exc}") from exc
