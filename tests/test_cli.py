@@ -1,6 +1,7 @@
 """The command line: exit codes, formats, errors of one line, nothing sent to the terminal that a name hides."""
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from finetune_cli import __version__
 from finetune_cli.cli import app
+from photo_files import write_photo
 
 
 def run(*arguments, **options):
@@ -37,6 +39,23 @@ def test_missing_photos_are_exit_3(tmp_path):
     answer = run("train", f"data.train={tmp_path / 'absent'}", "model.backbone=efficientnet_lite0")
     assert answer.exit_code == 3
     assert "absent" in answer.stderr
+
+
+def test_bad_photos_come_with_the_command_that_skips_them(tmp_path):
+    photos = tmp_path / "my photos"
+    for i in range(30):
+        write_photo(photos / ("a" if i % 2 else "b") / f"{i}.png", str(i))
+    (photos / "a" / "bad.jpg").write_bytes(b"")
+    (tmp_path / "c.yaml").write_text("data: {train: my photos}\nmodel: {backbone: efficientnet_lite0}\n")
+    for command in ("train", "check"):
+        answer = run(command, tmp_path / "c.yaml", "runtime.cache_dir=" + str(tmp_path), "data.val_split=0.3")
+        assert answer.exit_code == 3
+        assert f"{photos}/a/bad.jpg: the file is empty" in answer.stderr
+        words = f"finetune train {tmp_path}/c.yaml runtime.cache_dir={tmp_path} data.val_split=0.3"
+        assert f"leave them out: {words} data.on_bad_image=skip\n" in answer.stderr
+    assert not (tmp_path / "runs").exists()
+    again = run("check", *shlex.split(words)[2:], "data.on_bad_image=skip")
+    assert again.exit_code == 0
 
 
 def test_overrides_without_a_config(tmp_path):

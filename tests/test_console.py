@@ -26,11 +26,15 @@ def test_plain_lines_without_a_terminal(monkeypatch):
     with made.stage("features", 100) as advance:
         advance(10)
         advance(10)
+        advance(10, 50)  # a stage may learn its total on the way
     made.print("result")
     text = err.getvalue()
     assert "\x1b" not in text
     assert "\r" not in text
-    assert text.splitlines() == ["features: 20/100 photos, 2/s, 48 s left", "features: 20 photos in 18.0 s (1/s)"]
+    assert text.splitlines() == [
+        "features: 20/100 photos, 2/s, 48 s left",
+        "features: 30 photos in 24.0 s (1/s)",
+    ]
     assert out.getvalue() == "result\n"
 
 

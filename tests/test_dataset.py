@@ -6,18 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from finetune_cli.errors import DataError
+from finetune_cli.errors import BadPhotos, DataError
 from finetune_cli.photos import dataset
 from finetune_cli.photos.dataset import BadPhoto, iter_photos, load_labelled, refuse_bad
 from finetune_cli.photos.digests import DigestMemory, Facts
 from photo_files import photo_bytes, write_photo, write_photos
 
 
-def load(train, val=None, test=None, val_split=0.2, group_regex=None, on_bad="error", max_pixels=10**8, **options):
+def load(train, val=None, test=None, val_split=0.2, group_regex=None, max_pixels=10**8, **options):
     options = {"memory": DigestMemory(None), "progress": lambda done, total: None} | options
-    return dataset.load(
-        train, val, test, val_split, group_regex, max_pixels, options["memory"], on_bad, options["progress"]
-    )
+    return dataset.load(train, val, test, val_split, group_regex, max_pixels, options["memory"], options["progress"])
 
 
 def names(samples):
@@ -257,17 +255,25 @@ def some_bad(two_classes):
     return two_classes
 
 
+def refused(data, on_bad):
+    with pytest.raises(DataError) as caught:
+        refuse_bad(data.bad, data.photos, on_bad)
+    return caught.value
+
+
 def test_all_bad_photos_are_listed(some_bad):
-    text = problem(some_bad)
-    assert text.splitlines()[0] == "4 of 44 photos cannot be used"
-    assert len(text.splitlines()) == 6
-    assert f"  {some_bad}/city/empty.jpg: the file is empty" in text.splitlines()
-    assert rf"{some_bad}/forest/page\n.jpg: a web page" in text
-    assert "data.on_bad_image=skip" in text.splitlines()[-1]
+    error = refused(load(some_bad), "error")
+    assert isinstance(error, BadPhotos)
+    assert error.problem.splitlines()[0] == "4 of 44 photos cannot be used"
+    assert len(error.problem.splitlines()) == 5
+    assert f"  {some_bad}/city/empty.jpg: the file is empty" in error.problem.splitlines()
+    assert rf"{some_bad}/forest/page\n.jpg: a web page" in error.problem
+    assert "data.on_bad_image=skip" in error.remedy
 
 
 def test_bad_photos_are_skipped_on_demand(some_bad):
-    data = load(some_bad, on_bad="skip")
+    data = load(some_bad)
+    refuse_bad(data.bad, data.photos, "skip")
     assert {photo.name for photo in data.bad} == {
         "city/empty.jpg",
         "city/text.png",
@@ -279,15 +285,33 @@ def test_bad_photos_are_skipped_on_demand(some_bad):
 
 def test_too_many_bad_photos_stop_also_when_skipped(some_bad):
     (some_bad / "forest" / "fifth.jpg").write_bytes(b"x")
-    text = problem(some_bad, on_bad="skip")
-    assert text.startswith("5 of 45 photos cannot be used, which is more than 10%")
-    assert len(load(some_bad, on_bad="list").bad) == 5
+    for on_bad in ("error", "skip"):  # it makes no sense to propose skipping them
+        error = refused(load(some_bad), on_bad)
+        assert error.problem.startswith(
+            "5 of 45 photos cannot be used, which is more than the 10% that could be skipped"
+        )
+        assert "skip" not in error.remedy
 
 
 def test_a_class_of_bad_photos_only(two_classes):
     (two_classes / "lake").mkdir()
     (two_classes / "lake" / "1.jpg").write_bytes(b"x")
-    assert "no good photo of class lake is left" in problem(two_classes, on_bad="skip")
+    data = load(two_classes)
+    with pytest.raises(DataError) as caught:
+        dataset.refuse_empty(data.classes, data.splits, data.bad)
+    assert "no good photo of class lake is left" in caught.value.problem
+    assert f"{two_classes}/lake/1.jpg: " in caught.value.problem
+
+
+def test_a_split_of_bad_photos_only(two_classes):
+    for name in ("city", "forest"):
+        (two_classes / "val" / name).mkdir(parents=True)
+    (two_classes / "val" / "city" / "1.jpg").write_bytes(b"")
+    (two_classes / "train").mkdir()
+    for name in ("city", "forest"):
+        (two_classes / name).rename(two_classes / "train" / name)
+    text = problem(two_classes)
+    assert text.startswith(f"no photo for val can be used\n  {two_classes}/val/city/1.jpg: the file is empty\n")
 
 
 def test_a_table_may_name_what_is_no_photo(tmp_path):
@@ -295,7 +319,7 @@ def test_a_table_may_name_what_is_no_photo(tmp_path):
     write_photos(tmp_path, "1.png 2.png 3.png")
     rows = ["1.png,a", "2.png,b", "3.png,b", "pipe.png,a", "missing.png,a", ".,a", "/dev/zero,a"]
     (tmp_path / "t.csv").write_text("image_path,label\n" + "\n".join(rows))
-    text = problem(tmp_path / "t.csv")
+    text = refused(load(tmp_path / "t.csv"), "error").problem
     assert text.startswith("4 of 7 photos")
     assert f"{tmp_path}/pipe.png: not a regular file" in text
     assert f"{tmp_path}/missing.png: cannot be read: No such file or directory" in text
@@ -305,7 +329,6 @@ def test_refuse_bad():
     bad = [BadPhoto(Path(f"{i}.png"), f"{i}.png", "why") for i in range(3)]
     refuse_bad([], 0, "error")
     refuse_bad(bad, 30, "skip")
-    refuse_bad(bad, 3, "list")
     for total, on_bad in ((29, "skip"), (10**6, "error")):
         with pytest.raises(DataError, match=r"2\.png: why"):
             refuse_bad(bad, total, on_bad)

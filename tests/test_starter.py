@@ -81,6 +81,15 @@ def test_bad_photos_are_told_and_skipped(tmp_path: Path) -> None:
     assert config.load(target).data.on_bad_image == "skip"
 
 
+def test_too_many_bad_photos_are_told(tmp_path: Path) -> None:
+    photos(tmp_path / "set" / "cat", 5)
+    photos(tmp_path / "set" / "dog", 5)
+    for i in range(2):
+        (tmp_path / "set" / "dog" / f"broken-{i}.jpg").write_bytes(b"not a photo")
+    with pytest.raises(DataError, match="2 of 12 photos cannot be used, which is more than"):
+        starter_config(tmp_path / "set", tmp_path / "config.yaml")
+
+
 @pytest.mark.parametrize(("number", "balanced"), [(10, "none"), (40, "balanced")])
 def test_rare_classes_get_more_weight(number: int, balanced: str, tmp_path: Path) -> None:
     photos(tmp_path / "set" / "common", number)

@@ -1,5 +1,6 @@
 """`train` from photos to a finished run, on drawn scenes with the bundled backbone."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -10,9 +11,10 @@ from PIL import Image
 
 from finetune_cli import config, files
 from finetune_cli.commands import check as command_check
+from finetune_cli.commands import evaluate as command_evaluate
 from finetune_cli.commands import predict as command_predict
 from finetune_cli.commands import train as command_train
-from finetune_cli.errors import DataError, GateError, Interrupted, RunError, UsageError
+from finetune_cli.errors import BadPhotos, DataError, GateError, Interrupted, RunError, UsageError
 from finetune_cli.observer import Silent
 from finetune_cli.photos import sample
 from finetune_cli.runs import artefacts, beginning, preparation
@@ -104,6 +106,20 @@ def test_the_split_keeps_the_groups_of_a_table_and_of_the_regex(tmp_path, drawn,
     assert {name for name, group in groups.items() if group == "roll"} == {f"city-00{i}" for i in (1, 2, 3, 4)}
     assert {name for name, group in groups.items() if group == "01"} == {f"forest-01{i}" for i in range(7)}
     assert set(groups.values()) == {"roll", "01", ""}
+
+
+def test_the_calibration_is_not_that_of_the_photos_it_was_fitted_on(finished):
+    """What train writes about validation photos is what evaluate finds: cross-fitted, and so worse than as fitted."""
+    probabilities = [
+        float(row[row["true"]])
+        for row in csv.DictReader(finished.file("predictions.csv").open(encoding="utf-8", newline=""))
+    ]
+    told = finished.manifest["metrics"]["val"]
+    assert told["log_loss"] > -np.log(probabilities).mean() * 1.001
+    found = command_evaluate.evaluate(finished, Silent()).judged
+    assert found.photos.part == "val"
+    assert told["log_loss"] == pytest.approx(found.evaluation.log_loss, rel=1e-3)
+    assert json.loads(finished.file("metrics.json").read_text())["val"] == told
 
 
 def test_predictions_equal_what_was_measured(finished, drawn):
@@ -230,6 +246,31 @@ def test_a_bad_photo_stops_before_anything_exists(tmp_path, with_bad_photo, cach
     assert not (tmp_path / "runs").exists()
     with pytest.raises(DataError, match=bad.name):
         command_check.check(load(tmp_path, photos, cache), Silent())
+
+
+def test_all_bad_photos_are_told_at_once_before_anything_is_built(tmp_path, with_bad_photo, cache, monkeypatch):
+    photos, cut = with_bad_photo  # only the decoder finds this one
+    (photos / "forest" / "empty.jpg").write_bytes(b"")  # and the header tells this one
+    monkeypatch.setattr(preparation, "build_backbone", None)
+    for command in (command_train.train, command_check.check):
+        with pytest.raises(BadPhotos) as caught:
+            command(load(tmp_path, photos, cache), Silent())
+        heading, *lines = caught.value.problem.splitlines()
+        assert heading == "2 of 33 photos cannot be used"
+        assert [line.split(": ")[0] for line in lines] == [f"  {photos}/forest/empty.jpg", f"  {cut}"]
+
+
+def test_a_class_that_decoding_leaves_empty_is_refused_by_check_and_train(tmp_path, drawn, cache):
+    photos = tmp_path / "photos"
+    shutil.copytree(drawn, photos)
+    (photos / "lake").mkdir()
+    cut = photos / "lake" / "1.jpg"
+    cut.write_bytes(next((photos / "city").glob("*.jpg")).read_bytes()[:-200])
+    loaded = load(tmp_path, photos, cache, "data.on_bad_image=skip")
+    for command in (command_train.train, command_check.check):
+        with pytest.raises(DataError, match="no good photo of class lake is left") as caught:
+            command(loaded, Silent())
+        assert f"{cut}: " in caught.value.problem
 
 
 def test_a_bad_photo_can_be_skipped(tmp_path, with_bad_photo, cache):

@@ -20,6 +20,7 @@ from finetune_cli.cli_app import (
     find_run,
     load_config,
     new_console,
+    skippable,
 )
 from finetune_cli.errors import DataError, UsageError
 
@@ -91,7 +92,8 @@ def train(
     loaded = load_config(path, [*(overrides or []), *named])
     from finetune_cli.commands import train as command_train  # after the config is known to be good
 
-    render.trained(console, command_train.train(loaded, console, path.stem if path else "run"))
+    with skippable(config, overrides, *(["--name", name] if name is not None else [])):
+        render.trained(console, command_train.train(loaded, console, path.stem if path else "run"))
 
 
 def _resume(console: "Console", run_folder: str | None, overrides: list[str] | None) -> "Run":

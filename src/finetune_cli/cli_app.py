@@ -3,18 +3,20 @@
 Nothing heavy is imported at the top: `finetune --help` and a mistyped option answer at once.
 """
 
+import contextlib
 import functools
 import os
+import shlex
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ParamSpec
 
 import typer
 
 from finetune_cli import __version__, signals
-from finetune_cli.errors import FinetuneError, Interrupted
+from finetune_cli.errors import BadPhotos, FinetuneError, Interrupted
 
 if TYPE_CHECKING:
     from finetune_cli.config import Config
@@ -76,7 +78,9 @@ def command(group: typer.Typer) -> Callable[[Callable[P, None]], Callable[P, Non
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 raise typer.Exit(0) from None
             except MemoryError as exc:
-                _fail(FinetuneError(f"out of memory: {exc}", "close other programs, or lower runtime.workers"), False)
+                error = FinetuneError(f"out of memory: {exc}", "close other programs, or lower runtime.workers")
+                error.__cause__ = exc
+                _fail(error, bool(kwargs.get("debug")))
             except Exception as exc:  # noqa: BLE001 - the last line of defence: a bug is told in a line, too
                 error = FinetuneError(
                     f"unexpected {type(exc).__name__}: {exc}", "this is a bug; run again with --debug and report it"
@@ -110,6 +114,18 @@ def load_config(path: Path | None, overrides: list[str] | None) -> "Config":
     from finetune_cli import config
 
     return config.load(path, overrides or ())
+
+
+@contextlib.contextmanager
+def skippable(config: Path | str | None, overrides: list[str] | None, *options: str) -> Iterator[None]:
+    """Complete the error about bad photos in the block with the command that trains without them."""
+    try:
+        yield
+    except BadPhotos as exc:
+        named = [str(config)] if config is not None else []
+        words = ["finetune", "train", *named, *(overrides or []), "data.on_bad_image=skip", *options]
+        exc.remedy = f"repair or remove them, or leave them out: {shlex.join(words)}"
+        raise
 
 
 def find_run(console: "Console", folder: Path | None) -> "Run":

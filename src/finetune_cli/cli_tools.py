@@ -16,6 +16,7 @@ from finetune_cli.cli_app import (
     find_run,
     load_config,
     new_console,
+    skippable,
 )
 from finetune_cli.errors import UsageError
 
@@ -56,7 +57,8 @@ def check(
     loaded = load_config(config, overrides)
     from finetune_cli.commands import check as command_check
 
-    render.checked(console, command_check.check(loaded, console))
+    with skippable(config, overrides):
+        render.checked(console, command_check.check(loaded, console))
 
 
 @command(app)

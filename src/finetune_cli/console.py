@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune_cli import signals
 from finetune_cli.errors import FinetuneError, Interrupted
-from finetune_cli.observer import Advance
+from finetune_cli.observer import Meter
 from finetune_cli.text import shown
 
 _PLAIN_SECONDS = 10.0
@@ -78,11 +78,11 @@ class Console:
         self.out.print(table)
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int | None, unit: str = "photos") -> Iterator[Advance]:
+    def stage(self, name: str, total: int | None, unit: str = "photos") -> Iterator[Meter]:
         """Progress of one stage with rate and time left; without a terminal, a line every ten seconds."""
         signals.check()
         if self.quiet:
-            yield lambda _n: signals.check()
+            yield lambda _n, _total=None, /: signals.check()  # noqa: PLW0108 - it must take what a meter takes
         elif self.err.is_terminal:
             with self._bar(name, total, unit) as advance:
                 yield advance
@@ -91,7 +91,7 @@ class Console:
                 yield advance
 
     @contextlib.contextmanager
-    def _bar(self, name: str, total: int | None, unit: str) -> Iterator[Advance]:
+    def _bar(self, name: str, total: int | None, unit: str) -> Iterator[Meter]:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -118,23 +118,23 @@ class Console:
             task = progress.add_task(shown(name), total=total)
             started = time.monotonic()
 
-            def advance(n: int) -> None:
+            def advance(n: int, total: int | None = None, /) -> None:
                 signals.check()
-                progress.update(task, advance=n)
+                progress.update(task, advance=n, total=total)
 
             yield advance
         done = int(progress.tasks[0].completed)
         self._finished(name, done, unit, time.monotonic() - started)
 
     @contextlib.contextmanager
-    def _plain(self, name: str, total: int | None, unit: str) -> Iterator[Advance]:
+    def _plain(self, name: str, total: int | None, unit: str) -> Iterator[Meter]:
         started = told = time.monotonic()
         done = 0
 
-        def advance(n: int) -> None:
-            nonlocal done, told
+        def advance(n: int, known: int | None = None, /) -> None:
+            nonlocal done, told, total
             signals.check()
-            done += n
+            done, total = done + n, known or total
             now = time.monotonic()
             if now - told >= _PLAIN_SECONDS:
                 told = now

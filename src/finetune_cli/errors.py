@@ -5,6 +5,7 @@
     |   +-- ConfigError        2   a wrong key or value in the YAML file
     +-- DataError              3   something about the photos
     |   +-- BadImage           3   one photo that cannot be decoded
+    |   +-- BadPhotos          3   photos that cannot be used, but could be skipped
     +-- GateError              4   a quality or parity limit was missed
     +-- WeightsError           1   a weight or model file that is missing, foreign or damaged
     +-- RunError               1   a run directory that is missing, unfinished, locked or damaged
@@ -58,6 +59,10 @@ class BadImage(DataError):
         super().__init__(f"{path}: {reason}")
         self.path = path
         self.reason = reason
+
+
+class BadPhotos(DataError):
+    """Photos that cannot be used, few enough to be left out with ``data.on_bad_image: skip``."""
 
 
 class GateError(FinetuneError):

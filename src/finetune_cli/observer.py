@@ -8,10 +8,18 @@ from typing import Protocol
 Advance = Callable[[int], None]
 
 
+class Meter(Protocol):
+    """Moves a stage on; an `Advance` that can also learn the total."""
+
+    def __call__(self, n: int, total: int | None = None, /) -> None:
+        """`n` units more are done, of `total` if that has become known."""
+        ...
+
+
 class Observer(Protocol):
     """What a long-running command tells whoever started it."""
 
-    def stage(self, name: str, total: int | None, unit: str = "photos") -> AbstractContextManager[Advance]:
+    def stage(self, name: str, total: int | None, unit: str = "photos") -> AbstractContextManager[Meter]:
         """Open a stage of `total` units (`None`: unknown); the yielded callable advances it by n."""
         ...
 
@@ -32,9 +40,9 @@ class Silent:
         self.warnings: list[str] = []
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int | None, unit: str = "photos") -> Iterator[Advance]:  # noqa: ARG002
+    def stage(self, name: str, total: int | None, unit: str = "photos") -> Iterator[Meter]:  # noqa: ARG002
         """A stage that nobody watches."""
-        yield lambda _n: None
+        yield lambda _n, _total=None, /: None
 
     def note(self, text: str) -> None:
         """Keep the note."""

@@ -4,12 +4,9 @@ from collections import Counter
 from dataclasses import dataclass
 
 from finetune_cli.config import Config
-from finetune_cli.errors import BadImage
-from finetune_cli.model.features import decode_sample
 from finetune_cli.observer import Observer
-from finetune_cli.parallel import ordered_map
-from finetune_cli.photos.dataset import BadPhoto, Dataset, Sample, refuse_bad
-from finetune_cli.runs.preparation import image_settings, index, worker_count
+from finetune_cli.photos.dataset import BadPhoto, Dataset, refuse_bad, refuse_empty
+from finetune_cli.runs.preparation import decode_all, index
 
 
 @dataclass(frozen=True)
@@ -23,27 +20,14 @@ class Report:
 
 def check(config: Config, observer: Observer) -> Report:
     """Index and decode all photos of `config`. Raises `DataError` that lists what would stop `train`."""
-    data = index(config, observer, "list")
-    settings = image_settings(config)
-
-    def decode(sample: Sample) -> BadPhoto | None:
-        try:
-            decode_sample(sample, settings)
-        except BadImage as exc:
-            return BadPhoto(sample.path, sample.name, exc.reason)
-        return None
-
-    splits = {"train": data.train, "val": data.val, "test": data.test}
+    data = index(config, observer)
+    bad = [*data.bad, *decode_all(config, data, observer)]
+    refuse_bad(bad, data.photos, config.data.on_bad_image)
+    refused = {photo.path for photo in bad}
+    good = {split: [s for s in samples if s.path not in refused] for split, samples in data.splits.items()}
+    refuse_empty(data.classes, good, bad)
     counts: dict[str, dict[str, int]] = {name: Counter() for name in data.classes}
-    bad = list(data.bad)
-    total = sum(map(len, splits.values()))
-    with observer.stage("decoding", total) as advance:
-        for split, samples in splits.items():
-            for sample, fault in zip(samples, ordered_map(decode, samples, worker_count(config)), strict=True):
-                advance(1)
-                if fault is None:
-                    counts[data.classes[sample.label]][split] += 1
-                else:
-                    bad.append(fault)
-    refuse_bad(bad, total + len(data.bad), config.data.on_bad_image)
+    for split, samples in good.items():
+        for sample in samples:
+            counts[data.classes[sample.label]][split] += 1
     return Report(data, counts, tuple(bad))

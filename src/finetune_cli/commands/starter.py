@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune_cli.config import Config, DataConfig
 from finetune_cli.errors import BadImage
 from finetune_cli.observer import Observer, Silent
-from finetune_cli.photos.dataset import Dataset, Sample
+from finetune_cli.photos.dataset import Dataset, Sample, refuse_bad, refuse_empty
 from finetune_cli.photos.images import read_header
 from finetune_cli.runs import preparation
 from finetune_cli.text import shown
@@ -51,11 +51,13 @@ def starter_config(data: Path, target: Path, observer: Observer | None = None) -
     """
     config = Config(data=DataConfig(train=data.absolute(), on_bad_image="skip"))
     found = preparation.index(config, observer or Silent())
+    refuse_bad(found.bad, found.photos, "skip")
+    refuse_empty(found.classes, found.splits, found.bad)
     folder = target.absolute().parent
     return _TEMPLATE.format(
         found="\n".join(f"# {line}".rstrip() for line in _description(data, found, config.image.max_pixels)),
         target=shown(target),
-        data="\n".join(_data_section(_relative(data, folder), found)),
+        data="\n".join(_data_section(_relative(data, folder))),
         training="\n".join(_training_section(found)),
     )
 
@@ -95,10 +97,9 @@ def _sizes(samples: Sequence[Sample], max_pixels: int) -> str:
     return f" Typical size: {width} x {height} pixels."
 
 
-def _data_section(train: str, found: Dataset) -> Iterator[str]:
+def _data_section(train: str) -> Iterator[str]:
     yield f"  train: {yaml_text(train)}"
-    if found.bad:
-        yield "  on_bad_image: skip              # some cannot be read, see above; error would stop at them"
+    yield "  on_bad_image: skip              # photos that cannot be decoded are left out and listed; or error"
     yield "  # val and test folders beside train are used as they are; without them, a part is kept for validation:"
     yield "  # val_split: 0.2"
 

@@ -16,10 +16,21 @@ from finetune_cli.errors import DataError
 from finetune_cli.photos import layouts, split
 from finetune_cli.photos.digests import DigestMemory
 from finetune_cli.photos.layouts import Listing
-from finetune_cli.photos.preflight import BadPhoto, Progress, Sample, preflight, refuse_bad
+from finetune_cli.photos.preflight import BadPhoto, Progress, Sample, listed, may_skip, preflight, refuse_bad
 from finetune_cli.text import shown
 
-__all__ = ["BadPhoto", "Dataset", "Labelled", "Sample", "iter_photos", "load", "load_labelled", "refuse_bad"]
+__all__ = [
+    "BadPhoto",
+    "Dataset",
+    "Labelled",
+    "Sample",
+    "iter_photos",
+    "load",
+    "load_labelled",
+    "may_skip",
+    "refuse_bad",
+    "refuse_empty",
+]
 
 _SHOWN = 20
 
@@ -41,6 +52,17 @@ class Dataset:
     warnings: tuple[str, ...]
     roots: dict[str, Path]
 
+    @property
+    def splits(self) -> dict[str, tuple[Sample, ...]]:
+        """The good photos of train, val and, if there are any, test."""
+        parts = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: samples for name, samples in parts.items() if samples}
+
+    @property
+    def photos(self) -> int:
+        """How many photos there are, good and bad."""
+        return sum(map(len, self.splits.values())) + len(self.bad)
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -60,7 +82,6 @@ def load(
     group_regex: str | None,
     max_pixels: int,
     memory: DigestMemory,
-    on_bad: str,
     progress: Progress,
 ) -> Dataset:
     """Find, check and split the photos of a configuration.
@@ -68,16 +89,18 @@ def load(
     Validation photos come from `val`, else from the table's column `split`, else from a folder beside the training
     photos, else from a share `val_split` of these. `progress` is called with (photos done, photos in all).
 
-    Raises `DataError` that lists what is wrong: missing, unknown or empty classes, a photo under two labels, and bad
-    photos as `refuse_bad` decides by `on_bad`.
+    Bad photos are listed, not refused. Raises `DataError` that lists what is wrong: missing, unknown or empty classes,
+    a photo under two labels, and a split without a good photo.
     """
     sources = layouts.find_sources(train, val, test)
     listings = _listings(sources)
     classes = listings["train"].classes
     _check_classes(listings)
     parts, bad = preflight(listings, classes, grouping(group_regex), max_pixels, memory, progress)
-    refuse_bad(bad, sum(map(len, parts.values())) + len(bad), on_bad)
-    _check_samples(parts, classes)
+    _raise(_contradictions(parts, classes), "keep each photo under one label")
+    for name, samples in parts.items():
+        if not samples:
+            raise DataError(f"no photo for {name} can be used{listed(bad)}", "repair or replace them")
     notes = [*sources.notes, *(note for listing in listings.values() for note in listing.notes), *memory.warnings]
     roots = {name: listing.root for name, listing in listings.items()}
     if group_regex is not None:
@@ -221,13 +244,13 @@ def grouping(group_regex: str | None) -> Callable[[str], str | None]:
     return group
 
 
-def _check_samples(parts: Mapping[str, Sequence[Sample]], classes: Sequence[str]) -> None:
-    """What the bytes tell: a photo under two labels, and what the bad photos left nothing of."""
-    problems = _contradictions(parts, classes)
+def refuse_empty(classes: Sequence[str], parts: Mapping[str, Sequence[Sample]], bad: Sequence[BadPhoto]) -> None:
+    """Raise `DataError` when the `bad` photos left a class without a training photo, or a split without any."""
     filled = {sample.label for sample in parts["train"]}
-    problems += [f"no good photo of class {shown(name)} is left" for i, name in enumerate(classes) if i not in filled]
+    problems = [f"no good photo of class {shown(name)} is left" for i, name in enumerate(classes) if i not in filled]
     problems += [f"no good photo for {name} is left" for name, samples in parts.items() if not samples]
-    _raise(problems, "keep each photo under one label, and good photos in each class and split")
+    if problems:
+        raise DataError("\n".join(problems) + listed(bad), "repair or replace the photos that cannot be used")
 
 
 def _contradictions(parts: Mapping[str, Sequence[Sample]], classes: Sequence[str]) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_cli.errors import BadImage, DataError
+from finetune_cli.errors import BadImage, BadPhotos, DataError
 from finetune_cli.parallel import cores, ordered_map
 from finetune_cli.photos import codecs
 from finetune_cli.photos.digests import DigestMemory, Facts, examine
@@ -42,21 +42,30 @@ class BadPhoto:
     reason: str
 
 
-def refuse_bad(bad: Sequence[BadPhoto], total: int, on_bad: str) -> None:
-    """Raise `DataError` that lists all `bad` photos out of `total`, unless they may be left out.
+def may_skip(bad: Sequence[BadPhoto], total: int, on_bad: str) -> bool:
+    """Whether `bad` photos out of `total` may be left out; `on_bad`: ``error`` allows none, ``skip`` up to a tenth."""
+    return not bad or (on_bad == "skip" and len(bad) <= _MOST_BAD * total)
 
-    `on_bad`: ``error`` refuses any, ``skip`` more than a tenth, ``list`` none (for `check`, which goes on to the end).
+
+def refuse_bad(bad: Sequence[BadPhoto], total: int, on_bad: str) -> None:
+    """Raise `DataError` that lists all `bad` photos out of `total`, unless `may_skip` lets them be left out.
+
+    It is a `BadPhotos` where ``skip`` would let them.
     """
-    if not bad or on_bad == "list" or (on_bad == "skip" and len(bad) <= _MOST_BAD * total):
+    if may_skip(bad, total, on_bad):
         return
-    lines = "".join(f"\n  {shown(photo.path)}: {shown(photo.reason)}" for photo in bad)
-    if on_bad == "skip":
-        problem = f"{len(bad)} of {total} photos cannot be used, which is more than {_MOST_BAD:.0%}"
-        raise DataError(problem + lines, "repair or remove them; so many may mean that the wrong folder was named")
+    problem = f"{len(bad)} of {total} photos cannot be used"
+    if may_skip(bad, total, "skip"):
+        raise BadPhotos(problem + listed(bad), "repair or remove them, or leave them out: data.on_bad_image=skip")
     raise DataError(
-        f"{len(bad)} of {total} photos cannot be used{lines}",
-        "repair or remove them, or leave them out by adding this to the command: data.on_bad_image=skip",
+        f"{problem}, which is more than the {_MOST_BAD:.0%} that could be skipped{listed(bad)}",
+        "repair or remove them; so many may mean that the wrong folder was named",
     )
+
+
+def listed(bad: Sequence[BadPhoto]) -> str:
+    """A line for each photo, with its reason; each begins with a line break."""
+    return "".join(f"\n  {shown(photo.path)}: {shown(photo.reason)}" for photo in bad)
 
 
 def preflight(

@@ -5,7 +5,7 @@ here, so that all of them see the same photos in the same way.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,22 +16,21 @@ import numpy as np
 
 from finetune_cli import files
 from finetune_cli.config import Config
-from finetune_cli.errors import ConfigError, DataError, Interrupted
+from finetune_cli.errors import BadImage, ConfigError, Interrupted
 from finetune_cli.model import backbones, features, runtimes
 from finetune_cli.model.backbones import Backbone
 from finetune_cli.model.cache import FeatureStore, default_folder
 from finetune_cli.model.features import Features, Request
 from finetune_cli.model.runtimes import Device, Precision, Runtime
 from finetune_cli.model.solver import class_weights
-from finetune_cli.observer import Observer
-from finetune_cli.parallel import cores
+from finetune_cli.observer import Meter, Observer
+from finetune_cli.parallel import cores, ordered_map
 from finetune_cli.photos import dataset
 from finetune_cli.photos.augment import Augmenter
-from finetune_cli.photos.dataset import Dataset, Sample
+from finetune_cli.photos.dataset import BadPhoto, Dataset, Sample
 from finetune_cli.photos.digests import DigestMemory
 from finetune_cli.photos.images import ImageSettings
 from finetune_cli.runs.run import Run
-from finetune_cli.text import shown
 
 _TABLES_AND_FIGURES = 1_000_000
 
@@ -61,14 +60,15 @@ def prepare(config: Config, observer: Observer) -> Prepared:
     check_model(config)
     with timed(seconds, "preflight"):
         data = index(config, observer)
+        _refuse_bad_headers(config, data, observer)
     class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
     augmentation = augmenter(config)
     if config.augmentation is not None and config.augmentation.views > 1 and not augmentation.active:
         observer.note("augmentation: no transform is active, so each photo has one view")
-    with timed(seconds, "backbone"):
+    with timed(seconds, "backbone"), observer.stage("backbone", None, "MB") as advance:
         device = runtimes.choose_device(config.runtime.device)
         precision = runtimes.training_precision(device, config.runtime.feature_precision)
-        backbone = build_backbone(config)
+        backbone = build_backbone(config, advance_to(advance))
     _check_room(config, data, augmentation.views, backbone)
     extractor = Extractor(config, backbone, device, observer)
     with timed(seconds, "features"), FeatureStore(cache_folder(config)) as store:
@@ -85,21 +85,40 @@ def prepare(config: Config, observer: Observer) -> Prepared:
             for warning in store.warnings:
                 observer.warn(warning)
     bad = [*data.bad, *(photo for part in parts.values() for photo in part.bad)]
-    total = sum(map(len, (data.train, data.val, data.test, data.bad)))
-    dataset.refuse_bad(bad, total, config.data.on_bad_image)
-    _refuse_empty(data.classes, parts)
+    dataset.refuse_bad(bad, data.photos, config.data.on_bad_image)
+    dataset.refuse_empty(data.classes, {split: part.samples for split, part in parts.items()}, bad)
     for photo in bad:
         observer.warn(f"skipped {photo.path}: {photo.reason}")
     return Prepared(config, data, backbone, device, precision, extractor.workers, parts, cache_bytes, seconds)
 
 
-def _refuse_empty(classes: Sequence[str], parts: Mapping[str, Features]) -> None:
-    """Raise `DataError` when the bad photos found while decoding left a class or a split without any."""
-    left = {sample.label for sample in parts["train"].samples}
-    problems = [f"no good photo of class {shown(name)} is left" for i, name in enumerate(classes) if i not in left]
-    problems += [f"no good photo for {split} is left" for split, part in parts.items() if not part.samples]
-    if problems:
-        raise DataError("\n".join(problems), "replace the bad photos; `finetune check CONFIG` lists them")
+def _refuse_bad_headers(config: Config, data: Dataset, observer: Observer) -> None:
+    """Raise `DataError` if what the headers tell stops the training: then with what decoding finds, so all at once."""
+    if not dataset.may_skip(data.bad, data.photos, config.data.on_bad_image):
+        observer.note(f"{len(data.bad)} photos cannot be used; decoding the others, to find all such photos")
+        dataset.refuse_bad([*data.bad, *decode_all(config, data, observer)], data.photos, config.data.on_bad_image)
+    dataset.refuse_empty(data.classes, data.splits, data.bad)
+
+
+def decode_all(config: Config, data: Dataset, observer: Observer) -> list[BadPhoto]:
+    """Decode every photo of `data` and return those that cannot be."""
+    settings = image_settings(config)
+
+    def decode(sample: Sample) -> BadPhoto | None:
+        try:
+            features.decode_sample(sample, settings)
+        except BadImage as exc:
+            return BadPhoto(sample.path, sample.name, exc.reason)
+        return None
+
+    bad = []
+    samples = [sample for part in data.splits.values() for sample in part]
+    with observer.stage("decoding", len(samples)) as advance:
+        for fault in ordered_map(decode, samples, worker_count(config)):
+            advance(1)
+            if fault is not None:
+                bad.append(fault)
+    return bad
 
 
 def check_model(config: Config) -> None:
@@ -195,17 +214,21 @@ class Extractor:
         return 4 if self.device == "cpu" else 64
 
 
-def build_backbone(config: Config) -> Backbone:
-    """The frozen backbone of `config`. Raises `ConfigError` and `WeightsError`."""
-    model = config.model
-    return backbones.build(model.backbone, model.weights, config.image.size, config.training.seed, model.weights_sha256)
+def build_backbone(config: Config, progress: Callable[[int, int], None] = lambda _done, _total: None) -> Backbone:
+    """The frozen backbone of `config`. Raises `ConfigError` and `WeightsError`.
 
-
-def index(config: Config, observer: Observer, on_bad: str | None = None) -> Dataset:
-    """The photos of `config` after preflight (headers and digests); what a person should know is noted.
-
-    `on_bad`: in place of `data.on_bad_image`; `list` refuses nothing.
+    `progress` is called with (megabytes done, megabytes in all) while a weight file is downloaded.
     """
+    model, size, seed = config.model, config.image.size, config.training.seed
+
+    def fetched(done: int, total: int) -> None:
+        progress(done // 10**6, total // 10**6)
+
+    return backbones.build(model.backbone, model.weights, size, seed, model.weights_sha256, fetched)
+
+
+def index(config: Config, observer: Observer) -> Dataset:
+    """The photos of `config` after preflight (headers and digests); what a person should know is noted."""
     with observer.stage("preflight", None) as advance, digest_memory(config) as memory:
         data = dataset.load(
             config.data.train,
@@ -215,7 +238,6 @@ def index(config: Config, observer: Observer, on_bad: str | None = None) -> Data
             config.data.group_regex,
             config.image.max_pixels,
             memory,
-            on_bad or config.data.on_bad_image,
             advance_to(advance),
         )
     for note in data.notes:
@@ -225,13 +247,13 @@ def index(config: Config, observer: Observer, on_bad: str | None = None) -> Data
     return data
 
 
-def advance_to(advance: Callable[[int], None]) -> Callable[[int, int], None]:
+def advance_to(advance: Meter) -> Callable[[int, int], None]:
     """Turn a callback that advances by n into one that is told (done, total)."""
     last = 0
 
-    def progress(done: int, _total: int) -> None:
+    def progress(done: int, total: int) -> None:
         nonlocal last
-        advance(done - last)
+        advance(done - last, total)
         last = done
 
     return progress
