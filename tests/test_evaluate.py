@@ -12,12 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.optimize import minimize_scalar
+from scipy.special import log_softmax, softmax
 from sklearn import metrics as reference
 from typer.testing import CliRunner
 
 from finetune_cli import cli, metrics
 from finetune_cli.commands import evaluate as command
 from finetune_cli.errors import DataError, GateError, UsageError
+from finetune_cli.folds import group_folds
 from finetune_cli.model.keras_setup import import_keras
 from finetune_cli.observer import Silent
 from finetune_cli.photos.images import decode
@@ -87,6 +90,22 @@ def test_the_temperature_is_taken_back_exactly(tiny):
         assert scores.log_loss == pytest.approx(reference.log_loss(true, probabilities, labels=["ant", "bee", "wasp"]))
 
 
+def cross_fitted_log_loss(logits, labels, result) -> float:
+    """By SciPy: every photo scaled by the temperature that suits the photos of the other folds best."""
+    digests = [sample.digest for sample in result.judged.answers.samples]
+    fold = group_folds(labels, np.unique(digests, return_inverse=True)[1], 5)
+    own = np.arange(len(labels)), labels
+    losses = np.zeros(len(labels))
+    for k in range(5):
+
+        def objective(b, rest=fold != k):
+            return -log_softmax(logits * b, axis=1)[own][rest].sum() + b - np.log(b)
+
+        best = minimize_scalar(objective, bounds=(0.05, 20), method="bounded", options={"xatol": 1e-10}).x
+        losses[fold == k] = -log_softmax(logits * best, axis=1)[own][fold == k]
+    return float(losses.mean())
+
+
 def test_validation_photos_are_judged_cross_fitted(tiny):
     observer = Silent()
     result = command.evaluate(without_test(tiny), observer)
@@ -95,6 +114,15 @@ def test_validation_photos_are_judged_cross_fitted(tiny):
     assert result.judged.calibration is not None
     assert result.judged.calibration.cross_fitted
     assert result.folder.name == "val-1"
+    found = json.loads((result.folder / "metrics.json").read_text())["val"]
+    assert found["calibration"]["cross_fitted"]
+    for name in ("log_loss", "brier_score", "expected_calibration_error", "reliability"):
+        assert found[name] == found["calibration"]["after"][name]
+    logits = tiny.run.temperature * np.log(result.judged.answers.probabilities.astype(np.float64))
+    labels = result.judged.answers.labels
+    assert found["log_loss"] == pytest.approx(cross_fitted_log_loss(logits, labels, result), abs=1e-6)
+    flattered = reference.log_loss(labels, softmax(logits / tiny.run.temperature, axis=1))
+    assert found["log_loss"] != pytest.approx(flattered, rel=1e-3)
 
 
 @pytest.mark.parametrize("from_a_folder", [False, True])

@@ -110,10 +110,8 @@ def test_the_split_keeps_the_groups_of_a_table_and_of_the_regex(tmp_path, drawn,
 
 def test_the_calibration_is_not_that_of_the_photos_it_was_fitted_on(finished):
     """What train writes about validation photos is what evaluate finds: cross-fitted, and so worse than as fitted."""
-    probabilities = [
-        float(row[row["true"]])
-        for row in csv.DictReader(finished.file("predictions.csv").open(encoding="utf-8", newline=""))
-    ]
+    with finished.file("predictions.csv").open(encoding="utf-8", newline="") as file:
+        probabilities = [float(row[row["true"]]) for row in csv.DictReader(file)]
     told = finished.manifest["metrics"]["val"]
     assert told["log_loss"] > -np.log(probabilities).mean() * 1.001
     found = command_evaluate.evaluate(finished, Silent()).judged

@@ -91,7 +91,7 @@ class Evaluation:
 
     balanced_accuracy: mean recall of the classes that occur among the labels. macro_f1: mean F1 of the classes that
     occur among labels or predictions; weighted_f1: mean F1 weighted by support. baseline: always answering
-    `baseline_class`, the most frequent label.
+    `baseline_class`, the most frequent label. calibration: never that of photos with a temperature fitted on them.
     """
 
     classes: tuple[str, ...]

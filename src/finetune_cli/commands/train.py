@@ -8,6 +8,7 @@ model gives the measured answers. Nothing exists under the output directory befo
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,10 @@ from numpy.typing import NDArray
 from finetune_cli import files
 from finetune_cli.config import Config
 from finetune_cli.errors import Interrupted, RunError
-from finetune_cli.metrics import evaluate, fit_temperature, softmax
+from finetune_cli.folds import group_numbers
+from finetune_cli.metrics import CalibrationScores, cross_fitted_calibration, evaluate, fit_temperature, softmax
 from finetune_cli.model import features, fitting, head
+from finetune_cli.model.features import Features
 from finetune_cli.model.fitting import Fitted, labels_of
 from finetune_cli.model.head import EpochState
 from finetune_cli.model.solver import Head
@@ -83,6 +86,8 @@ def _fit_and_finish(folder: Path, prepared: Prepared, start: Head | None, observ
         if split in parts:
             probabilities = softmax(fitted.head.logits(parts[split].array[:, 0]), temperature).astype(np.float32)
             evaluation = evaluate(probabilities, labels_of(parts[split].samples), classes)
+            if split == "val" and prepared.config.calibration == "temperature":
+                evaluation = replace(evaluation, calibration=_cross_fitted(fitted.head, parts[split]))
             judged.append(artefacts.Judged(split, parts[split].samples, probabilities, evaluation))
     names = ["config.yaml", "environment.json", "split.csv", *artefacts.write_tables(folder, classes, judged)]
     names += _write_history(folder, fitted)
@@ -94,6 +99,12 @@ def _fit_and_finish(folder: Path, prepared: Prepared, start: Head | None, observ
     if (folder / "checkpoints").exists():
         files.remove_folder(folder / "checkpoints")
     return finished
+
+
+def _cross_fitted(fitted: Head, val: Features) -> CalibrationScores:
+    """The calibration of the photos that the model's temperature is fitted on, each with one fitted on others."""
+    groups = group_numbers((sample.group, sample.digest) for sample in val.samples)
+    return cross_fitted_calibration(fitted.logits(val.array[:, 0]), labels_of(val.samples), groups)[1]
 
 
 def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observer) -> Fitted:

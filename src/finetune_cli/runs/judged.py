@@ -233,7 +233,10 @@ def judge(run: Run, photos: Photos, workers: int, advance: Advance) -> Judged:
         first = f"; the first is {bad[0].path}: {bad[0].reason}" if bad else ""
         raise DataError(f"none of the {len(bad)} photos can be used{first}", "name a folder of readable photos")
     evaluation = metrics.evaluate(answers.probabilities, answers.labels, run.classes)
-    return Judged(run, photos, answers, evaluation, _calibration(run, answers, evaluation))
+    calibration = _calibration(run, answers, evaluation)
+    if calibration is not None:
+        evaluation = replace(evaluation, calibration=calibration.after)
+    return Judged(run, photos, answers, evaluation, calibration)
 
 
 def _calibration(run: Run, answers: Answers, evaluation: Evaluation) -> Calibration | None:
