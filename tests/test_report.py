@@ -143,6 +143,18 @@ def test_without_the_training_photos_names_must_do(copy):
     assert copy.wrong in text
 
 
+def test_moved_training_photos_are_found_by_content(copy):
+    """Also the pictures of suspected wrong labels, with names of their own below --data."""
+    where = copy.photos.rename(copy.photos.with_name("elsewhere"))
+    for path in where.rglob("*.png"):
+        path.rename(path.with_name(f"renamed-{path.name}"))
+    text = written(copy.run, root=where).read_text("utf-8")
+    labels = text[text.index("Suspected wrong labels") : text.index("Would more photos help?")]
+    assert copy.wrong in labels
+    assert labels.count('<img src="data:image/jpeg') == labels.count("<figure>") > 0
+    assert "the photo is not where it was" not in text
+
+
 def test_without_the_cache_it_says_so(copy, monkeypatch):
     monkeypatch.setattr(report.material.preparation, "cache_folder", lambda _config: copy.photos / "none")
     text = Tags(written(copy.run).read_text("utf-8")).text

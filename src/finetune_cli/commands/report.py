@@ -175,16 +175,19 @@ def _from_training(judged: Judged, observer: Observer) -> Values:
             advance(2)
     return {
         **values,
-        "suspects": _suspects(run, suspects[:_MOST_SUSPECTS]),
+        "suspects": _suspects(judged, suspects[:_MOST_SUSPECTS]),
         "suspect_count": len(suspects),
         "curve": _curve(curve, run),
         "photos_used": (len(stuff.labels), stuff.photos),
     }
 
 
-def _suspects(run: Run, found: Sequence[Suspect]) -> list[Figure]:
+def _suspects(judged: Judged, found: Sequence[Suspect]) -> list[Figure]:
+    run, places = judged.run, judged.photos.places
     root = run.data_roots().get("train", run.folder)
-    samples = [Sample(root / suspect.row.path, suspect.row.path, 0, suspect.row.digest) for suspect in found]
+    samples = [
+        Sample(places.get(row.digest, root / row.path), row.path, 0, row.digest) for row in (one.row for one in found)
+    ]
     made = pictures.thumbnails(samples, run.image_settings, cores(), lambda _n: None)
     return [
         Figure(

@@ -7,8 +7,8 @@ Neither TensorFlow nor SciPy is imported.
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,13 +34,17 @@ _SMALLEST = np.float32(1e-38)
 
 @dataclass(frozen=True)
 class Photos:
-    """What is judged: `part` is a split of the run, or data; `source` says it to a person."""
+    """What is judged: `part` is a split of the run, or data; `source` says it to a person.
+
+    places: where all photos of the run that were moved are now, by digest.
+    """
 
     part: str
     source: str
     samples: tuple[Sample, ...]
     bad: tuple[BadPhoto, ...] = ()
     notes: tuple[str, ...] = ()
+    places: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,14 +122,14 @@ def photos_of_run(run: Run, root: Path | None, workers: int, advance: Advance, p
         part = "test" if any(row.split == "test" for row in rows) else "val"
     names = {"train": "training", "val": "validation", "test": "test"}
     source = f"{names[part]} photos of the run"
+    places = None if root is None else _by_digest(root, {row.digest for row in rows}, workers, advance)
     rows = [row for row in rows if row.split == part]
     folder = run.data_roots()[part] if root is None else root
-    places = None if root is None else _by_digest(root, {row.digest for row in rows}, workers, advance)
     label = {name: i for i, name in enumerate(run.classes)}
     samples, bad = [], []
     for row in rows:
         if row.label not in label:
-            raise RunError(f"{run.folder}/split.csv names {row.label!r}, which is no class of the run")
+            raise RunError(f"{run.folder}/split.csv names {row.label!r}, which is no class of the run", "restore the run from a copy")
         path = folder / row.path if places is None else places.get(row.digest)
         if path is None or not path.is_file():
             bad.append(BadPhoto(folder / row.path, row.path, f"not found under {folder}"))
@@ -136,13 +140,13 @@ def photos_of_run(run: Run, root: Path | None, workers: int, advance: Advance, p
             f"none of the {len(rows)} {source} is under {folder}",
             "say where they are with --data FOLDER (they are recognised by content), or name other labelled photos",
         )
-    return Photos(part, source, tuple(samples), tuple(bad))
+    return Photos(part, source, tuple(samples), tuple(bad), places=places or {})
 
 
 def _by_digest(root: Path, wanted: set[str], workers: int, advance: Advance) -> dict[str, Path]:
     """Where the files with the `wanted` SHA-256 are below `root`."""
     if not root.is_dir():
-        raise UsageError(f"--data {root} is not a folder")
+        raise UsageError(f"--data {root} is not a folder", "name the folder that the photos are in now")
 
     def digest(path: Path) -> tuple[str | None, Path]:
         try:
