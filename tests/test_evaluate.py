@@ -5,7 +5,9 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,14 +19,14 @@ from scipy.special import log_softmax, softmax
 from sklearn import metrics as reference
 from typer.testing import CliRunner
 
-from finetune_cli import cli, metrics
+from finetune_cli import cli, files, metrics
 from finetune_cli.commands import evaluate as command
-from finetune_cli.errors import DataError, GateError, UsageError
+from finetune_cli.errors import DataError, GateError, StorageError, UsageError
 from finetune_cli.folds import group_folds
 from finetune_cli.model.keras_setup import import_keras
 from finetune_cli.observer import Silent
 from finetune_cli.photos.images import decode
-from finetune_cli.runs import judged, run
+from finetune_cli.runs import artefacts, judged, run
 from finetune_cli.runs.run import Run
 from runs_fixture import TinyRun
 
@@ -222,6 +224,43 @@ def test_a_taken_name_is_told_before_the_work(tiny, monkeypatch):
     monkeypatch.setattr(judged, "judge", lambda *_args: pytest.fail("worked in vain"))
     with pytest.raises(UsageError, match="exists already"):
         command.evaluate(tiny.run, Silent(), name="mine")
+
+
+def test_a_run_that_cannot_be_written_to_is_told_before_the_work(tiny, monkeypatch):
+    """Permission bits do not stop root, who runs the tests in containers; the probe itself is what counts."""
+    asked = []
+
+    def refuse(folder):
+        asked.append(folder)
+        raise StorageError(f"no permission to write {folder}", "choose a folder that you can write to")
+
+    monkeypatch.setattr(files, "check_writable", refuse)
+    monkeypatch.setattr(judged, "judge", lambda *_args: pytest.fail("worked in vain"))
+    with pytest.raises(StorageError, match="no permission"):
+        command.evaluate(tiny.run, Silent())
+    assert asked == [tiny.run.folder / "evaluations"]
+
+
+def test_evaluations_at_the_same_moment_take_different_numbers(tiny, monkeypatch):
+    """Eight writers that all saw that number 1 is free: each ends with a whole folder of its own."""
+    found = command.evaluate(tiny.run, Silent(), name="first").judged
+    write, barrier = artefacts.write_tables, threading.Barrier(8)
+    attempts: list[Path] = []
+
+    def together(folder, *rest):
+        attempts.append(folder)
+        if len(attempts) <= 8:
+            barrier.wait(60)
+        return write(folder, *rest)
+
+    monkeypatch.setattr(artefacts, "write_tables", together)
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _i: command._write(found, None, "test"), range(8)))
+    assert len(attempts) > 8
+    assert {folder.name for folder in folders} == {f"test-{i}" for i in range(1, 9)}
+    for folder in folders:
+        assert {path.name for path in folder.iterdir()} == {"metrics.json", "per_class.csv", "predictions.csv"}
+    assert len(list((tiny.run.folder / "evaluations").iterdir())) == 9
 
 
 def test_data_and_root_exclude_each_other(tiny):

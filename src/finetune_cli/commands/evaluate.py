@@ -3,6 +3,7 @@
 Neither TensorFlow nor SciPy nor matplotlib is imported.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_cli import files
-from finetune_cli.errors import GateError, UsageError
+from finetune_cli.errors import GateError, StorageError, UsageError
 from finetune_cli.observer import Observer
 from finetune_cli.parallel import cores
 from finetune_cli.photos import dataset
@@ -46,7 +47,7 @@ def evaluate(
     `UsageError` for a name that is taken, `DataError` when there is nothing to judge.
     """
     workers = cores()
-    folder = _target(run, name)
+    _check_target(run, name)
     photos = _photos(run, data, root, workers, observer)
     observer.note(f"evaluating on {len(photos.samples)} {photos.source}")
     for note in photos.notes:
@@ -59,9 +60,7 @@ def evaluate(
     for one in (run, other):
         if one is not None and (seen := judged.seen_in_training(one, found.answers.samples)):
             observer.warn(f"{one.name} was trained on {seen} of these photos: its result is too good")
-    folder = folder or _free(run, photos.part if data is None else data.stem)
-    _write(folder, found)
-    return Result(found, folder)
+    return Result(found, _write(found, name, photos.part if data is None else data.stem))
 
 
 def gate(result: Result, least: float) -> None:
@@ -94,27 +93,38 @@ def _photos(run: Run, data: Path | None, root: Path | None, workers: int, observ
     return Photos("data", f"photos of {data}", labelled.samples, labelled.bad, notes)
 
 
-def _target(run: Run, name: str | None) -> Path | None:
-    """The folder of that name, which must be new: told before the work."""
-    if name is None:
-        return None
-    if not _NAME.fullmatch(name):
-        raise UsageError(f"--name {name!r} cannot be used", "take letters, digits, dots, hyphens and underscores")
-    folder = run.folder / "evaluations" / name
-    if folder.exists():
-        raise UsageError(f"{folder} exists already", "choose another --name, or remove that folder")
-    return folder
+def _check_target(run: Run, name: str | None) -> None:
+    """Say before the work that the name is no name or is taken, or that nothing can be written."""
+    if name is not None:
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"--name {name!r} cannot be used", "take letters, digits, dots, hyphens and underscores")
+        folder = run.folder / "evaluations" / name
+        if folder.exists():
+            raise UsageError(f"{folder} exists already", "choose another --name, or remove that folder")
+    files.check_writable(run.folder / "evaluations")
 
 
-def _free(run: Run, stem: str) -> Path:
+def _write(found: Judged, name: str | None, stem: str) -> Path:
+    """Write the tables to the folder `name`, or `stem` with the next free number, and return it.
+
+    What takes a name is the finished folder, moved there; another evaluation may be faster, then the next number is
+    tried.
+    """
     stem = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "data"
-    number = 1
-    while (folder := run.folder / "evaluations" / f"{stem}-{number}").exists():
-        number += 1
-    return folder
+    numbers = itertools.count(1)
+    while True:
+        folder = found.run.folder / "evaluations" / (name or f"{stem}-{next(numbers)}")
+        if name is None and folder.exists():
+            continue
+        try:
+            _write_tables(folder, found)
+            return folder
+        except StorageError:
+            if name is not None or not folder.exists():
+                raise
 
 
-def _write(folder: Path, found: Judged) -> None:
+def _write_tables(folder: Path, found: Judged) -> None:
     answers, part = found.answers, found.photos.part
     with files.atomic_folder(folder) as temporary:
         table = artefacts.Judged(part, answers.samples, answers.probabilities, found.evaluation)
