@@ -156,14 +156,14 @@ def predict(
 
         predictor = opening.open_model(model, cores())
     else:
-        raise UsageError("--run and --model exclude each other")
+        raise UsageError("--run and --model exclude each other", "drop one of them")
     photos = iter_photos(_paths(paths))
     predictions = command_predict.predict(predictor, photos, top_k, min_confidence=min_confidence)
     told, failed = render.predictions(console, predictions, format.value, output, min(top_k, len(predictor.classes)))
     if not told:
-        raise DataError("no photo was found under the given paths")
+        raise DataError("no photo was found under the given paths", "name photos, or folders with photos in them")
     if failed:
-        raise DataError(f"{failed} of {told} photos could not be read; their rows say why")
+        raise DataError(f"{failed} of {told} photos could not be read; their rows say why", "repair or remove those")
 
 
 def _paths(arguments: list[str]) -> Iterator[Path]:
@@ -221,7 +221,8 @@ def evaluate(
     if fail_under is not None:
         command_evaluate.gate(result, fail_under)
     if bad := len(result.judged.bad):
-        raise DataError(f"{bad} of {bad + result.judged.evaluation.photos} photos were left out; see above")
+        problem = f"{bad} of {bad + result.judged.evaluation.photos} photos were left out; see above"
+        raise DataError(problem, "repair or remove those, to have all photos judged")
 
 
 @command(app)

@@ -48,7 +48,7 @@ def check(
 
     console = new_console(quiet)
     if (config is None) == (reproduce is None):
-        raise UsageError("check needs either CONFIG or --reproduce RUN")
+        raise UsageError("check needs either CONFIG or --reproduce RUN", "name one of them")
     if reproduce is not None:
         from finetune_cli.commands import reproduce as command_reproduce
 

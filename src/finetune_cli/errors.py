@@ -22,18 +22,18 @@ from pathlib import Path
 
 
 class FinetuneError(Exception):
-    """Base class: `problem` says what is wrong, `remedy` what to do (may be empty)."""
+    """Base class: `problem` says what is wrong, `remedy` what to do."""
 
     exit_code = 1
 
-    def __init__(self, problem: str, remedy: str = "") -> None:
+    def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(problem)
         self.problem = problem
         self.remedy = remedy
 
     def __str__(self) -> str:
         """Problem and remedy, a line each."""
-        return f"{self.problem}\n{self.remedy}" if self.remedy else self.problem
+        return f"{self.problem}\n{self.remedy}"
 
 
 class UsageError(FinetuneError):
@@ -56,7 +56,7 @@ class BadImage(DataError):
     """One photo that cannot be used; `reason` is one line without the path."""
 
     def __init__(self, path: Path | str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
+        super().__init__(f"{path}: {reason}", "repair or remove it")
         self.path = path
         self.reason = reason
 

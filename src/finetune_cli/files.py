@@ -60,7 +60,8 @@ def storage_error(exc: OSError, path: Path, needed: int | None = None) -> Storag
         return StorageError(f"no permission to write {path}", "choose a folder that you can write to")
     if exc.errno in {errno.EXDEV, errno.EBUSY}:
         return StorageError(f"cannot replace {path}: it is mounted by itself", "mount the folder that it is in instead")
-    return StorageError(f"cannot write {path}: {exc.strerror or exc}{_another_file(exc, path)}")
+    reason = f"{exc.strerror or exc}{_another_file(exc, path)}"
+    return StorageError(f"cannot write {path}: {reason}", "choose another folder, or look after that disk")
 
 
 def _another_file(exc: OSError, path: Path) -> str:

@@ -9,6 +9,7 @@ from finetune_cli.errors import ConfigError
 MAX_BYTES = 256 * 1024
 MAX_SCALAR = 4096
 MAX_DEPTH = 10
+_WRITE_ONE = "write a config with: finetune init PHOTOS"
 Keys = tuple[str | int, ...]
 
 
@@ -40,21 +41,21 @@ def read(path: Path) -> Document:
     except FileNotFoundError as exc:
         raise ConfigError(f"there is no file {path}", "write one with: finetune init PHOTOS") from exc
     except OSError as exc:
-        raise ConfigError(f"cannot read {path}: {exc.strerror}") from exc
+        raise ConfigError(f"cannot read {path}: {exc.strerror}", "name a YAML file that you can read") from exc
     if len(data) > MAX_BYTES:
-        raise ConfigError(f"{path} is larger than {MAX_BYTES // 1024} KiB, which no config is")
+        raise ConfigError(f"{path} is larger than {MAX_BYTES // 1024} KiB, which no config is", _WRITE_ONE)
     try:
         node = yaml.compose(_without_aliases(data, path), Loader=yaml.SafeLoader)
         if node is None:
             return Document()
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path} holds no mapping of sections such as `data:`")
+            raise ConfigError(f"{path} holds no mapping of sections such as `data:`", _WRITE_ONE)
         lines: dict[Keys, int] = {}
         duplicates: list[tuple[Keys, int]] = []
         _collect(node, (), lines, duplicates)
         values = yaml.SafeLoader("").construct_document(node)
     except (yaml.YAMLError, ValueError, RecursionError) as exc:
-        raise ConfigError(f"{path} is not valid YAML: {_one_line(exc)}") from exc
+        raise ConfigError(f"{path} is not valid YAML: {_one_line(exc)}", "correct that place") from exc
     return Document(values, lines, tuple(duplicates))
 
 
@@ -77,18 +78,20 @@ def _without_aliases(data: bytes, path: Path) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
-        raise ConfigError(f"{path} is not UTF-8 text: {exc.reason} at byte {exc.start}") from exc
+        raise ConfigError(f"{path} is not UTF-8 text: {exc.reason} at byte {exc.start}", "save it as UTF-8") from exc
     depth = 0
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
         place = f"{path}, line {token.start_mark.line + 1}"
         if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
-            raise ConfigError(f"{place}: anchors and aliases are not allowed here")
+            raise ConfigError(f"{place}: anchors and aliases are not allowed here", "write the value out")
         if isinstance(token, yaml.ScalarToken) and len(token.value) > MAX_SCALAR:
-            raise ConfigError(f"{place}: a value of more than {MAX_SCALAR} characters, which no key here takes")
+            raise ConfigError(
+                f"{place}: a value of more than {MAX_SCALAR} characters, which no key takes", "shorten it"
+            )
         depth += isinstance(token, opening)
         depth -= isinstance(token, closing)
         if depth > MAX_DEPTH:
-            raise ConfigError(f"{place}: nested more than {MAX_DEPTH} deep, which no config is")
+            raise ConfigError(f"{place}: nested more than {MAX_DEPTH} deep, which no config is", _WRITE_ONE)
     return text
 
 

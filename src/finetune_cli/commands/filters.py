@@ -55,7 +55,9 @@ def filters(model: "keras.Model", photo: NDArray[np.uint8], output: Path) -> tup
     """
     found = first_convolution(model)
     if found is None:
-        raise FinetuneError("this model has no convolution that looks at the three colours of a photo")
+        raise FinetuneError(
+            "this model has no convolution that looks at the three colours of a photo", "leave --filters out"
+        )
     way, convolution = found
     if photo.shape != tuple(model.input_shape[1:]):
         raise ValueError(f"a photo of shape {photo.shape} for a model that takes {model.input_shape[1:]}")

@@ -16,6 +16,8 @@ from finetune_cli.photos.images import ImageSettings
 FILE = "classes.json"
 KEY = "finetune"
 FORMAT = 1
+# What to do about a file that is no export.
+EXPORT_IT = "name the folder or the file that `finetune export` wrote"
 
 _RESIZING = {
     "crop": "scale the shorter side to {size} pixels and take the centre",
@@ -61,7 +63,7 @@ class Card:
         try:
             return cls.parse(path.read_text("utf-8"), path)
         except (OSError, UnicodeDecodeError) as exc:
-            raise WeightsError(f"{path}, which names the classes of the model, cannot be read") from exc
+            raise WeightsError(f"{path}, which names the classes of the model, cannot be read", "export again") from exc
 
     @classmethod
     def parse(cls, text: str, source: Path) -> "Card":
@@ -70,7 +72,9 @@ class Card:
             card = json.loads(text)
             return cls(_classes(card), _settings(card["image"]))
         except (ValueError, KeyError, TypeError, RecursionError) as exc:
-            raise WeightsError(f"{source}: its list of classes and image settings is damaged ({exc})") from exc
+            raise WeightsError(
+                f"{source}: its list of classes and image settings is damaged ({exc})", "export again"
+            ) from exc
 
 
 def _classes(card: Mapping[str, Any]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from finetune_cli.errors import DataError, FinetuneError, MissingExtra, WeightsError
 from finetune_cli.exports import card as cards
-from finetune_cli.exports.card import Card
+from finetune_cli.exports.card import EXPORT_IT, Card
 from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, quiet, reason
 from finetune_cli.exports.tf_graph import with_constants
 from finetune_cli.text import shown
@@ -49,7 +49,9 @@ class LiteRt:
             with quiet():
                 converted = self._convert(model, source.card, photos)
         except Exception as exc:  # the converter raises dozens of unrelated types
-            raise FinetuneError(f"the model cannot be converted to LiteRT: {reason(exc)}") from exc
+            raise FinetuneError(
+                f"the model cannot be converted to LiteRT: {reason(exc)}", "choose another --format"
+            ) from exc
         labels = "".join(f"{shown(name)}\n" for name in source.card.classes)
         path = folder / "model.tflite"
         path.write_bytes(converted)
@@ -104,7 +106,7 @@ class OpenedLiteRt:
                 self._interpreter.allocate_tensors()
                 self._run = self._interpreter.get_signature_runner()
         except (ValueError, RuntimeError) as exc:
-            raise WeightsError(f"{path} cannot be loaded as a LiteRT model: {reason(exc)}") from exc
+            raise WeightsError(f"{path} cannot be loaded as a LiteRT model: {reason(exc)}", "export again") from exc
         self._one_at_a_time = threading.Lock()
 
     def probabilities(self, photos: Pixels) -> Floats:
@@ -123,4 +125,6 @@ def _read_card(path: Path) -> Card:
         with zipfile.ZipFile(path) as archive:
             return Card.parse(archive.read(cards.FILE).decode("utf-8"), path)
     except (OSError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as exc:
-        raise WeightsError(f"{path} names no classes: it is damaged, or was not made by finetune export") from exc
+        raise WeightsError(
+            f"{path} names no classes: it is damaged, or was not made by finetune export", EXPORT_IT
+        ) from exc

@@ -12,6 +12,7 @@ from typing import Any
 
 from finetune_cli import files
 from finetune_cli.errors import WeightsError
+from finetune_cli.exports.card import EXPORT_IT
 from finetune_cli.exports.forms import NAMES, Form
 from finetune_cli.runs.run import Run
 
@@ -58,7 +59,7 @@ def read(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text("utf-8"))
         _check(manifest)
     except FileNotFoundError as exc:
-        raise WeightsError(f"{folder} was not made by finetune export: it has no {FILE}") from exc
+        raise WeightsError(f"{folder} was not made by finetune export: it has no {FILE}", EXPORT_IT) from exc
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
         raise WeightsError(f"{path} is damaged: {exc}", "export again") from exc
     return dict(manifest)

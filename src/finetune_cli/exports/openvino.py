@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from finetune_cli.errors import RunError, StorageError, WeightsError
-from finetune_cli.exports.card import KEY, Card
+from finetune_cli.exports.card import EXPORT_IT, KEY, Card
 from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, reason
 from finetune_cli.model.runtimes import OpenVinoRuntime, import_openvino, read_ir
 
@@ -55,9 +55,9 @@ class OpenedOpenVino:
         try:
             model = read_ir(path)
         except RunError as exc:
-            raise WeightsError(exc.problem) from exc
+            raise WeightsError(exc.problem, "export again") from exc
         if not model.has_rt_info(KEY):
-            raise WeightsError(f"{path} names no classes: it was not made by finetune export")
+            raise WeightsError(f"{path} names no classes: it was not made by finetune export", EXPORT_IT)
         card = Card.parse(model.get_rt_info(KEY).astype(str), path)
         self.classes, self.settings = card.classes, card.settings
         self._runtime = OpenVinoRuntime(model, "float32", workers)

@@ -280,7 +280,8 @@ def _check(
     notes: tuple[str, ...] = (),
 ) -> Check:
     if answers.shape != reference.shape:
-        raise GateError(f"{name} answers {answers.shape[1:]} numbers a photo, the run {reference.shape[1:]}")
+        problem = f"{name} answers {answers.shape[1:]} numbers a photo, the run {reference.shape[1:]}"
+        raise GateError(problem, "choose another --format, and report this")
     differences: NDArray[np.float32] = np.abs(answers - reference).max(axis=1)
     ours, theirs = answers.argmax(axis=1), reference.argmax(axis=1)
     lead = reference.max(axis=1) - reference[np.arange(len(ours)), ours]

@@ -34,6 +34,7 @@ __all__ = ["Backbone", "BackboneInfo", "build", "feature_map_tensor", "resolve"]
 # EfficientNetB0 to B7: the published weights expect pixels divided by the root of this once more; Keras adds it only
 # when it loads those weights itself (https://github.com/tensorflow/tensorflow/issues/49930).
 _EFFICIENTNET_STDDEV = (0.229, 0.224, 0.225)
+_PHOTO_TO_VECTOR = "give a model that turns photos (None, height, width, 3) into one vector each"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def build(
     """
     info = resolve(name_or_path)
     if size < info.min_size:
-        raise ConfigError(f"image.size: {info.name} needs at least {info.min_size} pixels, not {size}")
+        raise ConfigError(f"image.size: {info.name} needs at least {info.min_size} pixels, not {size}", "raise it")
     if info.path is not None and info.name != BUNDLED and weights != "imagenet":
         raise ConfigError("model.weights has no effect with a .keras file, which brings its own", "delete the key")
     file = _weight_file(info, weights, size, progress)
@@ -167,14 +168,16 @@ def _base(keras: Any, info: BackboneInfo, size: int, random_weights: bool) -> An
 
 def _require_photo_to_vector(keras: Any, model: Any, path: Path, size: int) -> None:
     if not isinstance(model, keras.Model) or not model.built or len(model.inputs) != 1 or len(model.outputs) != 1:
-        raise WeightsError(f"{path} is not a model of one input and one output")
+        raise WeightsError(f"{path} is not a model of one input and one output", _PHOTO_TO_VECTOR)
     shape, output = tuple(model.inputs[0].shape), tuple(model.outputs[0].shape)
     if len(shape) != 4 or shape[3] != 3:
-        raise WeightsError(f"{path} takes {shape}, not photos (None, height, width, 3)")
+        raise WeightsError(f"{path} takes {shape}, not photos (None, height, width, 3)", _PHOTO_TO_VECTOR)
     if len(output) != 2 or output[1] is None:
         raise WeightsError(f"{path} gives {output}, not one vector per photo", "end it with GlobalAveragePooling2D")
     if shape[1] not in {None, size} or shape[2] not in {None, size}:
-        raise ConfigError(f"image.size is {size}, but {path} takes photos of {shape[1]} x {shape[2]} pixels")
+        raise ConfigError(
+            f"image.size is {size}, but {path} takes photos of {shape[1]} x {shape[2]} pixels", "set it to that"
+        )
 
 
 def _from_pixels(keras: Any, info: BackboneInfo, base: Any, size: int) -> Any:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from finetune_cli.errors import WeightsError
 
+_REMEDY = "fetch or copy the weight file again, from a source that you trust"
 _MAX_ATTRIBUTE_BYTES = 1 << 20  # the layer names of the largest known file take 60 kB
 
 
@@ -30,7 +31,7 @@ def open_file(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as exc:
         # h5py raises any of these for a damaged file, when it is opened or later, when something in it is read.
-        raise WeightsError(f"{path} is damaged or not an HDF5 file: {_line(exc)}") from exc
+        raise WeightsError(f"{path} is damaged or not an HDF5 file: {_line(exc)}", _REMEDY) from exc
 
 
 def has(group: Any, name: str) -> bool:
@@ -49,13 +50,15 @@ def member(group: Any, path: str) -> Any:
 
     for part in path.split("/"):
         if not has(group, part):
-            raise WeightsError(f"{group.file.filename}: {path} is missing")
+            raise WeightsError(f"{group.file.filename}: {path} is missing", _REMEDY)
         link = group.get(part, getlink=True)
         if not isinstance(link, h5py.HardLink):
-            raise WeightsError(f"{group.file.filename}: {path} is a link ({type(link).__name__}); links are refused")
+            raise WeightsError(
+                f"{group.file.filename}: {path} is a link ({type(link).__name__}); links are refused", _REMEDY
+            )
         group = group[part]
     if isinstance(group, h5py.Dataset) and (group.is_virtual or group.external):
-        raise WeightsError(f"{group.file.filename}: {path} takes its data from another file; that is refused")
+        raise WeightsError(f"{group.file.filename}: {path} takes its data from another file; that is refused", _REMEDY)
     return group
 
 
@@ -83,12 +86,12 @@ def array(group: Any, path: str, shape: tuple[int, ...]) -> NDArray[Any]:
     dataset = member(group, path)
     where = f"{group.file.filename}: {path}"
     if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiu":
-        raise WeightsError(f"{where} is not an array of numbers")
+        raise WeightsError(f"{where} is not an array of numbers", _REMEDY)
     if dataset.shape != shape:
-        raise WeightsError(f"{where} has shape {dataset.shape}, expected {shape}")
+        raise WeightsError(f"{where} has shape {dataset.shape}, expected {shape}", _REMEDY)
     values: NDArray[Any] = np.asarray(dataset[()])
     if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise WeightsError(f"{where} contains values that are not finite (NaN or infinity)")
+        raise WeightsError(f"{where} contains values that are not finite (NaN or infinity)", _REMEDY)
     return values
 
 
@@ -97,7 +100,7 @@ def _texts(group: Any, name: str) -> list[str]:
 
     attribute = h5py.h5a.open(group.id, name.encode())
     if attribute.get_space().get_simple_extent_npoints() * attribute.get_type().get_size() > _MAX_ATTRIBUTE_BYTES:
-        raise WeightsError(f"{group.file.filename}: the attribute {name} is too large")
+        raise WeightsError(f"{group.file.filename}: the attribute {name} is too large", _REMEDY)
     return [item.decode("utf-8") if isinstance(item, bytes) else str(item) for item in np.ravel(group.attrs[name])]
 
 

@@ -82,12 +82,12 @@ def check_ir(xml: Path, bin: Path) -> None:  # noqa: A002 - the suffix is its na
         graph.read(xml.read_bytes())
         graph.check_edges()
     except (_RefusedError, expat.ExpatError) as exc:
-        raise RunError(f"{xml} is refused: {exc}", _REMEDY) from exc
+        raise RunError(f"{xml} is refused: {exc}", REMEDY) from exc
     except OSError as exc:
-        raise RunError(f"{xml} cannot be read: {exc.strerror}", _REMEDY) from exc
+        raise RunError(f"{xml} cannot be read: {exc.strerror}", REMEDY) from exc
 
 
-_REMEDY = "restore the run from a copy that you trust, or train again"
+REMEDY = "restore the run from a copy that you trust, or train again"
 
 
 def check_sizes(model: "openvino.Model", xml: Path) -> None:
@@ -112,7 +112,7 @@ def check_sizes(model: "openvino.Model", xml: Path) -> None:
                     raise _RefusedError(f"{operation.get_friendly_name()!r} makes {found} numbers of one photo")
         model.reshape(shape)
     except (_RefusedError, RuntimeError) as exc:
-        raise RunError(f"{xml} is refused: {reason(exc)}", _REMEDY) from exc
+        raise RunError(f"{xml} is refused: {reason(exc)}", REMEDY) from exc
 
 
 def reason(exc: Exception) -> str:

@@ -75,7 +75,9 @@ def load_keras_file(path: Path) -> Any:
     for weight in model.weights:
         values = weight.numpy()
         if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise WeightsError(f"{path}: the weights {weight.path} are not finite (NaN or infinity)")
+            raise WeightsError(
+                f"{path}: the weights {weight.path} are not finite (NaN or infinity)", "train the model again"
+            )
     return model
 
 

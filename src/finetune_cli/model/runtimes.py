@@ -86,7 +86,7 @@ class OpenVinoRuntime:
             preprocess.input().tensor().set_element_type(ov.Type.u8)
             self._compiled = ov.Core().compile_model(preprocess.build(), "CPU", settings)
         except RuntimeError as exc:
-            raise RunError(f"OpenVINO cannot compile the model: {ir.reason(exc)}") from exc
+            raise RunError(f"OpenVINO cannot compile the model: {ir.reason(exc)}", ir.REMEDY) from exc
         self._local = threading.local()
 
     def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -101,7 +101,7 @@ class OpenVinoRuntime:
         try:
             request.infer([photos], share_inputs=True)
         except RuntimeError as exc:
-            raise RunError(f"OpenVINO cannot run the model: {ir.reason(exc)}") from exc
+            raise RunError(f"OpenVINO cannot run the model: {ir.reason(exc)}", ir.REMEDY) from exc
         return [
             np.array(request.get_output_tensor(i).data, dtype=np.float32) for i in range(len(self._compiled.outputs))
         ]
@@ -181,7 +181,9 @@ def convert(model: Any) -> "openvino.Model":
             warnings.filterwarnings("ignore", message="The structure of `inputs` doesn't match")
             converted = convert_model(model)
     except Exception as exc:  # the converter raises dozens of unrelated types
-        raise FinetuneError(f"OpenVINO cannot convert this backbone: {ir.reason(exc)}") from exc
+        raise FinetuneError(
+            f"OpenVINO cannot convert this backbone: {ir.reason(exc)}", "choose another model.backbone"
+        ) from exc
     # Keras and OpenVINO number what has no name through the life of a process; equal models shall give equal files.
     converted.output().get_tensor().set_names({model.layers[-1].name})
     for i, node in enumerate(converted.get_ordered_ops()):
@@ -200,6 +202,6 @@ def read_ir(xml: Path) -> "openvino.Model":
     try:
         model = ov.Core().read_model(xml)
     except RuntimeError as exc:
-        raise RunError(f"{xml} cannot be read as an OpenVINO model: {ir.reason(exc)}") from exc
+        raise RunError(f"{xml} cannot be read as an OpenVINO model: {ir.reason(exc)}", ir.REMEDY) from exc
     ir.check_sizes(model, xml)
     return model

@@ -195,7 +195,7 @@ def _read_folders(root: Path) -> Listing:
     try:
         entries = _entries(root, ignored)
     except OSError as exc:
-        raise DataError(f"{shown(root)} cannot be read: {exc.strerror}") from exc
+        raise DataError(f"{shown(root)} cannot be read: {exc.strerror}", "name a folder that you can read") from exc
     for label, is_folder in entries:
         if not is_folder:
             loose += 1
@@ -266,7 +266,9 @@ def _read_table(path: Path) -> Listing:
                     seen.add(key)
                     listing.photos.append(photo)
     except (OSError, csv.Error) as exc:
-        raise DataError(f"{shown(path)} cannot be read as a table: {shown(exc)}") from exc
+        raise DataError(
+            f"{shown(path)} cannot be read as a table: {shown(exc)}", "see data/README.md for its form"
+        ) from exc
     if problems:
         more = [f"and {len(problems) - _LINES_SHOWN} more"] if len(problems) > _LINES_SHOWN else []
         lines = "\n  ".join(problems[:_LINES_SHOWN] + more)

@@ -61,7 +61,10 @@ def load(run: Run, config: Config) -> Material:
     """
     everything = [row for row in run.split() if row.split == "train"]
     if unknown := {row.label for row in everything} - set(run.classes):
-        raise DataError(f"{run.folder}/split.csv names {min(unknown)!r}, which is no class of the run")
+        raise DataError(
+            f"{run.folder}/split.csv names {min(unknown)!r}, which is no class of the run",
+            "restore the run from a copy",
+        )
     augmenter = preparation.augmenter(config)
     width = int(run.manifest["backbone"]["width"])
     numbers = augmenter.views * width

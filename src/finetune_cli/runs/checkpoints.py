@@ -35,6 +35,7 @@ STATE = "state.json"
 SUMS = "SHA256SUMS"
 _NAME = re.compile(r"epoch-(\d{4,})")
 _KEPT = 2
+_REMEDY = "remove it, to go on from the one before, or train a new run"
 # What NumPy, zipfile and json raise for files with the right hashes that this module did not write.
 _NOT_OURS = (
     ValueError,
@@ -92,11 +93,11 @@ def load(path: Path) -> Checkpoint:
         sums = (path / SUMS).read_bytes()
     except OSError as exc:
         name = Path(exc.filename or path).name
-        raise CheckpointError(f"{path} is damaged: {name} cannot be read: {exc.strerror}") from exc
+        raise CheckpointError(f"{path} is damaged: {name} cannot be read: {exc.strerror}", _REMEDY) from exc
     # The sums are compared as a whole with those that would be written, so that a change in them shows, too.
     if sums != _sums(contents):
         wrong = [line.split()[1] for line in _sums(contents).decode().splitlines() if line.encode() not in sums]
-        raise CheckpointError(f"{path} is damaged: {SUMS} does not match {' and '.join(wrong) or 'its files'}")
+        raise CheckpointError(f"{path} is damaged: {SUMS} does not match {' and '.join(wrong) or 'its files'}", _REMEDY)
     return _unpack(path, contents)
 
 
@@ -160,7 +161,7 @@ def _unpack(path: Path, contents: Mapping[str, bytes]) -> Checkpoint:
         arrays = _read_arrays(contents[ARRAYS], document["arrays"])
         return Checkpoint(document["epoch"], arrays, document["state"], document["best"], path)
     except _NOT_OURS as exc:
-        raise CheckpointError(f"{path} is damaged: {exc}") from exc
+        raise CheckpointError(f"{path} is damaged: {exc}", _REMEDY) from exc
 
 
 def _read_arrays(data: bytes, names: list[str]) -> dict[str, NDArray[Any]]:

@@ -129,7 +129,10 @@ def photos_of_run(run: Run, root: Path | None, workers: int, advance: Advance, p
     samples, bad = [], []
     for row in rows:
         if row.label not in label:
-            raise RunError(f"{run.folder}/split.csv names {row.label!r}, which is no class of the run", "restore the run from a copy")
+            raise RunError(
+                f"{run.folder}/split.csv names {row.label!r}, which is no class of the run",
+                "restore the run from a copy",
+            )
         path = folder / row.path if places is None else places.get(row.digest)
         if path is None or not path.is_file():
             bad.append(BadPhoto(folder / row.path, row.path, f"not found under {folder}"))

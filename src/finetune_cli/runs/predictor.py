@@ -74,7 +74,8 @@ class InsightfulPredictor:
         model = _model(run)
         end = activation.read_end(model, run.temperature)
         if end.kernel.shape[1] != len(run.classes):
-            raise RunError(f"{run.folder}: the model has {end.kernel.shape[1]} outputs for {len(run.classes)} classes")
+            problem = f"{run.folder}: the model has {end.kernel.shape[1]} outputs for {len(run.classes)} classes"
+            raise RunError(problem, "restore the run from a copy, or train again")
         model.add_outputs([output for output in (end.features, end.feature_map) if output is not None])
         self.classes = run.classes
         self.settings = run.image_settings

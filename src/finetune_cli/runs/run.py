@@ -97,7 +97,7 @@ class Run:
         path = self.folder / name
         expected = self.manifest["files"].get(name)
         if expected is None:
-            raise RunError(f"{self.folder} lists no file {name}")
+            raise RunError(f"{self.folder} lists no file {name}", _REMEDY)
         try:
             actual = files.sha256(path)
         except OSError as exc:
@@ -208,7 +208,9 @@ def find_unfinished(directory: Path) -> Path:
     """The newest run under `directory` that was begun and not finished. Raises `RunError` when there is none."""
     found = [path.parent for path in directory.glob("*/split.csv") if not (path.parent / MANIFEST).exists()]
     if not found:
-        raise RunError(f"there is no unfinished run under {directory}")
+        raise RunError(
+            f"there is no unfinished run under {directory}", "name the run directory: finetune train --resume RUN"
+        )
     return max(found, key=lambda folder: ((folder / "split.csv").stat().st_mtime_ns, folder.name))
 
 
@@ -236,4 +238,4 @@ def read_split(path: Path) -> list[SplitRow]:
             rows = read_csv(path, _SPLIT_HEADER[:-1])  # written before groups were kept
         return [SplitRow(*row) for row in rows]
     except (OSError, ValueError, csv.Error) as exc:
-        raise RunError(f"{path} is damaged: {exc}") from exc
+        raise RunError(f"{path} is damaged: {exc}", _REMEDY) from exc

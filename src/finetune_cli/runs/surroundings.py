@@ -19,6 +19,7 @@ from finetune_cli.errors import RunError
 from finetune_cli.parallel import cores
 
 FILE = "environment.json"
+_REMEDY = "restore the run from a copy, or train again"
 _PACKAGES = (
     "finetune-cli",
     "tensorflow",
@@ -80,9 +81,9 @@ def read_environment(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as exc:
-        raise RunError(f"{path} is damaged: {exc}") from exc
+        raise RunError(f"{path} is damaged: {exc}", _REMEDY) from exc
     if not isinstance(found, dict):
-        raise RunError(f"{path} is damaged: it holds no facts")
+        raise RunError(f"{path} is damaged: it holds no facts", _REMEDY)
     return found
 
 
