@@ -85,10 +85,11 @@ def export(run: Run, request: Request, observer: Observer) -> Result:
 
 def make_forms(request: Request) -> list[Form]:
     """The forms of `request`, each once. Raises `UsageError` for an unknown one and for a stray option."""
-    names = list(dict.fromkeys(request.names))
-    for name in names:
+    for name in request.names:
         if name not in forms.NAMES:
             raise UsageError(f"unknown format {name!r}", f"known are {', '.join(forms.NAMES)}")
+    # One order, because TensorFlow numbers functions through the life of a process, and writes the numbers.
+    names = [name for name in forms.NAMES if name in request.names]
     for option, value, form in (
         ("--version", request.version, "savedmodel"),
         ("--quantize", request.quantize, "litert"),
@@ -97,7 +98,7 @@ def make_forms(request: Request) -> list[Form]:
         if value is not None and form not in names:
             raise UsageError(f"{option} belongs to the format {form}", f"add --format {form}, or drop {option}")
     if request.version is not None and request.version < 1:
-        raise UsageError(f"--version {request.version} is not a positive number")
+        raise UsageError(f"--version {request.version} is not a positive number", "choose 1 or more")
     for name in names:
         forms.require(forms.form_class(name))
     return [_make(name, request) for name in names]

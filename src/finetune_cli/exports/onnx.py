@@ -6,12 +6,12 @@ file's metadata.
 
 import os
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
 from finetune_cli.errors import FinetuneError, MissingExtra, WeightsError
-from finetune_cli.exports.card import KEY, Card
+from finetune_cli.exports.card import EXPORT_IT, KEY, Card
 from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, quiet, reason
 from finetune_cli.exports.tf_graph import with_constants
 
@@ -40,16 +40,47 @@ class Onnx:
             try:
                 function = with_constants(model, card.settings.size, photos=None)
                 converted, _ = tf2onnx.convert.from_function(function, function.input_signature, opset=_OPSET)
+                _number(converted.graph)
                 onnx.helper.set_model_props(converted, {KEY: card.text()})
                 onnx.checker.check_model(converted)
             except Exception as exc:  # the converter raises dozens of unrelated types
-                raise FinetuneError(f"tf2onnx cannot convert this model: {reason(exc)}") from exc
+                raise FinetuneError(
+                    f"tf2onnx cannot convert this model: {reason(exc)}", "choose another --format"
+                ) from exc
         (folder / "model.onnx").write_bytes(converted.SerializeToString())
 
     @staticmethod
     def open(path: Path, workers: int) -> Opened:  # noqa: ARG004 - ONNX Runtime shares out its work by itself
         """The model in the file `path`. Raises `WeightsError` when ONNX Runtime cannot load it."""
         return OpenedOnnx(path)
+
+
+def _number(graph: Any) -> None:
+    """Name nodes, tensors and constants by their places, so that equal models give equal files.
+
+    tf2onnx counts through the life of a process, and orders constants by the hashes of their names.
+    """
+    if any(attribute.HasField("g") or attribute.graphs for node in graph.node for attribute in node.attribute):
+        return  # graphs inside nodes see the names outside; none of Keras's classifiers has one
+    graph.doc_string = ""
+    del graph.value_info[:]  # shapes that ONNX infers again
+    ends = (*graph.input, *graph.output)
+    for value in ends:
+        value.type.tensor_type.shape.dim[0].dim_param = "N"
+    names = {value.name: value.name for value in ends}
+    constants = {constant.name: constant for constant in graph.initializer}
+    used = [name for node in graph.node for name in node.input if name in constants]
+    names |= {name: f"constant_{i}" for i, name in enumerate(dict.fromkeys(used))}
+    for i, node in enumerate(graph.node):
+        node.name, node.doc_string = f"{node.op_type}_{i}", ""
+        names |= {name: f"{node.name}_{j}" for j, name in enumerate(node.output) if name and name not in names}
+        node.input[:] = [names[name] if name else "" for name in node.input]
+        node.output[:] = [names[name] if name else "" for name in node.output]
+    ordered = [constants[name] for name in dict.fromkeys(used)]
+    for constant in ordered:
+        constant.name = names[constant.name]
+    del graph.initializer[:]
+    graph.initializer.extend(ordered)
 
 
 class OpenedOnnx:
@@ -65,10 +96,10 @@ class OpenedOnnx:
         try:
             self._session = onnxruntime.InferenceSession(os.fspath(path), options, ["CPUExecutionProvider"])
         except Exception as exc:  # ONNX Runtime's errors have no common base
-            raise WeightsError(f"{path} cannot be loaded as an ONNX model: {reason(exc)}") from exc
+            raise WeightsError(f"{path} cannot be loaded as an ONNX model: {reason(exc)}", "export again") from exc
         text = self._session.get_modelmeta().custom_metadata_map.get(KEY)
         if text is None:
-            raise WeightsError(f"{path} names no classes: it was not made by finetune export")
+            raise WeightsError(f"{path} names no classes: it was not made by finetune export", EXPORT_IT)
         card = Card.parse(text, path)
         self.classes, self.settings = card.classes, card.settings
 

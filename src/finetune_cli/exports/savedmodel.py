@@ -8,6 +8,7 @@ Each answers `probabilities` float32 (N, C), `label` string (N,), and `class_nam
 are inside (`tf_photos.py`), so the folder works wherever TensorFlow does, without this package.
 """
 
+import uuid
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,11 +45,22 @@ class SavedModel:
         except tf.errors.OpError as exc:  # TensorFlow's own file system reports its faults like this
             problem = f"TensorFlow cannot write the model: {reason(exc).rpartition('; ')[2]}"
             raise StorageError(problem, "free some space and run the same command again") from exc
+        _number(folder / "fingerprint.pb")
 
     @staticmethod
     def open(path: Path, workers: int) -> Opened:  # noqa: ARG004 - TensorFlow shares out its work by itself
         """The SavedModel in the folder `path`. Raises `WeightsError` when TensorFlow cannot load it."""
         return OpenedSavedModel(path)
+
+
+def _number(path: Path) -> None:
+    """Put a UUID made of the file's hashes in place of the random one, so that equal models give equal files."""
+    from tensorflow.core.protobuf import fingerprint_pb2
+
+    fingerprint = fingerprint_pb2.FingerprintDef.FromString(path.read_bytes())
+    fingerprint.uuid = ""
+    fingerprint.uuid = str(uuid.uuid5(uuid.NAMESPACE_OID, fingerprint.SerializeToString(deterministic=True).hex()).int)
+    path.write_bytes(fingerprint.SerializeToString(deterministic=True))
 
 
 def _functions(tf: Any, model: Any, card: Card) -> dict[str, Any]:
@@ -95,7 +107,7 @@ class OpenedSavedModel:
                 self._model = tf.saved_model.load(str(folder))
             self._signatures = {name: self._model.signatures[name] for name in SIGNATURES}
         except (OSError, KeyError, ValueError, tf.errors.OpError) as exc:
-            raise WeightsError(f"{folder} cannot be loaded as a SavedModel: {reason(exc)}") from exc
+            raise WeightsError(f"{folder} cannot be loaded as a SavedModel: {reason(exc)}", "export again") from exc
 
     def probabilities(self, photos: Pixels) -> Floats:
         """``uint8 (n, h, w, 3)`` RGB -> ``float32 (n, C)``."""
