@@ -179,6 +179,17 @@ def test_a_bug_is_told_in_a_line(monkeypatch, tmp_path):
     assert "Traceback" in run("sample", tmp_path / "x", "--debug").output
 
 
+def test_want_of_memory_is_told_in_two_lines(monkeypatch, tmp_path):
+    def hungry(*_args):
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr("finetune_cli.photos.sample.draw", hungry)
+    answer = run("sample", tmp_path / "x")
+    assert answer.exit_code == 1
+    assert answer.stderr.splitlines()[0] == "error: out of memory: Unable to allocate 9 TiB"
+    assert "Traceback" in run("sample", tmp_path / "x", "--debug").output
+
+
 def test_a_bare_except_cannot_swallow_a_signal():
     script = """
 import os, signal, sys, time

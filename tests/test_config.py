@@ -103,6 +103,15 @@ def test_overrides_are_relative_to_the_current_folder(tmp_path, monkeypatch):
     assert loaded.training.seed == 3
 
 
+def test_a_whole_section_on_the_command_line_is_relative_to_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    path = write(tmp_path / "elsewhere", "data: {train: a}")
+    monkeypatch.chdir(tmp_path)
+    loaded = config.load(path, ["data={train: b, val: c}"])
+    assert (loaded.data.train, loaded.data.val) == (tmp_path / "b", tmp_path / "c")
+    assert "command line: `data.trian` is unknown" in problem(tmp_path, "data: {train: a}", "data={train: b, trian: c}")
+
+
 def test_wrong_overrides_name_the_command_line(tmp_path):
     text = problem(tmp_path, "data: {train: photos}", "training.lr=3", "nonsense", "image.size=huge")
     assert "command line: `training.lr` is not a key here" in text

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 
-from finetune_cli.errors import RunError, UsageError
+from finetune_cli.errors import FinetuneError, RunError, UsageError
 from finetune_cli.model import runtimes
 from finetune_cli.model.keras_setup import import_keras
 
@@ -44,6 +44,15 @@ def test_bits_do_not_depend_on_batch_threads_or_mode(model, photos):
     for batch in (1, 4, 8):
         for settings in ({"workers": 1}, {"workers": 2}, {"workers": 1, "latency": True}):
             np.testing.assert_array_equal(features(batch, **settings), expected)
+
+
+def test_a_model_with_a_loop_is_refused_before_the_feature_pass():
+    keras = import_keras()
+    pixels = keras.Input((8, 8, 3))
+    rows = keras.layers.Reshape((8, 24))(pixels)
+    recurrent = keras.Model(pixels, keras.layers.GRU(4)(rows))
+    with pytest.raises(FinetuneError, match="no plain feed-forward network: it needs .*(Loop|TensorIterator)"):
+        runtimes.convert(recurrent)
 
 
 def test_answers_are_copies(model, photos):

@@ -167,7 +167,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     absolute = _resolve_paths(values, path.parent if path is not None else Path(), overridden)
 
     def place(keys: yamlfile.Keys) -> str:
-        if ".".join(map(str, keys[:2])) in overridden:
+        if overridden & {str(keys[0]), ".".join(map(str, keys[:2]))}:
             return "command line"
         for end in range(len(keys), 0, -1):
             if keys[:end] in document.lines:
@@ -249,7 +249,7 @@ def _resolve_paths(values: dict[str, Any], base: Path, overridden: frozenset[str
         typed = Path(values[section][key]).expanduser()
         if typed.is_absolute() and (section, key) != ("output", "directory"):
             absolute.add(f"{section}.{key}")
-        folder = Path() if f"{section}.{key}" in overridden else base
+        folder = Path() if overridden & {section, f"{section}.{key}"} else base
         values[section][key] = os.path.abspath(folder / typed)  # noqa: PTH100 - unlike resolve() it keeps links, which people mean
     return frozenset(absolute)
 

@@ -90,6 +90,13 @@ def check_ir(xml: Path, bin: Path) -> None:  # noqa: A002 - the suffix is its na
 REMEDY = "restore the run from a copy that you trust, or train again"
 
 
+def foreign_operations(model: "openvino.Model") -> list[str]:
+    """The kinds of operations in `model` that `check_ir` would refuse."""
+    # In memory, OpenVINO spells some names otherwise than in files.
+    known = {name.lower() for name in OPERATIONS} | {"constant"}
+    return sorted({kind for node in model.get_ops() if (kind := node.get_type_name()).lower() not in known})
+
+
 def check_sizes(model: "openvino.Model", xml: Path) -> None:
     """Refuse a model in which one photo becomes a tensor of unknown size or of more than `MAX_TENSOR_BYTES`.
 

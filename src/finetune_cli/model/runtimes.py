@@ -170,7 +170,10 @@ def training_precision(device: str, wanted: str) -> Precision:
 
 
 def convert(model: Any) -> "openvino.Model":
-    """The OpenVINO form of a Keras model, in float32. Raises `FinetuneError` when OpenVINO lacks an operation."""
+    """The OpenVINO form of a Keras model, in float32.
+
+    Raises `FinetuneError` when OpenVINO lacks an operation, or when the result is nothing that `read_ir` would read.
+    """
     ov = import_openvino()
     from openvino.tools.ovc import convert_model
 
@@ -184,6 +187,11 @@ def convert(model: Any) -> "openvino.Model":
         raise FinetuneError(
             f"OpenVINO cannot convert this backbone: {ir.reason(exc)}", "choose another model.backbone"
         ) from exc
+    if foreign := ir.foreign_operations(converted):
+        raise FinetuneError(
+            f"this backbone is no plain feed-forward network: it needs {', '.join(foreign)}",
+            "choose another model.backbone, without loops, branches or random numbers",
+        )
     # Keras and OpenVINO number what has no name through the life of a process; equal models shall give equal files.
     converted.output().get_tensor().set_names({model.layers[-1].name})
     for i, node in enumerate(converted.get_ordered_ops()):
