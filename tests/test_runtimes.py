@@ -51,7 +51,7 @@ def test_a_model_with_a_loop_is_refused_before_the_feature_pass():
     pixels = keras.Input((8, 8, 3))
     rows = keras.layers.Reshape((8, 24))(pixels)
     recurrent = keras.Model(pixels, keras.layers.GRU(4)(rows))
-    with pytest.raises(FinetuneError, match="no plain feed-forward network: it needs .*(Loop|TensorIterator)"):
+    with pytest.raises(FinetuneError, match=r"no plain feed-forward network: it needs .*(Loop|TensorIterator)"):
         runtimes.convert(recurrent)
 
 
