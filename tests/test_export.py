@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -682,6 +683,57 @@ def test_a_target_that_cannot_be_written(tiny_run):
     assert answer.exit_code == 1
     assert answer.stderr.count("error:") == 1
     assert "Traceback" not in answer.output
+
+
+AS_NOBODY = """
+import os, sys
+from finetune_cli import cli, config, console, render
+from finetune_cli.commands import export  # what is imported late is imported now: root may own Python's files
+import rich.text
+if os.geteuid() == 0:
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+cli.app(["export", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_folder_that_may_not_be_written_is_told_before_the_work(exists, tiny_run):
+    """An empty folder that may be written, in one that may not: a folder beside it cannot take its place."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # pytest's own folders are private
+        folder = Path(name)
+        folder.chmod(0o755)
+        shutil.copytree(tiny_run.run.folder, folder / "run")
+        locked = folder / "locked"
+        locked.mkdir()
+        if exists:
+            (locked / "out").mkdir()
+            (locked / "out").chmod(0o777)
+        locked.chmod(0o555)
+        answer = subprocess.run(
+            [sys.executable, "-c", AS_NOBODY, "--run", "run", "--format", "openvino", "--output", "locked/out"],
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(TESTS.parent / "src")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        locked.chmod(0o755)
+        assert answer.returncode == 1, answer.stderr
+        assert f"no permission to write {locked}\n" in answer.stderr
+        assert "validation photos" not in answer.stderr
+
+
+def test_a_mounted_folder_gets_folders_in_it(tiny_run, tmp_path, monkeypatch):
+    """A volume that is mounted for a server: a version is made in it, and the folder itself is never moved."""
+    (tmp_path / "volume").mkdir()
+    before = (tmp_path / "volume").stat().st_ino
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "volume")
+    with pytest.raises(StorageError, match="mounted by itself"):
+        export(tiny_run.run, Request(("openvino",), tmp_path / "volume"), Silent())
+    export(tiny_run.run, Request(("openvino", "keras"), tmp_path / "volume"), Silent())
+    assert {path.name for path in (tmp_path / "volume").iterdir()} == {"openvino", "keras"}
+    assert (tmp_path / "volume").stat().st_ino == before
 
 
 def test_the_table_on_the_screen(tiny_run, tmp_path):

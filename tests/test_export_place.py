@@ -204,6 +204,14 @@ def test_force_replaces_an_export_and_nothing_else(tmp_path):
     assert content(tmp_path) == {"out/x": b"x"}
 
 
+def test_a_disk_that_is_mounted_at_the_target_is_no_target(tmp_path, monkeypatch):
+    (tmp_path / "disk").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "disk")
+    with pytest.raises(StorageError, match="mounted by itself"):
+        place.check_replaceable(tmp_path / "disk")
+    place.check_replaceable(tmp_path / "disk" / "1")
+
+
 def test_files_that_appear_meanwhile_are_kept(tmp_path):
     def appear(_folder):
         (tmp_path / "out").mkdir()

@@ -114,14 +114,18 @@ def _make(name: str, request: Request) -> Form:
 
 def _check_targets(run: Run, request: Request, inner: dict[str, Path]) -> None:
     """Find out before the work whether the results can be written."""
-    if place.is_empty(request.output):
-        place.check(request.output, request.force)
-    else:
-        for path in inner.values():
-            place.check(request.output / path, request.force)
-    files.check_writable(request.output)
+    for target in _targets(request, inner):
+        place.check(target, request.force)
+        place.check_replaceable(target)
     model = run.file("model.keras").stat().st_size
     files.free_space_check(request.output, len(inner) * (model + _EXTRA_BYTES))
+
+
+def _targets(request: Request, inner: dict[str, Path]) -> list[Path]:
+    """The folders that are moved into place: a new one with all forms in it, or one for each form in an old one."""
+    if not request.output.exists():
+        return [request.output]
+    return [request.output / path for path in inner.values()]
 
 
 def _tell(replay: Replay, observer: Observer) -> None:
@@ -139,7 +143,7 @@ def _tell(replay: Replay, observer: Observer) -> None:
 
 def _open_targets(stack: contextlib.ExitStack, request: Request, inner: dict[str, Path]) -> dict[str, Path]:
     """Form -> the temporary folder to write it to; all take their places when `stack` closes without an error."""
-    if place.is_empty(request.output):
+    if not request.output.exists():
         root = stack.enter_context(place.placed(request.output, request.force))
         folders = {name: root / path for name, path in inner.items()}
         for folder in folders.values():

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from finetune_cli import files
-from finetune_cli.errors import UsageError
+from finetune_cli.errors import StorageError, UsageError
 from finetune_cli.exports import manifest
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
@@ -62,6 +62,14 @@ def check(target: Path, force: bool) -> None:
         raise UsageError(f"{target} is not empty", "choose another --output, or replace the export there with --force")
     if not manifest.is_export(target):
         raise UsageError(f"{target} holds files that are no export; they are not replaced", "choose another --output")
+
+
+def check_replaceable(target: Path) -> None:
+    """Raise `StorageError` unless a folder that was built beside `target` can take its place."""
+    target = Path(os.path.realpath(target))
+    if target.is_mount():
+        raise StorageError(f"cannot replace {target}: it is mounted by itself", "name a folder in it with --output")
+    files.check_writable(target.parent)
 
 
 def is_empty(folder: Path) -> bool:
