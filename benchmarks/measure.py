@@ -3,8 +3,8 @@
     python benchmarks/measure.py PHOTOS [part ...]
 
 PHOTOS is a folder with `hymenoptera/{train,val}` and `scenes/{train,test}` (see data/README.md for where such sets
-are). Parts: predict, extraction, views, textbook, again, growth, memory; all of them without a name. The machine
-should have nothing else to do; compare ratios, not seconds, between machines.
+are). Parts: predict, quickstart, extraction, views, textbook, textbook_resnet50, again, growth, memory; all of them
+without a name. The machine should have nothing else to do; compare ratios, not seconds, between machines.
 """
 
 import json
@@ -33,14 +33,14 @@ def say(*cells: object) -> None:
     print(" | ".join(str(cell) for cell in cells), flush=True)
 
 
-def seconds(command: list[str], times: int = 1, **options: object) -> tuple[float, str]:
-    """Median wall-clock seconds of `command`, and what it printed last."""
+def seconds(command: list[str], times: int = 1, code: int = 0, **options: object) -> tuple[float, str]:
+    """Median wall-clock seconds of `command`, which must exit with `code`, and what it printed last."""
     taken = []
     for _ in range(times):
         started = time.perf_counter()
         answer = subprocess.run(command, capture_output=True, text=True, check=False, **options)
         taken.append(time.perf_counter() - started)
-        if answer.returncode:
+        if answer.returncode != code:
             sys.exit(f"{command} failed:\n{answer.stdout}{answer.stderr}")
     return statistics.median(taken), answer.stdout
 
@@ -78,7 +78,31 @@ def predict(photos: Path, folder: Path) -> None:
         ours, _ = seconds([*FINETUNE, "predict", str(photo), "--run", str(run)], 7)
         keras, _ = seconds([sys.executable, str(HERE / "keras_predict.py"), str(run / "model.keras"), str(photo)], 3)
         say("predict, cold", backbone, f"{ours:.2f} s", f"Keras script {keras:.2f} s", f"{keras / ours:.1f} x")
+        heatmap = ["--output", str(folder / "heatmap.png")]
+        explained, _ = seconds([*FINETUNE, "explain", str(photo), "--run", str(run), *heatmap], 7)
+        say("explain, cold", backbone, f"{explained:.2f} s")
     say("--help", f"{seconds([*FINETUNE, '--help'], 7)[0]:.2f} s")
+    config = folder / "wrong.yaml"
+    config.write_text("data: {train: photos, valsplit: 0.2}\ntraining: {lr: 1}\n")
+    say("a wrong config", f"{seconds([*FINETUNE, 'train', str(config)], 7, code=2)[0]:.2f} s")
+
+
+def quickstart(photos: Path, folder: Path) -> None:  # noqa: ARG001
+    """What `make quickstart` does after installing."""
+    drawing, _ = seconds([*FINETUNE, "sample", str(folder / "quickstart-photos")])
+    (folder / "configs").mkdir()
+    config = folder / "configs" / "quickstart.yaml"
+    config.write_text((HERE.parent / "configs" / "quickstart.yaml").read_text())
+    training, _ = seconds([*FINETUNE, "train", str(config), f"runtime.cache_dir={folder}/cache"], cwd=folder)
+    photo = next((folder / "quickstart-photos" / "city").glob("*.jpg"))
+    predicting, _ = seconds([*FINETUNE, "predict", str(photo)], cwd=folder)
+    say(
+        "quickstart",
+        f"drawing {drawing:.1f} s",
+        f"training {training:.1f} s",
+        f"predicting {predicting:.1f} s",
+        f"together {drawing + training + predicting:.1f} s",
+    )
 
 
 def extraction(photos: Path, folder: Path) -> None:
@@ -209,6 +233,20 @@ def textbook(photos: Path, folder: Path) -> None:
         )
 
 
+def textbook_resnet50(photos: Path, folder: Path) -> None:
+    """The same race with ResNet50, whose weights are random here: only the seconds mean something."""
+    data = lite0(photos, folder, "hymenoptera")
+    ours, _ = train(folder, "resnet50", [*data, "model.backbone=resnet50", "model.weights=null"], *AUGMENTATION)
+    folders = [str(photos / "hymenoptera" / name) for name in ("train", TEST["hymenoptera"])]
+    theirs, printed = seconds([sys.executable, str(HERE / "textbook.py"), "resnet50", *folders])
+    say(
+        "training, ResNet50",
+        f"{ours:.1f} s",
+        f"textbook {theirs:.1f} s ({printed.splitlines()[-1]})",
+        f"{theirs / ours:.1f} x",
+    )
+
+
 def again(photos: Path, folder: Path) -> None:
     """A second run with another learning rate: no backbone pass."""
     for name, rate in (("again-1", 0.001), ("again-2", 0.003)):
@@ -280,7 +318,10 @@ def fit_synthetic(folder: Path, solver: str) -> None:
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 
-PARTS = {part.__name__: part for part in (predict, extraction, views, textbook, again, growth, memory)}
+PARTS = {
+    part.__name__: part
+    for part in (predict, quickstart, extraction, views, textbook, textbook_resnet50, again, growth, memory)
+}
 
 
 def main() -> None:
