@@ -1,6 +1,7 @@
 """The command line: exit codes, formats, errors of one line, nothing sent to the terminal that a name hides."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -76,8 +77,26 @@ def test_no_run_yet(tmp_path, monkeypatch):
     answer = run("predict", "x.jpg")
     assert answer.exit_code == 1
     assert "finetune train" in answer.stderr
-    assert run("train", "--resume").exit_code == 1
-    assert run("train", "--resume", "nowhere").exit_code == 2
+    answer = run("train", "--resume")
+    assert answer.exit_code == 1
+    assert "no unfinished run in runs\n" in answer.stderr
+    assert "finetune train --resume DIR" in answer.stderr
+    (tmp_path / "config.yaml").write_text("data: {train: x}")
+    for name in ("nowhere", "config.yaml"):
+        answer = run("train", "--resume", name)
+        assert answer.exit_code == 2
+        assert f"{name} is no run directory" in answer.stderr
+
+
+def test_resume_finds_the_newest_in_a_named_folder(tmp_path):
+    for i, name in enumerate(("new", "old", "done")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("data: {train: x}")
+        (tmp_path / name / "split.csv").write_text("")
+        os.utime(tmp_path / name / "split.csv", (9 - i, 9 - i))
+    (tmp_path / "done" / "run.json").write_text("{}")
+    assert f"resuming {tmp_path / 'new'}\n" in run("train", "--resume", tmp_path).stderr
+    assert f"resuming {tmp_path / 'old'}\n" in run("train", "--resume", tmp_path / "old").stderr
 
 
 def test_resume_refuses_other_settings(tmp_path):

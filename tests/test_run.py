@@ -71,7 +71,7 @@ def test_nothing_to_find(tmp_path):
     with pytest.raises(RunError, match="no finished run") as caught:
         run.find(tmp_path)
     assert "finetune train" in caught.value.remedy
-    with pytest.raises(RunError, match="no unfinished run"):
+    with pytest.raises(RunError, match="no unfinished run in"):
         run.find_unfinished(tmp_path)
 
 

@@ -70,7 +70,7 @@ def train(
     overrides: OverridesArgument = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with an unfinished run: the one named instead of CONFIG, or the newest."),
+        typer.Option("--resume", help="Go on with the run named in place of CONFIG, or the newest unfinished in runs/."),
     ] = False,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="The run's name.", show_default=False)] = None,
     quiet: QuietOption = False,
@@ -101,9 +101,10 @@ def _resume(console: "Console", run_folder: str | None, overrides: list[str] | N
 
     if run_folder is not None and "=" in run_folder and not Path(run_folder).exists():
         overrides, run_folder = [run_folder, *(overrides or [])], None
-    folder = Path(run_folder) if run_folder else run.find_unfinished(Path("runs"))
-    if not (folder / "config.yaml").is_file():
-        raise UsageError(f"{folder} is not a run: it has no config.yaml", "name the run directory after --resume")
+    named = Path(run_folder or "runs")
+    if run_folder and not named.is_dir():
+        raise UsageError(f"{named} is no run directory", "name it, or the folder that it is in: --resume runs/x")
+    folder = named if (named / "config.yaml").is_file() else run.find_unfinished(named)
     allowed = ("training.epochs=", "training.early_stopping_patience=", "runtime.", "data.")
     for override in overrides or ():
         if not override.startswith(allowed):
@@ -252,7 +253,11 @@ def export(
     run: RunOption = None,
     format: Annotated[  # noqa: A002
         list[ExportFormat] | None,
-        typer.Option(help="May be given several times. [default: savedmodel]", show_default=False),
+        typer.Option(
+            help="May be given several times. A SavedModel is a program: people must trust who made it. "
+            "[default: savedmodel]",
+            show_default=False,
+        ),
     ] = None,
     version: Annotated[
         int | None, typer.Option(metavar="N", help="savedmodel: the version, DIR/N. [default: the next free number]")

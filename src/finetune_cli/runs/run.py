@@ -205,11 +205,13 @@ def find(directory: Path) -> Path:
 
 
 def find_unfinished(directory: Path) -> Path:
-    """The newest run under `directory` that was begun and not finished. Raises `RunError` when there is none."""
+    """The newest run in `directory` that was begun and not finished. Raises `RunError` when there is none."""
     found = [path.parent for path in directory.glob("*/split.csv") if not (path.parent / MANIFEST).exists()]
     if not found:
         raise RunError(
-            f"there is no unfinished run under {directory}", "name the run directory: finetune train --resume RUN"
+            f"there is no unfinished run in {directory}",
+            "name it, or the folder that it is in: finetune train --resume DIR; what was interrupted before it had a run "
+            "directory goes on with the command that began it",
         )
     return max(found, key=lambda folder: ((folder / "split.csv").stat().st_mtime_ns, folder.name))
 
