@@ -70,7 +70,7 @@ def train(
     overrides: OverridesArgument = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on with the run named in place of CONFIG, or the newest unfinished in runs/."),
+        typer.Option("--resume", help="Go on with a run, named in place of CONFIG, or the newest unfinished in runs/."),
     ] = False,
     name: Annotated[str | None, typer.Option(metavar="NAME", help="The run's name.", show_default=False)] = None,
     quiet: QuietOption = False,
