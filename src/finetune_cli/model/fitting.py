@@ -103,9 +103,9 @@ def chosen_l2(config: Config, train: Features, classes: Sequence[str], observer:
     if training.l2 != "auto":
         return training.l2
     rows = _rows(config, train, classes)
-    with observer.stage("l2 by cross-validation", None, "fits"):
+    with observer.stage("l2 by cross-validation", None, "fits") as advance:
         calibrated = config.calibration == "temperature"
-        return choose_l2(*rows, len(classes), training.label_smoothing, training.seed, calibrated)[0]
+        return choose_l2(*rows, len(classes), training.label_smoothing, training.seed, calibrated, advance)[0]
 
 
 def _rows(

@@ -112,6 +112,7 @@ def choose_l2(
     label_smoothing: float = 0.0,
     seed: int = 0,
     calibrated: bool = True,
+    progress: Callable[[int], None] = lambda _n: None,
 ) -> tuple[float, list[tuple[float, float]]]:
     """The `l2` with the least log loss in 5-fold cross-validation, and all (l2, log loss) tried, weakest first.
 
@@ -120,7 +121,7 @@ def choose_l2(
     values are half a decade apart; they go from strong to weak, each fit starting from the one before, until two in a
     row gain less than `_GAIN`, and then to stronger ones if the first was the best. Of more than `CV_ROWS` rows a part
     is taken, whole groups and all classes evenly, and the answer is scaled down in proportion, so that `l2` times the
-    number of rows, the strength of the prior, is what was validated.
+    number of rows, the strength of the prior, is what was validated. `progress` is told of every fit.
     """
     part = group_folds(labels, groups, math.ceil(len(labels) / CV_ROWS), seed) == 0
     x, y, w, g = features[part], labels[part], weights[part], groups[part]
@@ -131,7 +132,7 @@ def choose_l2(
         validation = _CrossValidation(x, y, w, _validation_folds(y, g, seed), n_classes, label_smoothing)
         for exponents in (range(first, first - 14, -1), range(first + 1, first + 9)):
             for exponent in exponents if best == first else ():
-                tried[exponent] = validation.log_loss(10.0 ** (exponent / 2), calibrated)
+                tried[exponent] = validation.log_loss(10.0 ** (exponent / 2), calibrated, progress)
                 if tried[exponent] < tried[best] * (1 - _GAIN):
                     best = exponent
                 elif abs(exponent - best) >= 2:
@@ -174,16 +175,20 @@ class _CrossValidation:
         ]
         self.heads: list[Head | None] = [None] * len(self.problems)
 
-    def log_loss(self, l2: float, calibrated: bool) -> float:
-        """The weighted mean log loss of the held-out rows; 0 if there are none."""
+    def log_loss(self, l2: float, calibrated: bool, progress: Callable[[int], None]) -> float:
+        """The weighted mean log loss of the held-out rows; 0 if there are none. The folds are fitted side by side."""
         rows = np.concatenate([np.flatnonzero(rows) for rows in self.held_out] or [np.zeros(0, np.intp)])
         if not len(rows):
             return 0.0
+
+        def fit(k: int) -> Head:
+            return self.problems[k].minimise(l2, self.heads[k], lambda _n: None, tolerance=1e-5)
+
         logits = []
-        for k, (problem, own) in enumerate(zip(self.problems, self.held_out, strict=True)):
-            head = problem.minimise(l2, self.heads[k], lambda _n: None, tolerance=1e-5)
+        for k, head in enumerate(ordered_map(fit, range(len(self.problems)), cores())):
             self.heads[k] = head
-            logits.append(head.logits(self.features[own]))
+            logits.append(head.logits(self.features[self.held_out[k]]))
+            progress(1)
         z, y, w = np.concatenate(logits), self.labels[rows], self.weights[rows]
         p = softmax(z, fit_temperature(z, y, w) if calibrated else 1.0)
         return float(w @ -np.log(np.maximum(p[np.arange(len(y)), y], 1e-15)) / w.sum())
