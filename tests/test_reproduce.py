@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,55 @@ def test_differences_name_what_came_and_what_went():
         Difference("gone", "True", ""),
         Difference("come", "", "x"),
     ]
+
+
+def test_all_that_is_depended_on_is_recorded():
+    found = surroundings.packages()
+    assert list(found)[:3] == ["finetune-cli", "tensorflow", "keras"]
+    for name in ("matplotlib", "ml-dtypes", "threadpoolctl", "protobuf", "pydantic-core"):
+        assert found[name] == metadata.version(name)
+    assert "pytest" not in found  # of an extra
+    assert None not in found.values()
+
+
+INTEL = (
+    "processor\t: 0\nmodel name\t: Xeon: 2\nflags\t\t: fpu sse4_2 avx2 amx_bf16\n\nprocessor\t: 1\nmodel name\t: B\n"
+)
+ARM = "processor\t: 0\nFeatures\t: fp asimd bf16\nCPU part\t: 0xd4f\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "model", "flags"),
+    [(INTEL, "Xeon: 2", ["amx_bf16", "avx2", "sse4_2"]), (ARM, "cpu", ["asimd", "bf16", "fp"]), (None, "cpu", [])],
+    ids=["Intel", "ARM", "no such file"],
+)
+def test_the_processor(text, model, flags, tmp_path, monkeypatch):
+    if text is not None:
+        (tmp_path / "cpuinfo").write_text(text)
+    monkeypatch.setattr(surroundings, "_CPU_FACTS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(surroundings.platform, "processor", lambda: "cpu")
+    assert {**surroundings._cpu(), "machine": ""} == {"machine": "", "model": model, "flags": flags}
+
+
+@pytest.mark.parametrize("driver", ["535.161.08", None])
+def test_the_gpu(driver, tmp_path, monkeypatch):
+    import tensorflow as tf
+
+    if driver:
+        (tmp_path / "version").write_text(
+            f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Sat Feb 24\nGCC 12\n"
+        )
+    monkeypatch.setattr(surroundings, "_DRIVER_FACTS", tmp_path / "version")
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda _kind: ["one", "two"])
+    details = {"one": {"device_name": "H100", "compute_capability": (9, 0)}, "two": {}}
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", details.__getitem__)
+    monkeypatch.setattr(tf.sysconfig, "get_build_info", lambda: {"cuda_version": "12.5", "cudnn_version": "9"})
+    assert surroundings._gpu() == {
+        "devices": ["H100 9.0", "unknown"],
+        "driver": driver,
+        "cuda": "12.5",
+        "cudnn": "9",
+    }
 
 
 def test_the_command_line(copy, tmp_path):

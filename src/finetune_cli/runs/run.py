@@ -210,8 +210,8 @@ def find_unfinished(directory: Path) -> Path:
     if not found:
         raise RunError(
             f"there is no unfinished run in {directory}",
-            "name it, or the folder that it is in: finetune train --resume DIR; what was interrupted before it had a run "
-            "directory goes on with the command that began it",
+            "name it, or the folder that it is in: finetune train --resume DIR; what was interrupted before it had a "
+            "run directory goes on with the command that began it",
         )
     return max(found, key=lambda folder: ((folder / "split.csv").stat().st_mtime_ns, folder.name))
 

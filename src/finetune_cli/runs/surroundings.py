@@ -3,11 +3,12 @@
 Two runs with equal configs, photos and surroundings have equal weights; `differences` says why they may not.
 """
 
+import contextlib
 import json
 import os
 import platform
+import re
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -31,18 +32,25 @@ _PACKAGES = (
     "opencv-python-headless",
     "h5py",
 )
-# What TensorFlow, oneDNN, OpenBLAS and CUDA read, and what changes their arithmetic.
+# What NumPy, TensorFlow, oneDNN, OpenBLAS and CUDA read, and what changes their arithmetic.
 _VARIABLES = (
     "CUDA_VISIBLE_DEVICES",
+    "NPY_DISABLE_CPU_FEATURES",
+    "NVIDIA_TF32_OVERRIDE",
     "OMP_NUM_THREADS",
     "ONEDNN_DEFAULT_FPMATH_MODE",
     "ONEDNN_MAX_CPU_ISA",
+    "OPENBLAS_CORETYPE",
     "OPENBLAS_NUM_THREADS",
+    "TF_CUDNN_DETERMINISTIC",
     "TF_DETERMINISTIC_OPS",
     "TF_ENABLE_ONEDNN_OPTS",
     "TF_NUM_INTEROP_THREADS",
     "TF_NUM_INTRAOP_THREADS",
+    "XLA_FLAGS",
 )
+_CPU_FACTS = Path("/proc/cpuinfo")
+_DRIVER_FACTS = Path("/proc/driver/nvidia/version")
 
 
 class Difference(NamedTuple):
@@ -56,13 +64,13 @@ class Difference(NamedTuple):
 def environment(config: Config, device: str, precision: str, workers: int) -> dict[str, Any]:
     """Packages, Python, system, processor, GPU, seed, threads and commit, as plain JSON values."""
     return {
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": packages(),
         "python": platform.python_version(),
         "system": platform.platform(),
         "cpu": _cpu(),
         "cores": cores(),
         "device": device,
-        "gpus": _gpus() if device == "gpu" else [],
+        "gpu": _gpu() if device == "gpu" else None,
         "feature_precision": precision,
         "seed": config.training.seed,
         "threads": workers,
@@ -107,34 +115,60 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{key}", str(value)
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def packages() -> dict[str, str]:
+    """Name -> version of what is installed of this package's dependencies, of theirs, and of NVIDIA's libraries."""
+    nvidia = [found.name for found in metadata.distributions() if (found.name or "").startswith("nvidia-")]
+    versions: dict[str, str] = {}
+    wanted = [*_PACKAGES, *nvidia]
+    while wanted:
+        name = re.sub("[-_.]+", "-", wanted.pop()).lower()
+        if name in versions:
+            continue
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found = metadata.distribution(name)
+            versions[name] = found.version
+            for requirement in found.requires or ():
+                named, _, marker = requirement.partition(";")
+                if "extra" not in marker and (match := re.match(r"[\w.-]+", named.strip())):
+                    wanted.append(match[0])
+    first = [name for name in _PACKAGES if name in versions]
+    return {name: versions[name] for name in dict.fromkeys((*first, *sorted(versions)))}
 
 
 def _cpu() -> dict[str, Any]:
+    """Its name, and which of its instructions matter; Linux alone tells the latter in a file."""
     facts: dict[str, Any] = {"machine": platform.machine(), "model": platform.processor(), "flags": []}
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                facts["model"] = value.strip()
-            elif key.strip() == "flags":
-                facts["flags"] = sorted(
-                    flag for flag in value.split() if flag.startswith(("avx", "amx", "fma", "sse4"))
-                )
+    with contextlib.suppress(OSError):
+        for line in _CPU_FACTS.read_text("utf-8", "replace").splitlines():
+            key, _, value = (part.strip() for part in line.partition(":"))
+            if key == "model name":
+                facts["model"] = value
+            elif key == "Features":  # of an ARM processor
+                facts["flags"] = sorted(value.split())
+                break
+            elif key == "flags":
+                wanted = ("amx", "avx", "fma", "sse4")
+                facts["flags"] = sorted(flag for flag in value.split() if flag.startswith(wanted))
                 break
     return facts
 
 
-def _gpus() -> list[str]:
-    """The names of the GPUs that TensorFlow sees; it is loaded already where there are any."""
+def _gpu() -> dict[str, Any]:
+    """The GPUs that TensorFlow sees, which is loaded already where there are any, and what drives them."""
     import tensorflow as tf
 
     details = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
-    return [str(detail.get("device_name", "unknown")) for detail in details]
+    devices = [(each.get("device_name", "unknown"), each.get("compute_capability", ())) for each in details]
+    build, driver = tf.sysconfig.get_build_info(), None
+    with contextlib.suppress(OSError):
+        match = re.search(r"\d+\.\d[\d.]*", _DRIVER_FACTS.read_text("utf-8", "replace"))
+        driver = match and match[0]
+    return {
+        "devices": [" ".join((name, ".".join(map(str, capability)))).strip() for name, capability in devices],
+        "driver": driver,
+        "cuda": build.get("cuda_version"),
+        "cudnn": build.get("cudnn_version"),
+    }
 
 
 def _git_commit() -> str | None:
