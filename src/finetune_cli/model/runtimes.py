@@ -175,9 +175,14 @@ def convert(model: Any) -> "openvino.Model":
     Raises `FinetuneError` when OpenVINO lacks an operation, or when the result is nothing that `read_ir` would read.
     """
     ov = import_openvino()
+    import tensorflow as tf
+    from openvino.frontend.tensorflow import utils
     from openvino.tools.ovc import convert_model
 
     ov.convert_model = convert_model  # where its own front end looks for it
+    # Its own way to find TensorFlow's version is an `exec` that sets a local variable, which Python 3.13 ended
+    # (PEP 667; https://github.com/openvinotoolkit/openvino/pull/32482).
+    utils.get_environment_setup = lambda _framework: {"tensorflow": tf.__version__}
     try:
         with warnings.catch_warnings():
             # The converter calls the model with a tuple of one; Keras takes it, and grumbles.
