@@ -50,4 +50,4 @@ bad-images: $(VENV)/.installed-dev  ## fetch the odd, broken and hostile picture
 	$(BIN)/python tools/fetch_bad_images.py
 
 clean:  ## remove what make created
-	rm -rf $(VENV) quickstart-photos
+	rm -rf .venv* quickstart-photos
