@@ -26,56 +26,76 @@ def judged(labels, predicted, confidence, n_classes=3) -> Judged:
     return Judged(run, Photos("test", "photos", samples), answers, evaluate(probabilities, labels, classes), None)
 
 
+def made(found: Judged, size=1000) -> dict[int, str | None]:
+    """A picture of `size` bytes for each photo worth showing."""
+    return dict.fromkeys(matrix.worth_showing(found.answers, len(found.run.classes)), "x" * size)
+
+
 def test_mistakes_are_sorted_by_confidence_and_right_ones_by_doubt():
     found = judged([0] * 6, [0, 0, 0, 1, 1, 1], [0.6, 0.9, 0.7, 0.5, 0.8, 0.65])
-    cells = {(cell.true, cell.predicted): cell for cell in matrix.confusion_cells(found.answers, 2, 2, 100)}
-    assert cells[0, 0].photos.tolist() == [0, 2, 1]
-    assert cells[0, 1].photos.tolist() == [4, 5, 3]
-    assert [cells[0, 0].shown, cells[0, 1].shown] == [2, 2]
+    assert matrix.worth_showing(found.answers, 3) == [4, 5, 3, 0, 2, 1]
+    right, wrong = matrix.matrix(found, made(found)).galleries
+    assert [figure.name for figure in right.figures] == ["0.jpg", "2.jpg", "1.jpg"]
+    assert [figure.name for figure in wrong.figures] == ["4.jpg", "5.jpg", "3.jpg"]
+    assert wrong.figures[0].lines == ("80.0% class 1",)
 
 
-def test_mistakes_come_first_and_every_cell_has_its_turn():
+def test_mistakes_come_first_and_every_cell_has_its_turn(monkeypatch):
+    monkeypatch.setattr(matrix, "MOST", 9)
+    monkeypatch.setattr(matrix, "WRONG_EACH", 5)
     labels = [0] * 10 + [1] * 10 + [2] * 10
     predicted = [0] * 4 + [1] * 6 + [1] * 9 + [2] + [2] * 10
-    cells = {
-        (cell.true, cell.predicted): cell.shown
-        for cell in matrix.confusion_cells(judged(labels, predicted, [0.8] * 30).answers, 5, 5, 9)
-    }
+    found = judged(labels, predicted, [0.8] * 30)
+    galleries = matrix.matrix(found, made(found)).galleries
+    cells = {cell.true[-1] + cell.predicted[-1]: len(cell.figures) for cell in galleries}
     # Six places for mistakes (5 and 1), then one for each of the three right cells.
-    assert cells == {(0, 1): 5, (1, 2): 1, (0, 0): 1, (1, 1): 1, (2, 2): 1}
+    assert cells == {"01": 5, "12": 1, "00": 1, "11": 1, "22": 1}
 
 
 def test_levels_are_tenths_of_the_row():
-    found = matrix.matrix(judged([0] * 20, [0] * 13 + [1] * 6 + [2], [0.9] * 20), 1, lambda _n: None)
-    assert [gallery.level for gallery in found.rows[0] if gallery] == [6, 3, 1]
+    found = matrix.matrix(judged([0] * 20, [0] * 13 + [1] * 6 + [2], [0.9] * 20), {})
+    assert [cell.level for cell in found.rows[0] if cell] == [6, 3, 1]
+    assert [cell.count for cell in found.rows[0] if cell] == [13, 6, 1]
     assert found.rows[1] == (None, None, None)
-    assert [(gallery.true, gallery.count) for gallery in found.confusions] == [("class 0", 6), ("class 0", 1)]
+    assert (found.galleries, found.pairs, found.shown, found.photos) == ((), (), 0, 20)
 
 
-def test_a_hundred_classes_are_a_list_of_confusions():
-    labels = np.repeat(np.arange(100), 3)
-    predicted = np.where(np.arange(300) % 3 == 0, (labels + 1) % 100, labels)
-    found = matrix.matrix(judged(labels, predicted, [0.5] * 300, 100), 2, lambda _n: None)
-    assert found.rows == ()
-    assert len(found.confusions) == 100
-    assert len(found.galleries) == 200
-    assert found.shown == 300
-    assert all(figure.picture is None for gallery in found.galleries for figure in gallery.figures)
+def test_many_classes_are_a_list_of_the_most_confused_pairs():
+    """Of class i, as many photos as its last digit says are taken for class i + 1, and one is right."""
+    labels = np.concatenate([[i] * (i % 10 + 1) for i in range(200)])
+    last = np.append(labels[1:] != labels[:-1], True)
+    found = judged(labels, np.where(last, labels, (labels + 1) % 200), [0.5] * len(labels), 200)
+    listed = matrix.matrix(found, made(found))
+    assert (listed.rows, listed.galleries) == ((), ())
+    assert [cell.count for cell in listed.pairs] == [9] * 20 + [8] * 20 + [7] * 20 + [6] * 20 + [5] * 20
+    assert (listed.more_pairs, listed.more_photos) == (80, 20 * (4 + 3 + 2 + 1))
+    assert listed.shown == 600
+    assert all(cell.figures and not cell.right for cell in listed.pairs)
 
 
-def test_the_budget_of_bytes_is_kept(monkeypatch):
-    labels = np.zeros(100, int)
-    predicted = np.where(np.arange(100) < 30, 1, 0)
-    monkeypatch.setattr(matrix, "thumbnails", lambda samples, *_rest: ["x" * 1000] * len(samples))
-    found = matrix.matrix(judged(labels, predicted, [0.9] * 100), 1, lambda _n: None)
-    assert found.shown == 30 + 24
-    monkeypatch.setattr(matrix, "BUDGET", 20_000)
-    found = matrix.matrix(judged(labels, predicted, [0.9] * 100), 1, lambda _n: None)
-    size = sum(len(figure.picture or "") for gallery in found.galleries for figure in gallery.figures)
-    assert size <= 20_000
-    assert found.shown == 20
-    assert found.confusions[0].count == 30
-    assert len(found.confusions[0].figures) == 20
+@pytest.mark.parametrize(("n", "rows", "pairs"), [(40, 40, 0), (41, 0, 41)])
+def test_forty_classes_are_a_table(n, rows, pairs):
+    found = judged(np.arange(n), (np.arange(n) + 1) % n, [0.5] * n, n)
+    shown = matrix.matrix(found, made(found))
+    assert (len(shown.rows), len(shown.pairs), shown.shown) == (rows, pairs, n)
+
+
+def test_the_budget_of_bytes_is_kept():
+    """Names count as they are written: an ampersand takes five bytes."""
+    found = judged(np.zeros(100, int), np.where(np.arange(100) < 30, 1, 0), [0.9] * 100)
+    assert matrix.matrix(found, made(found)).shown == 30 + 24
+    some = matrix.matrix(found, made(found), 20_000)
+    figures = [figure for cell in some.galleries for figure in cell.figures]
+    assert 20_000 - 1300 < sum(figure.size for figure in figures) <= 20_000
+    assert (some.shown, len(some.galleries)) == (len(figures), 1)
+    assert some.rows[0][0].figures == ()
+    assert some.rows[0][1].count == 30
+    assert pictures.Figure("&&&&", None, ()).size - pictures.Figure("aaaa", None, ()).size == 16
+
+
+def test_photos_that_are_gone_have_no_picture():
+    found = judged([0, 1], [1, 1], [0.9, 0.9])
+    assert matrix.pictures(found, 1, lambda _n: None) == {0: None, 1: None}
 
 
 def test_a_picture_is_a_jpeg():

@@ -1,5 +1,6 @@
 """`report.html`: everything is in it, names are text whatever they hold, and a browser agrees."""
 
+import hashlib
 import json
 import os
 import re
@@ -12,12 +13,21 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import runs_fixture
+from finetune_cli import metrics
 from finetune_cli.commands import evaluate, report
 from finetune_cli.observer import Silent
-from finetune_cli.runs.run import Run, sealed
+from finetune_cli.photos.dataset import BadPhoto, Sample
+from finetune_cli.reporting import pictures
+from finetune_cli.reporting.refits import LearningCurve
+from finetune_cli.runs import run as run_files
+from finetune_cli.runs.judged import Answers, Judged, Photos
+from finetune_cli.runs.run import Run, SplitRow, sealed
+from finetune_cli.tables import write_csv
 from runs_fixture import TinyRun
 
 IMG = "<img src=x onerror=alert(1)>"
@@ -114,6 +124,113 @@ def test_cells_a_spreadsheet_would_run_are_defused(page_file):
 def test_a_picture_of_the_matrix_comes_with_it(page_file):
     assert (page_file.parent / "confusion_matrix.png").stat().st_size > 5000
     assert page_file.stat().st_size < 5_000_000
+
+
+def noise(seed: int, height: int, width: int) -> np.ndarray:
+    """What JPEG can do least about."""
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def thousand(tmp_path_factory) -> Judged:
+    """1,000 classes and 5,000 confused pairs, photos of noise, and the longest names, all to be escaped."""
+    folder = tmp_path_factory.mktemp("thousand")
+    digests = []
+    for i in range(20):
+        Image.fromarray(noise(i, 150, 150)).save(folder / f"{i}.png")
+        digests.append(hashlib.sha256((folder / f"{i}.png").read_bytes()).hexdigest())
+    classes = tuple(f"{i:04}{'&' * 250}" for i in range(1000))
+    labels = np.repeat(np.arange(1000), 21)
+    predicted = (labels + np.tile([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 4, 5], 1000)) % 1000
+    samples = tuple(
+        Sample(folder / f"{i % 20}.png", f"{i}{'&' * 3000}.png", int(label), digests[i % 20])
+        for i, label in enumerate(labels)
+    )
+    rng = np.random.default_rng(0)
+    probabilities = np.full((len(labels), 1000), 2e-4, np.float32)
+    probabilities[np.arange(len(labels)), predicted] = rng.uniform(0.3, 0.8, len(labels))
+    home = folder / "run"
+    home.mkdir()
+    rows = [SplitRow(split, classes[i % 1000], f"{i % 1500}", f"{i}{'&' * 3000}.png")
+            for i in range(4000) for split in ("train", "val", "test")]  # fmt: skip
+    run_files.write_split(home / "split.csv", rows)
+    write_csv(
+        home / "history.csv", ("loss", "val_loss", "accuracy", "val_accuracy"), [rng.random(4) for _ in range(9000)]
+    )
+    (home / "config.yaml").write_text("\n".join(f"{name}: 1" for name in classes * 4))
+    (home / "environment.json").write_text(json.dumps({f"{i}{'&' * 300}": "&" * 3000 for i in range(60)}))
+    names = ["split.csv", "history.csv", "config.yaml", "environment.json"]
+    facts = {
+        "classes": classes, "image": {"size": 64, "resize": "crop", "max_pixels": 100_000}, "roots": {},
+        "temperature": 1.0, "metrics": {}, "backbone": {"name": "x", "feature_map": True},
+    }  # fmt: skip
+    bad = tuple(BadPhoto(folder / "x", "&" * 3000, "&" * 3000) for _ in range(300))
+    return Judged(
+        run_files.finish(home, {**facts, "classes": list(classes)}, names),
+        Photos("data", "photos of a folder", samples, bad),
+        Answers(samples, probabilities, np.zeros((0, 4), np.float32), 1, ()),
+        metrics.evaluate(probabilities, labels, classes),
+        None,
+    )
+
+
+@pytest.fixture(scope="session")
+def thousand_pages(thousand, tmp_path_factory) -> tuple[Path, Path]:
+    """Its report, with everything that comes from model and training as large as it can be; and one with less room."""
+    run = thousand.run
+
+    def from_training(_judged, _observer):
+        figure = pictures.Figure("&" * 100, pictures.jpeg(noise(0, 112, 112)), ("&" * 100, "&" * 100))
+        recall = np.random.default_rng(1).random((4, 1000))
+        every = np.full(1000, 5)
+        curve = LearningCurve((1, 2, 3, 4), recall.mean(axis=1), recall, every, recall[3] - recall[1], recall[0])
+        return {
+            "training_problem": "", "suspects": [figure] * report._MOST_SUSPECTS, "suspect_count": 900,
+            "views": "&" * 1000, "curve": report._curve(curve, run), "photos_used": (1, 2),
+        }  # fmt: skip
+
+    wide = pictures.jpeg(noise(0, pictures.LARGE, 2 * pictures.LARGE + 4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "_from_training", from_training)
+        patch.setattr(report, "InsightfulPredictor", lambda *_args: None)
+        patch.setattr(pictures, "contrasts", lambda _predictor, chosen, *_rest: [wide] * len(chosen))
+        full = report.report(thousand, tmp_path_factory.mktemp("full"), Silent())
+        patch.setattr(report, "LIMIT", full.stat().st_size - 2_900_000)
+        patch.setattr(report.figures, "write_figures", lambda *_args: None)
+        return full, report.report(thousand, tmp_path_factory.mktemp("less"), Silent())
+
+
+def test_no_report_exceeds_five_million_bytes_and_what_is_left_out_is_said(thousand_pages):
+    page = thousand_pages[0]
+    size = page.stat().st_size
+    found = Tags(page.read_text("utf-8"))
+    assert 3_000_000 < size < 5_000_000
+    pairs = [attributes for tag, attributes in found.tags if tag == "details"]
+    assert len(pairs) == 100
+    assert "… and 4900 more pairs with 14400 photos together" in found.text  # 5000 pairs, 15000 photos
+    figures = sum(tag == "figure" for tag, _attributes in found.tags)
+    assert "of them are in this file" in found.text
+    assert 150 < figures < 700
+    for text in (
+        "The 100 classes with the fewest training photos, and 900 more",
+        "The 100 classes with the lowest F1, and 900 more",
+        "The 100 classes that gained most, and 900 more",
+        "… and 200 more, in metrics.json",
+        "… and 1400 more.",
+        "the clearest 24 of 900",
+        "12 of 15000;",
+        "12 of 6000.",
+        "more characters, in config.yaml",
+    ):
+        assert text in found.text, text
+
+
+def test_less_room_means_fewer_photos(thousand_pages):
+    """The rest of the page is as it was; without room for any, the pairs are a list that does not open."""
+    full, less = (page.read_text("utf-8") for page in thousand_pages)
+    assert (full.count("<details"), full.count('<div class="row">')) == (100, 0)
+    assert (less.count("<details"), less.count('<div class="row">')) == (0, 100)
+    assert "The 100 classes with the lowest F1" in less
 
 
 def test_what_is_odd_about_the_photos_is_found(tiny_run):

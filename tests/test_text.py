@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from finetune_cli.text import shown
+from finetune_cli.text import brief, shown
 
 
 @pytest.mark.parametrize(
@@ -19,3 +19,8 @@ from finetune_cli.text import shown
 def test_only_what_cannot_be_seen_is_escaped(text, expected):
     assert shown(text) == expected
     assert shown(shown(text)) == expected
+
+
+def test_the_middle_of_long_text_is_left_out():
+    assert brief("a" * 100) == "a" * 100
+    assert brief("a" * 60 + "\n" + "b" * 60, 20) == "a" * 10 + "…" + "b" * 9

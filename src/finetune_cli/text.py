@@ -6,6 +6,13 @@ def shown(text: object) -> str:
     return "".join(map(_visible, str(text)))
 
 
+def brief(text: object, most: int = 100) -> str:
+    """`text` as `shown`, with the middle of what is longer than `most` characters left out."""
+    whole = shown(text)
+    half = most // 2
+    return whole if len(whole) <= most else f"{whole[:half]}…{whole[half + 1 - most :]}"
+
+
 def _visible(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as os.fsdecode keeps it

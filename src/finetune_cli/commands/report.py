@@ -1,5 +1,6 @@
-"""`report.html` of an evaluation: one file, no network, no script; names are text whatever they hold.
+"""`report.html` of an evaluation: one small file, no network, no script; names are text whatever they hold.
 
+Every list has an end, which is said; the photos behind the confusion matrix take the room that the rest leaves.
 Sections that need the training features take them from the cache; where those are gone, the section says so.
 """
 
@@ -8,7 +9,7 @@ import csv
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,14 @@ from finetune_cli.runs import figures
 from finetune_cli.runs.judged import Judged
 from finetune_cli.runs.predictor import InsightfulPredictor
 from finetune_cli.runs.run import Run
-from finetune_cli.text import shown
+from finetune_cli.text import brief, shown
 
 NAME = "report.html"
+LIMIT = 5_000_000  # bytes of the file
 _EXAMPLES = 12
 _MOST_SUSPECTS = 24
 _MOST_ROWS = 100
+_MOST_CONFIG = 20_000  # characters
 
 Values = dict[str, Any]
 
@@ -42,8 +45,8 @@ def report(judged: Judged, folder: Path, observer: Observer) -> Path:
     """Write report.html, whose path is returned, and confusion_matrix.png into `folder`. Raises `StorageError`."""
     run = judged.run
     with observer.stage("pictures for the report", None) as advance:
-        matrix = confusion.matrix(judged, cores(), advance)
-        mistakes, unsure = _examples(judged)
+        made = confusion.pictures(judged, cores(), advance)
+        examples = _examples(judged)
     values = {
         "run": shown(run.name),
         "source": shown(judged.photos.source),
@@ -55,9 +58,8 @@ def report(judged: Judged, folder: Path, observer: Observer) -> Path:
         "calibration": judged.calibration,
         "counts": _counts(judged),
         "history": _history(run),
-        "matrix": matrix,
-        "mistakes": mistakes,
-        "unsure": unsure,
+        "classes": _classes(judged),
+        "examples": examples,
         "feature_map": bool(run.manifest["backbone"].get("feature_map")),
         "reliability": charts.reliability(
             None if judged.calibration is None else judged.calibration.before,
@@ -68,17 +70,25 @@ def report(judged: Judged, folder: Path, observer: Observer) -> Path:
             judged.answers.predicted == judged.answers.labels,
             judged.evaluation.coverage,
         ),
-        "duplicates": _duplicates(judged)[:_MOST_ROWS],
-        "compared": judged.compared,
-        "bad": [(shown(photo.name), shown(photo.reason)) for photo in judged.bad[:_MOST_ROWS]],
+        "duplicates": _duplicates(judged),
+        "bad": [(brief(photo.name), brief(photo.reason, 200)) for photo in judged.bad[:_MOST_ROWS]],
         "bad_count": len(judged.bad),
         **_from_training(judged, observer),
         **_surroundings(run),
     }
     path = folder / NAME
-    files.write_text(path, _render(values))
+    files.write_text(path, _page(values, judged, made))
     figures.write_figures(folder, judged.evaluation)
     return path
+
+
+def _page(values: Values, judged: Judged, made: Mapping[int, str | None]) -> str:
+    """The page with as many of the photos `made` as `LIMIT` lets it hold."""
+    for budget in (confusion.BUDGET, confusion.BUDGET // 2, confusion.BUDGET // 4, 0):
+        page = _render({**values, "matrix": confusion.matrix(judged, made, budget)})
+        if len(page.encode("utf-8", "replace")) < LIMIT:
+            break
+    return page
 
 
 def _render(values: Values) -> str:
@@ -87,14 +97,17 @@ def _render(values: Values) -> str:
     templates = resources.files("finetune_cli") / "templates"
     style = (templates / "report.css").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"percent": verdict.percent, "shown": shown}
+    environment.filters |= {"percent": verdict.percent, "brief": brief}
     template = environment.from_string((templates / "report.html.j2").read_text("utf-8"))
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
     return template.render(style=style, style_digest=digest, **values)
 
 
 def _counts(judged: Judged) -> Values:
-    """Photos by class and split; the evaluated ones have a column of their own when they are not of the run."""
+    """Photos by class and split; the evaluated ones have a column of their own when they are not of the run.
+
+    Of very many classes, those with the fewest training photos.
+    """
     rows = judged.run.split()
     counts = Counter((row.label, row.split) for row in rows)
     columns = [split for split in ("train", "val", "test") if any(row.split == split for row in rows)]
@@ -102,9 +115,22 @@ def _counts(judged: Judged) -> Values:
     if judged.photos.part == "data":
         columns.append("data")
         counts.update((judged.run.classes[sample.label], "data") for sample in judged.answers.samples)
-    table = [(shown(name), [counts[name, column] for column in columns]) for name in judged.run.classes]
-    totals = [sum(counts[name, column] for name in judged.run.classes) for column in columns]
-    return {"columns": [names[column] for column in columns], "rows": table, "totals": totals}
+    classes = judged.run.classes
+    if len(classes) > _MOST_ROWS:
+        classes = tuple(sorted(classes, key=lambda name: counts[name, columns[0]])[:_MOST_ROWS])
+    return {
+        "columns": [names[column] for column in columns],
+        "rows": [(brief(name), [counts[name, column] for column in columns]) for name in classes],
+        "totals": [sum(counts[name, column] for name in judged.run.classes) for column in columns],
+        "more": len(judged.run.classes) - len(classes),
+    }
+
+
+def _classes(judged: Judged) -> Values:
+    """The scores of the classes that occur; of very many, the weakest."""
+    rows = [row for row in judged.evaluation.per_class if row.support or row.predicted]
+    found = rows if len(rows) <= _MOST_ROWS else sorted(rows, key=lambda row: row.f1 or 0.0)[:_MOST_ROWS]
+    return {"rows": found, "more": len(rows) - len(found), "absent": len(judged.run.classes) - len(rows)}
 
 
 def _history(run: Run) -> list[charts.Chart]:
@@ -115,9 +141,9 @@ def _history(run: Run) -> list[charts.Chart]:
     return charts.learning(rows) if rows else []
 
 
-def _examples(judged: Judged) -> tuple[list[Figure], list[Figure]]:
+def _examples(judged: Judged) -> Values:
     """The most confident mistakes and the least sure right answers, with what speaks for one class against another."""
-    answers, classes = judged.answers, [shown(name) for name in judged.run.classes]
+    answers, classes = judged.answers, [brief(name) for name in judged.run.classes]
     confidence, right = answers.probabilities.max(axis=1), answers.predicted == answers.labels
     order = np.argsort(-confidence, kind="stable")
     mistakes = [int(i) for i in order if not right[i]][:_EXAMPLES]
@@ -136,22 +162,32 @@ def _examples(judged: Judged) -> tuple[list[Figure], list[Figure]]:
             f"{verdict.percent(float(p[one]))} {classes[one]}",
             f"{verdict.percent(float(p[other]))} {classes[other]}",
         )
-        return Figure(shown(answers.samples[i].name), picture, (*true, *told))
+        return Figure(brief(answers.samples[i].name), picture, (*true, *told))
 
     figures = [figure(*item) for item in zip(mistakes + unsure, pairs, made, strict=True)]
-    return figures[: len(mistakes)], figures[len(mistakes) :]
+    return {
+        "mistakes": figures[: len(mistakes)],
+        "wrong": int((~right).sum()),
+        "unsure": figures[len(mistakes) :],
+        "right": int(right.sum()),
+    }
 
 
-def _duplicates(judged: Judged) -> list[list[tuple[str, str]]]:
+def _duplicates(judged: Judged) -> Values:
     """Photos that lie, byte for byte, in two splits of the run, or among those evaluated and in what it learnt from."""
-    places: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    places: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for row in judged.run.split():
-        places[row.digest].append((row.split, shown(row.path)))
+        places[row.digest][row.split].append(row.path)
     if judged.photos.part == "data":
         for sample in judged.answers.samples:
-            if {"train", "val"} & {split for split, _path in places[sample.digest]}:
-                places[sample.digest].append(("evaluated", shown(sample.name)))
-    return [found for found in places.values() if len({split for split, _path in found}) > 1]
+            if {"train", "val", "evaluated"} & places[sample.digest].keys():
+                places[sample.digest]["evaluated"].append(sample.name)
+    found = [of_split for of_split in places.values() if len(of_split) > 1]
+    rows = [
+        [(split, brief(paths[0]), len(paths) - 1) for split, paths in of_split.items()]
+        for of_split in found[:_MOST_ROWS]
+    ]
+    return {"rows": rows, "more": len(found) - len(rows)}
 
 
 def _from_training(judged: Judged, observer: Observer) -> Values:
@@ -191,11 +227,11 @@ def _suspects(judged: Judged, found: Sequence[Suspect]) -> list[Figure]:
     made = pictures.thumbnails(samples, run.image_settings, cores(), lambda _n: None)
     return [
         Figure(
-            shown(suspect.row.path),
+            brief(suspect.row.path),
             picture,
             (
-                f"labelled {shown(suspect.row.label)} ({verdict.percent(suspect.probability)})",
-                f"perhaps {shown(suspect.suggested)} ({verdict.percent(suspect.suggested_probability)})",
+                f"labelled {brief(suspect.row.label)} ({verdict.percent(suspect.probability)})",
+                f"perhaps {brief(suspect.suggested)} ({verdict.percent(suspect.suggested_probability)})",
             ),
         )
         for suspect, picture in zip(found, made, strict=True)
@@ -208,7 +244,7 @@ def _curve(curve: LearningCurve, run: Run) -> Values:
     low = float(np.nanmin(curve.recall))
     rows = [
         {
-            "name": shown(run.classes[i]),
+            "name": brief(run.classes[i]),
             "recall": [float(share) for share in curve.recall[:, i]],
             "gain": float(curve.gain[i]),
             "error": float(curve.error[i]),
@@ -222,6 +258,7 @@ def _curve(curve: LearningCurve, run: Run) -> Values:
         "chart": charts.by_photos(curve.photos, [float(share) for share in curve.accuracy]),
         "fractions": [f"{fraction:.0%}" for fraction in FRACTIONS],
         "rows": rows,
+        "more": len(order) - len(rows),
     }
 
 
@@ -231,10 +268,14 @@ def _surroundings(run: Run) -> Values:
         text = run.file("config.yaml").read_text("utf-8")
         environment = json.loads(run.file("environment.json").read_text("utf-8"))
     except (FinetuneError, ValueError) as exc:
-        return {"config": f"not readable: {exc}", "environment": []}
+        return {"config": f"not readable: {exc}", "config_more": 0, "environment": []}
     packages = environment.pop("packages", {})
     rows = [*environment.items(), *packages.items()]
-    return {"config": text, "environment": [(shown(key), shown(_told(value))) for key, value in rows]}
+    return {
+        "config": text[:_MOST_CONFIG],
+        "config_more": max(0, len(text) - _MOST_CONFIG),
+        "environment": [(brief(key), brief(_told(value), 400)) for key, value in rows],
+    }
 
 
 def _told(value: Any) -> str:

@@ -101,6 +101,7 @@ def _percent(value: float) -> str:
 def learning(history: Sequence[Mapping[str, float]]) -> list[Chart]:
     """Loss and accuracy over the epochs; a row of `history` for each epoch."""
     charts = []
+    drawn = _spread(len(history))
     for name, text in (("loss", _number), ("accuracy", _percent)):
         twins = ((name, "training", "series-b"), (f"val_{name}", "validation", "series-a"))
         columns = [twin for twin in twins if twin[0] in history[0]]
@@ -110,12 +111,16 @@ def learning(history: Sequence[Mapping[str, float]]) -> list[Chart]:
         low = 0.0 if name == "loss" else math.floor(min(values) * 10) / 10
         scale = Scale((1, max(2, len(history))), (low, max(values) if name == "loss" else 1.0))
         lines = [
-            Line(style, label, scale.path([(i + 1, row[key]) for i, row in enumerate(history)]))
-            for key, label, style in columns
+            Line(style, label, scale.path([(i + 1, history[i][key]) for i in drawn])) for key, label, style in columns
         ]
         x_ticks = [tick for tick in ticks(1, max(2, len(history))) if tick == int(tick)]
         charts.append(_chart(scale, name, "epoch", name, x_ticks, _number, text, lines))
     return charts
+
+
+def _spread(count: int) -> list[int]:
+    """All of `count` places or, of many, some evenly spread ones with the first and the last."""
+    return [int(i) for i in np.unique(np.linspace(0, count - 1, min(count, _MOST_POINTS)).astype(int))]
 
 
 def _number(value: float) -> str:
@@ -180,9 +185,7 @@ def coverage(confidence: NDArray[np.floating], right: NDArray[np.bool_], rows: S
     accuracy = np.cumsum(right[order]) / np.arange(1, len(order) + 1)
     # Equal confidences are accepted together or not at all.
     ends = np.flatnonzero(np.append(confidence[order][1:] != confidence[order][:-1], True))
-    if len(ends) > _MOST_POINTS:
-        ends = ends[np.unique(np.linspace(0, len(ends) - 1, _MOST_POINTS).astype(int))]
-    points = [(float(end + 1) / len(order), float(accuracy[end])) for end in ends]
+    points = [(float(end + 1) / len(order), float(accuracy[end])) for end in ends[_spread(len(ends))]]
     low = min([share for _x, share in points] + [0.85])
     scale = Scale((0, 1), (math.floor(low * 20) / 20, 1))
     dots = tuple(

@@ -1,35 +1,32 @@
-"""The confusion matrix of the report, and the photos behind its cells, within a budget of bytes."""
+"""The confusion matrix of the report, and the photos behind its cells, within a budget of bytes.
 
-from collections.abc import Callable
+Of more classes than a screen holds, the most confused pairs stand in for the matrix.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from finetune_cli.reporting.pictures import Figure, thumbnails
 from finetune_cli.reporting.verdict import percent
 from finetune_cli.runs.judged import Answers, Judged
-from finetune_cli.text import shown
+from finetune_cli.text import brief
 
-BUDGET = 3_000_000  # bytes of thumbnails; all else in the report together stays well below the other 2 MB
-MOST, WRONG_EACH, RIGHT_EACH = 600, 60, 24
-_TABLE_CLASSES = 40
+BUDGET = 3_000_000  # bytes of the photos behind the cells
+MOST, WRONG_EACH, RIGHT_EACH = 600, 60, 24  # photos
+TABLE_CLASSES, PAIRS = 40, 100
 _LEVELS = 10
+
+Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the confusion matrix: the places of its photos, those worth a look first, and how many are shown."""
+    """One cell: how many photos it has and those of them that are shown, the ones worth a look first.
 
-    true: int
-    predicted: int
-    photos: NDArray[np.intp]
-    shown: int
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """The photos behind a cell, as the report shows them; `level` is the cell's share of its row in tenths."""
+    level: its share of its row, in tenths.
+    """
 
     key: str
     true: str
@@ -42,84 +39,94 @@ class Gallery:
 
 @dataclass(frozen=True)
 class Matrix:
-    """`rows`: for each class a gallery or None a column; empty if there are too many classes for a table.
+    """`rows`: for each class a cell or None a column; empty if there are too many classes for a table.
 
-    `confusions`: the wrong cells, largest first. `shown` of `photos` photos have a thumbnail.
+    pairs: then the wrong cells with the most photos; `more_pairs` others hold `more_photos`. galleries: the cells of
+    `rows` with photos to show. `shown` of `photos` photos are.
     """
 
     classes: tuple[str, ...]
-    rows: tuple[tuple[Gallery | None, ...], ...]
-    galleries: tuple[Gallery, ...]
-    confusions: tuple[Gallery, ...]
+    rows: tuple[tuple[Cell | None, ...], ...]
+    galleries: tuple[Cell, ...]
+    pairs: tuple[Cell, ...]
+    more_pairs: int
+    more_photos: int
     shown: int
     photos: int
 
 
-def matrix(judged: Judged, workers: int, advance: Callable[[int], None]) -> Matrix:
-    """The confusion matrix of `judged`; `advance` is called for every thumbnail."""
-    answers, classes = judged.answers, tuple(shown(name) for name in judged.run.classes)
-    cells = confusion_cells(answers, WRONG_EACH, RIGHT_EACH, MOST)
-    places = [i for cell in cells for i in cell.photos[: cell.shown].tolist()]
-    made = thumbnails([answers.samples[i] for i in places], judged.run.image_settings, workers, advance)
-    if (size := sum(len(uri or "") for uri in made)) > BUDGET:
-        cells = confusion_cells(answers, WRONG_EACH, RIGHT_EACH, len(places) * BUDGET // size)
-    picture = dict(zip(places, made, strict=True))
+def pictures(judged: Judged, workers: int, advance: Callable[[int], None]) -> dict[int, str | None]:
+    """Thumbnails of the photos worth showing, by place, the most worth first; calls `advance` for each."""
+    places = worth_showing(judged.answers, len(judged.run.classes))
+    samples = [judged.answers.samples[i] for i in places]
+    return dict(zip(places, thumbnails(samples, judged.run.image_settings, workers, advance), strict=True))
+
+
+def matrix(judged: Judged, made: Mapping[int, str | None], budget: int = BUDGET) -> Matrix:
+    """The confusion matrix of `judged`, with as many of the pictures `made` as `budget` bytes hold."""
+    answers, classes = judged.answers, tuple(brief(name) for name in judged.run.classes)
+    figures: dict[int, Figure] = {}
+    for i, picture in made.items():
+        answer = int(answers.predicted[i])
+        sure = f"{percent(float(answers.probabilities[i, answer]))} {classes[answer]}"
+        figure = Figure(brief(answers.samples[i].name), picture, (sure,))
+        budget -= figure.size
+        if budget < 0:
+            break
+        figures[i] = figure
     totals = judged.evaluation.confusion.sum(axis=1)
-    galleries = {(cell.true, cell.predicted): _gallery(cell, answers, classes, totals, picture) for cell in cells}
-    n = len(classes)
-    rows = tuple(tuple(galleries.get((i, j)) for j in range(n)) for i in range(n)) if n <= _TABLE_CLASSES else ()
-    wrong = sorted((gallery for gallery in galleries.values() if not gallery.right), key=lambda g: -g.count)
-    return Matrix(
-        classes, rows, tuple(galleries.values()), tuple(wrong), sum(cell.shown for cell in cells), len(answers.samples)
-    )
-
-
-def _gallery(
-    cell: Cell,
-    answers: Answers,
-    classes: tuple[str, ...],
-    totals: NDArray[np.int64],
-    picture: dict[int, str | None],
-) -> Gallery:
-    figures = tuple(
-        Figure(
-            shown(answers.samples[i].name),
-            picture[i],
-            (f"{percent(float(answers.probabilities[i, cell.predicted]))} {classes[cell.predicted]}",),
+    cells = {
+        (true, answer): Cell(
+            f"cell-{true}-{answer}",
+            classes[true],
+            classes[answer],
+            true == answer,
+            len(places),
+            max(1, round(_LEVELS * len(places) / int(totals[true]))),
+            tuple(figures[i] for i in places if i in figures),
         )
-        for i in cell.photos[: cell.shown].tolist()
+        for (true, answer), places in _members(answers).items()
+    }
+    wrong = sorted((cell for cell in cells.values() if not cell.right), key=lambda cell: -cell.count)
+    n = len(classes)
+    table = n <= TABLE_CLASSES
+    listed = () if table else tuple(wrong[:PAIRS])
+    return Matrix(
+        classes,
+        tuple(tuple(cells.get((i, j)) for j in range(n)) for i in range(n)) if table else (),
+        tuple(cell for cell in cells.values() if cell.figures) if table else (),
+        listed,
+        len(wrong) - len(listed),
+        sum(cell.count for cell in wrong[len(listed) :]),
+        len(figures),
+        len(answers.samples),
     )
-    return Gallery(
-        f"cell-{cell.true}-{cell.predicted}",
-        classes[cell.true],
-        classes[cell.predicted],
-        cell.true == cell.predicted,
-        len(cell.photos),
-        max(1, round(_LEVELS * len(cell.photos) / int(totals[cell.true]))),
-        figures,
-    )
 
 
-def confusion_cells(answers: Answers, wrong_each: int, right_each: int, most: int) -> list[Cell]:
-    """The cells that hold photos: in wrong ones the most confident first, in right ones the least sure.
+def worth_showing(answers: Answers, n_classes: int) -> list[int]:
+    """The places of at most `MOST` photos: wrong ones first, and of those one of each cell before a second of any.
 
-    At most `wrong_each` or `right_each` photos of a cell are shown, and `most` in all: wrong ones first, and of those
-    one from each cell before a second one from any.
+    Without a table only the listed pairs count.
     """
+    cells = sorted(_members(answers).items(), key=lambda item: -len(item[1]))
+    wrong = [places for (true, answer), places in cells if true != answer]
+    right = [places for (true, answer), places in cells if true == answer]
+    if n_classes > TABLE_CLASSES:
+        wrong, right = wrong[:PAIRS], []
+    return [*_in_turn(wrong, WRONG_EACH), *_in_turn(right, RIGHT_EACH)][:MOST]
+
+
+def _in_turn(cells: Sequence[Sequence[int]], each: int) -> list[int]:
+    return [places[turn] for turn in range(each) for places in cells if turn < len(places)]
+
+
+def _members(answers: Answers) -> dict[Pair, list[int]]:
+    """The places of the photos of each cell: of mistakes the most confident first, of right ones the least sure."""
     confidence = answers.probabilities.max(axis=1)
-    members: dict[tuple[int, int], list[int]] = {}
-    for i, pair in enumerate(zip(answers.labels.tolist(), answers.predicted.tolist(), strict=True)):
-        members.setdefault(pair, []).append(i)
-    cells: dict[tuple[int, int], NDArray[np.intp]] = {}
-    for (true, predicted), places in members.items():
-        sign = 1 if true == predicted else -1
-        cells[true, predicted] = np.array(sorted(places, key=lambda i: sign * confidence[i]), np.intp)
-    shown, total = dict.fromkeys(cells, 0), 0
-    for wanted, each in ((False, wrong_each), (True, right_each)):
-        kind = [pair for pair in cells if (pair[0] == pair[1]) == wanted]
-        for turn in range(each):
-            for pair in kind:
-                if turn < len(cells[pair]) and total < most:
-                    shown[pair] += 1
-                    total += 1
-    return [Cell(*pair, cells[pair], shown[pair]) for pair in sorted(cells)]
+    right = answers.labels == answers.predicted
+    order = np.argsort(np.where(right, confidence, -confidence), kind="stable").tolist()
+    labels, predicted = answers.labels.tolist(), answers.predicted.tolist()
+    members: dict[Pair, list[int]] = {}
+    for i in order:
+        members.setdefault((labels[i], predicted[i]), []).append(i)
+    return dict(sorted(members.items()))

@@ -5,6 +5,7 @@ upright, cropped and resized by the one decoder.
 """
 
 import base64
+import html
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from finetune_cli.runs.predictor import InsightfulPredictor
 
 THUMBNAIL = 112
 LARGE = 200
+_MARKUP = 150  # bytes around a figure
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ class Figure:
     name: str
     picture: str | None
     lines: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """About the bytes that it takes in the report."""
+        text = "".join((self.name, *self.lines))
+        return len(self.picture or "") + len(html.escape(text).encode("utf-8", "replace")) + _MARKUP
 
 
 def jpeg(picture: NDArray[np.uint8], quality: int = 72) -> str:
