@@ -379,6 +379,24 @@ def test_nothing_is_wider_than_the_window(page):
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_click_on_a_confused_pair_shows_its_photos(browser, thousand_pages, width):
+    opened = browser.new_page(viewport={"width": width, "height": 800})
+    complaints: list[str] = []
+    opened.on("console", lambda message: complaints.append(message.text))
+    opened.goto(thousand_pages[0].as_uri())
+    pair = opened.locator("details").nth(3)
+    assert "0003" in pair.locator("summary").inner_text()
+    assert not pair.locator("img").first.is_visible()
+    pair.locator("summary").click()
+    assert opened.locator("details img:visible").count() == pair.locator("img").count() > 0
+    assert pair.locator("img").first.evaluate("image => image.complete && image.naturalWidth") == 112
+    assert opened.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert complaints == []
+    opened.close()
+
+
+@pytest.mark.browser
 def test_hostile_names_do_nothing(page):
     assert page.locator("img[onerror], svg[onload], script").count() == 0
     assert page.get_by_text(IMG).count() > 3

@@ -52,7 +52,7 @@ def report(judged: Judged, folder: Path, observer: Observer) -> Path:
         "source": shown(judged.photos.source),
         "version": __version__,
         "backbone": shown(run.manifest["backbone"]["name"]),
-        "created": shown(run.manifest.get("created", "")),
+        "created": shown(str(run.manifest.get("created", ""))[:10]),
         "verdict": verdict.verdict(judged),
         "evaluation": judged.evaluation,
         "calibration": judged.calibration,
@@ -280,7 +280,7 @@ def _surroundings(run: Run) -> Values:
 
 def _told(value: Any) -> str:
     if isinstance(value, dict):
-        return "; ".join(f"{key}: {_told(inner)}" for key, inner in value.items())
+        return "; ".join(f"{key}: {_told(inner)}" for key, inner in value.items()) or "-"
     if isinstance(value, list):
-        return " ".join(map(str, value))
+        return " ".join(map(str, value)) or "-"
     return "-" if value is None else str(value)

@@ -5,7 +5,7 @@ import numpy as np
 from finetune_cli.metrics import Comparison, Evaluation, Proportion
 from finetune_cli.reporting.refits import FRACTIONS, LearningCurve, ViewsEffect
 from finetune_cli.runs.judged import Judged
-from finetune_cli.text import shown
+from finetune_cli.text import brief
 
 _CHANCE = 0.05
 _NAMED = 5
@@ -18,12 +18,12 @@ def percent(share: float) -> str:
 
 def verdict(judged: Judged) -> list[str]:
     """How good, where it is weakest, how sure, on what photos: one sentence each."""
-    evaluation, name = judged.evaluation, shown(judged.run.name)
+    evaluation, name = judged.evaluation, brief(judged.run.name)
     accuracy, baseline = evaluation.accuracy, evaluation.baseline
     first = (
-        f"{name} is right on {percent(accuracy.value)} of {evaluation.photos} {shown(judged.photos.source)} "
+        f"{name} is right on {percent(accuracy.value)} of {evaluation.photos} {brief(judged.photos.source)} "
         f"(95 % interval {percent(accuracy.low)} to {percent(accuracy.high)}); always answering "
-        f"“{shown(evaluation.baseline_class)}” would be right on {percent(baseline.value)}."
+        f"“{brief(evaluation.baseline_class)}” would be right on {percent(baseline.value)}."
     )
     sentences = [first]
     if accuracy.low <= baseline.value:
@@ -36,7 +36,7 @@ def verdict(judged: Judged) -> list[str]:
             "Validation photos take part in choosing settings, so expect a little less on photos from elsewhere."
         )
     if judged.compared is not None:
-        sentences.append(comparison(name, shown(judged.compared.run.name), judged.compared.comparison))
+        sentences.append(comparison(name, brief(judged.compared.run.name), judged.compared.comparison))
     return sentences
 
 
@@ -50,9 +50,9 @@ def _weakest(evaluation: Evaluation) -> str:
     hits, taken[i] = int(taken[i]), 0
     other = int(taken.argmax())
     return (
-        f"It is weakest on “{shown(row.name)}”, where it recognises {hits} of {row.support}; "
+        f"It is weakest on “{brief(row.name)}”, where it recognises {hits} of {row.support}; "
         f"{int(taken[other])} of them {'is' if taken[other] == 1 else 'are'} taken for "
-        f"“{shown(evaluation.classes[other])}”."
+        f"“{brief(evaluation.classes[other])}”."
     )
 
 
@@ -110,7 +110,7 @@ def more_photos(curve: LearningCurve, classes: tuple[str, ...]) -> str:
     if not growing:
         return f"{overall} No class gained more than its own noise: more photos of the same kind would hardly help."
     named = ", ".join(
-        f"“{shown(classes[i])}” (recall {percent(float(curve.recall[1, i]))} to {percent(float(curve.recall[-1, i]))})"
+        f"“{brief(classes[i])}” (recall {percent(float(curve.recall[1, i]))} to {percent(float(curve.recall[-1, i]))})"
         for i in growing[:_NAMED]
     )
     more = f" and {len(growing) - _NAMED} others" if len(growing) > _NAMED else ""
