@@ -1,8 +1,10 @@
 """What `check --reproduce` says of the same place, of other photos and of another place."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
+import urllib.request
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -61,6 +63,61 @@ def test_another_place(copy):
     assert set(told) <= {"packages.keras", "cpu.flags", "variables.OMP_NUM_THREADS", "git_commit"}
     assert not found.same
     assert found.photos == ()
+
+
+@pytest.fixture
+def backbone_file(copy, tmp_path):
+    """A run as if it had been made with a backbone of one's own, `own.keras`; and that file."""
+    path = tmp_path / "own.keras"
+    path.write_bytes(b"weights")
+    made = copy()
+    config = made.folder / "config.yaml"
+    config.write_text(config.read_text().replace("backbone: resnet50", "backbone: ../../own.keras"))
+    facts = {key: value for key, value in made.manifest.items() if key not in {"files", "sha256"}}
+    facts["backbone"] = {**facts["backbone"], "weights_sha256": hashlib.sha256(b"weights").hexdigest()}
+    return run.finish(made.folder, facts, made.manifest["files"]), path
+
+
+def test_other_weights(backbone_file):
+    made, path = backbone_file
+    assert reproduce(made, Silent()).same
+    path.write_bytes(b"other")
+    (line,) = reproduce(made, Silent()).weights
+    assert hashlib.sha256(b"other").hexdigest() in line
+    assert hashlib.sha256(b"weights").hexdigest() in line
+    path.unlink()
+    found = reproduce(made, Silent())
+    assert "own.keras are not here" in found.weights[0]
+    assert not found.same
+
+
+def test_imagenet_weights_that_are_not_here(copy, tmp_path, monkeypatch):
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path))
+    monkeypatch.setattr(urllib.request, "urlopen", lambda *_: pytest.fail("it connects"))
+    made = copy()
+    there = {**made.manifest, "backbone": {**made.manifest["backbone"], "weights_sha256": "ab"}}
+    (line,) = reproduce(replace(made, manifest=there), Silent()).weights
+    assert "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5 are not here and are downloaded" in line
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5").write_bytes(b"x")
+    (line,) = reproduce(replace(made, manifest=there), Silent()).weights
+    assert f"have the SHA-256 {hashlib.sha256(b'x').hexdigest()}, and had ab" in line
+
+
+def test_another_run_to_start_from(copy, tiny_run, tmp_path):
+    made = copy()
+    config = made.folder / "config.yaml"
+    config.write_text(config.read_text().replace("start_from: null", "start_from: ../first"))
+    facts = {key: value for key, value in made.manifest.items() if key not in {"files", "sha256"}}
+    facts["start_from"] = tiny_run.run.manifest["files"]["model.keras"]
+    made = run.finish(made.folder, facts, made.manifest["files"])
+    assert "there is no run" in reproduce(made, Silent()).weights[0]
+    first = shutil.copytree(tiny_run.run.folder, tmp_path / "runs" / "first")
+    assert reproduce(made, Silent()).same
+    (first / "model.keras").write_bytes(b"other")
+    assert "model.keras is damaged" in reproduce(made, Silent()).weights[0]
+    run.finish(first, facts, made.manifest["files"])
+    assert "is another run than it was" in reproduce(made, Silent()).weights[0]
 
 
 def test_other_photos(copy, tmp_path):

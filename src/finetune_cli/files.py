@@ -202,8 +202,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON (NaN is refused, because other readers refuse it). Raises `StorageError`."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False) + "\n")
+    """Write `value` as `json_text` gives it. Raises `StorageError`."""
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """`value` as indented ASCII (NaN is refused, because other readers refuse it)."""
+    return json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
 
 
 def sha256(path: Path) -> str:

@@ -148,6 +148,8 @@ def reproduced(console: Console, found: "Reproduction") -> None:
     if found.surroundings:
         rows = [(each.what, each.before or "-", each.now or "-") for each in found.surroundings]
         console.table(("", f"{folder} was made with", "here"), rows)
+    for line in found.weights:
+        console.print(shown(line))
     for line in found.photos:
         console.print(f"photos {shown(line)}")
     if found.photos_problem:
@@ -224,15 +226,17 @@ def _classes(console: Console, evaluation: "Evaluation") -> None:
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.3f}"
 
-    rows = [row for row in evaluation.per_class if row.support or row.predicted]
-    rows = sorted(rows, key=lambda row: row.f1 or 0.0)[:_MOST_ROWS] if len(rows) > _MOST_ROWS else rows
+    present = [row for row in evaluation.per_class if row.support or row.predicted]
+    rows = sorted(present, key=lambda row: row.f1 or 0.0)[:_MOST_ROWS] if len(present) > _MOST_ROWS else present
     console.table(
         ("class", "precision", "recall", "F1", "photos"),
         [(row.name, number(row.precision), number(row.recall), number(row.f1), row.support) for row in rows],
         right=(1, 2, 3, 4),
     )
-    if len(rows) < len(evaluation.classes):
-        console.print(f"the {len(rows)} classes with the lowest F1; all are in per_class.csv")
+    if len(rows) < len(present):
+        console.print(f"the {len(rows)} classes with the lowest F1, and {len(present) - len(rows)} more in per_class.csv")
+    if len(present) < len(evaluation.classes):
+        console.print(f"{len(evaluation.classes) - len(present)} classes have neither photos nor answers here")
 
 
 def _confusion(console: Console, evaluation: "Evaluation") -> None:
@@ -246,9 +250,11 @@ def _confusion(console: Console, evaluation: "Evaluation") -> None:
         )
         return
     pairs = [(n, t, p) for t, row in enumerate(matrix.tolist()) for p, n in enumerate(row) if n and t != p]
-    pairs = sorted(pairs, key=lambda pair: -pair[0])[:_MOST_ROWS]
-    rows = [(classes[t], classes[p], n) for n, t, p in pairs]
+    most = sorted(pairs, key=lambda pair: -pair[0])[:_MOST_ROWS]
+    rows = [(classes[t], classes[p], n) for n, t, p in most]
     console.table(("true", "taken for", "photos"), rows, right=(2,))
+    if len(most) < len(pairs):
+        console.print(f"... and {len(pairs) - len(most)} more pairs; all photos are in predictions.csv")
 
 
 def _compared(console: Console, first: str, second: str, comparison: "Comparison") -> None:

@@ -195,6 +195,7 @@ def _facts(
             "weights_sha256": backbone.weights_sha256,
             "feature_map": backbone.feature_map,
         },
+        "start_from": prepared.start_from,
         "solver": {"name": config.training.solver, "l2": fitted.l2},
         "temperature": temperature,
         "device": prepared.device,

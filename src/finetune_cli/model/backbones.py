@@ -90,7 +90,9 @@ def build(
         raise ConfigError(f"image.size: {info.name} needs at least {info.min_size} pixels, not {size}", "raise it")
     if info.path is not None and info.name != BUNDLED and weights != "imagenet":
         raise ConfigError("model.weights has no effect with a .keras file, which brings its own", "delete the key")
-    file = _weight_file(info, weights, size, progress)
+    file = weight_file(name_or_path, weights, size)
+    if weights == "imagenet" and info.path is None:
+        file = weight_files.find_imagenet(info, size, progress)
     digest = _checked_digest(file, weights_sha256)
     keras = import_keras()
     with _drawn_from(seed):
@@ -109,6 +111,14 @@ def build(
     )
 
 
+def weight_file(name_or_path: str | Path, weights: str | Path | None, size: int) -> Path | None:
+    """The file that `build` takes the weights from, whether it is there or not; `None` for random ones."""
+    if weights is None:
+        return None
+    info = resolve(name_or_path)
+    return (info.path or weight_files.imagenet_path(info, size)) if weights == "imagenet" else Path(weights)
+
+
 def feature_map_tensor(model: "keras.Model") -> "keras.KerasTensor | None":
     """The tensor ``(N, h, w, D)`` whose mean over h and w is the output of `model`; `None` if the end is another."""
     keras = import_keras()
@@ -116,16 +126,6 @@ def feature_map_tensor(model: "keras.Model") -> "keras.KerasTensor | None":
     if not isinstance(operation, keras.layers.GlobalAveragePooling2D) or operation.keepdims:
         return None
     return operation._inbound_nodes[node].input_tensors[0]
-
-
-def _weight_file(
-    info: BackboneInfo, weights: str | Path | None, size: int, progress: Callable[[int, int], None]
-) -> Path | None:
-    if weights is None:
-        return None
-    if weights != "imagenet":
-        return Path(weights)
-    return info.path or weight_files.find_imagenet(info, size, progress)
 
 
 def _checked_digest(file: Path | None, wanted: str | None) -> str | None:

@@ -63,6 +63,12 @@ def load_into(model: Any, path: Path, in_order: bool = False) -> None:
             _fill(slots[name], item, path)
 
 
+def imagenet_path(info: "BackboneInfo", size: int) -> Path:
+    """Where Keras keeps the ImageNet weights (without top) of a backbone at `size`, whether they are there or not."""
+    (_url, name) = info.weights_file(size)
+    return Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras").expanduser() / "models" / name
+
+
 def find_imagenet(
     info: "BackboneInfo", size: int, progress: Callable[[int, int], None] = lambda _done, _total: None
 ) -> Path:
@@ -71,8 +77,8 @@ def find_imagenet(
     `progress` is called with the bytes fetched and the bytes in all. Raises `WeightsError` naming the exact file and
     folder when there is no connection, and when the file there is not the one that Keras publishes.
     """
-    (url, name), digest = info.weights_file(size), info.digest
-    path = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras").expanduser() / "models" / name
+    (url, _name), digest = info.weights_file(size), info.digest
+    path = imagenet_path(info, size)
     if not path.exists():
         _download(url, path, digest, progress)
     elif not has_digest(path, digest):

@@ -1,12 +1,13 @@
 """How an unfinished run began: what a training that goes on must find as it was, and what may have changed since.
 
 config.yaml        the config that it goes on with
-environment.json   where it was begun
-checkpoints/begun.json   every config that it was begun or gone on with, the backbone's fingerprint, the SHA-256 of
-                   environment.json, and one of its own content
+environment.json   where it was begun, and what differed where it went on
+checkpoints/begun.json   every config that it was begun or gone on with, the backbone's fingerprint, the SHA-256 of the
+                   model that it started from and of every environment.json, and one of its own content
 split.csv          the photos; written last, because it marks a run that can be resumed
 """
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,9 +37,10 @@ def begin(folder: Path, prepared: Prepared) -> None:
     record = {
         "configs": [prepared.config.dump(folder)],
         "backbone": prepared.backbone.fingerprint,
-        "environment": files.sha256(folder / surroundings.FILE),
+        "start_from": prepared.start_from,
+        "environments": [files.sha256(folder / surroundings.FILE)],
     }
-    files.write_json(folder / _RECORD, run.sealed(record))
+    _write_record(folder, record)
     run.write_split(folder / "split.csv", _split_rows(prepared))
 
 
@@ -57,10 +59,10 @@ def check(folder: Path) -> None:
     if not (folder / "split.csv").exists():
         raise RunError(f"{folder} was not begun: it has no split.csv", "remove that folder, and train a new run")
     record = _read(folder)
-    if files.sha256(folder / surroundings.FILE) != record["environment"]:
+    if files.sha256(folder / surroundings.FILE) not in record["environments"][-2:]:
         raise RunError(f"{folder / surroundings.FILE} is damaged", "restore it from a copy, or train a new run")
     stored = configs.load(folder / "config.yaml").dump(folder)
-    # Two, when a kill came between the record of a changed config and the config itself.
+    # Two, as above: a kill may have come between the record of a change and the change itself.
     if stored not in record["configs"][-2:]:
         raise _other_settings(folder, differences(record["configs"][-1], stored))
 
@@ -74,15 +76,22 @@ def go_on(folder: Path, prepared: Prepared, observer: Observer) -> None:
     record = _read(folder)
     if prepared.backbone.fingerprint != record["backbone"]:
         raise RunError(f"the backbone's weights are not those that {folder} was begun with", _NEW_RUN)
+    if prepared.start_from != record["start_from"]:
+        raise RunError(f"the run model.start_from is not the one that {folder} was begun from", _NEW_RUN)
     config = prepared.config.dump(folder)
     changed = differences(record["configs"][-1], config)
     if refused := [each for each in changed if not each.what.startswith(_MAY_CHANGE)]:
         raise _other_settings(folder, refused)
-    _warn_of_other_surroundings(folder, prepared, observer)
     if changed:
-        del record["sha256"]
-        files.write_json(folder / _RECORD, run.sealed({**record, "configs": [*record["configs"], config]}))
+        record["configs"] = [*record["configs"], config]
+        _write_record(folder, record)
     _write_config(folder, prepared.config)
+    _note_other_surroundings(folder, prepared, record, observer)
+
+
+def _write_record(folder: Path, record: dict[str, Any]) -> None:
+    content = {key: value for key, value in record.items() if key != "sha256"}
+    files.write_json(folder / _RECORD, run.sealed(content))
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -91,7 +100,12 @@ def _read(folder: Path) -> dict[str, Any]:
         record = json.loads(path.read_text("utf-8"))
         if run.sealed(record) != record:
             raise ValueError("its content does not match its own SHA-256")
-        record["configs"][0], record["backbone"], record["environment"]
+        for key in ("configs", "environments"):
+            if not isinstance(record[key], list) or not record[key]:
+                raise ValueError(f"{key} is no list")
+        if not all(isinstance(config, dict) for config in record["configs"]):
+            raise ValueError("configs are not settings")
+        record["backbone"], record["start_from"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as exc:
         raise RunError(f"{path} is damaged: {exc}", "restore it from a copy, or train a new run") from exc
     return dict(record)
@@ -106,15 +120,25 @@ def _surroundings(prepared: Prepared) -> tuple[Config, str, str, int]:
     return prepared.config, prepared.device, prepared.precision, prepared.workers
 
 
-def _warn_of_other_surroundings(folder: Path, prepared: Prepared, observer: Observer) -> None:
-    """Say why the end may not be that of an uninterrupted run."""
+def _note_other_surroundings(folder: Path, prepared: Prepared, record: dict[str, Any], observer: Observer) -> None:
+    """Say why the end may not be that of an uninterrupted run, here and in environment.json."""
     before = surroundings.read_environment(folder / surroundings.FILE)
+    elsewhere = before.pop(surroundings.ELSEWHERE, None)
     now = surroundings.environment(*_surroundings(prepared))
-    if changed := [each.what for each in differences(before, now) if each.what != "git_commit"]:
-        observer.warn(
-            f"the surroundings are not those that {folder} was begun in ({', '.join(changed)}), so the weights may "
-            "differ from those of an uninterrupted run"
-        )
+    changed = [each for each in differences(before, now) if each.what != "git_commit"]
+    if not changed:
+        return
+    names = ", ".join(each.what for each in changed)
+    observer.warn(
+        f"the surroundings are not those that {folder} was begun in ({names}), so the weights may differ from those of "
+        "an uninterrupted run"
+    )
+    told = [f"{each.what}: {each.now or 'none'}" for each in changed]
+    told = list(dict.fromkeys([*map(str, elsewhere if isinstance(elsewhere, list) else ()), *told]))
+    content = files.json_text({**before, surroundings.ELSEWHERE: told})
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    _write_record(folder, {**record, "environments": [*record["environments"], digest]})
+    files.write_text(folder / surroundings.FILE, content)
 
 
 def _other_settings(folder: Path, changes: Iterable[Difference]) -> RunError:

@@ -37,7 +37,10 @@ _TABLES_AND_FIGURES = 1_000_000
 
 @dataclass
 class Prepared:
-    """All that a head is fitted on and judged by; `parts` maps train, val and, if there is one, test to features."""
+    """All that a head is fitted on and judged by; `parts` maps train, val and, if there is one, test to features.
+
+    `start_from`: SHA-256 of the model of `model.start_from`, if there is one.
+    """
 
     config: Config
     data: Dataset
@@ -47,6 +50,7 @@ class Prepared:
     workers: int
     parts: dict[str, Features]
     cache_bytes: int
+    start_from: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -58,6 +62,7 @@ def prepare(config: Config, observer: Observer) -> Prepared:
     """
     seconds: dict[str, float] = {}
     check_model(config)
+    started_from = start_digest(config)
     with timed(seconds, "preflight"):
         data = index(config, observer)
         _refuse_bad_headers(config, data, observer)
@@ -89,7 +94,9 @@ def prepare(config: Config, observer: Observer) -> Prepared:
     dataset.refuse_empty(data.classes, {split: part.samples for split, part in parts.items()}, bad)
     for photo in bad:
         observer.warn(f"skipped {photo.path}: {photo.reason}")
-    return Prepared(config, data, backbone, device, precision, extractor.workers, parts, cache_bytes, seconds)
+    return Prepared(
+        config, data, backbone, device, precision, extractor.workers, parts, cache_bytes, started_from, seconds
+    )
 
 
 def _refuse_bad_headers(config: Config, data: Dataset, observer: Observer) -> None:
@@ -138,6 +145,12 @@ def check_model(config: Config) -> None:
         raise ConfigError("\n".join(problems), "correct the model section of the config")
     if config.model.start_from is not None:
         Run.load(config.model.start_from)
+
+
+def start_digest(config: Config) -> str | None:
+    """SHA-256 of the model of `model.start_from`; `None` without one. Raises `RunError` when it is damaged."""
+    source = config.model.start_from
+    return None if source is None else files.sha256(Run.load(source).file("model.keras"))
 
 
 def check_places(config: Config) -> None:

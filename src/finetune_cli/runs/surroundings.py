@@ -20,6 +20,8 @@ from finetune_cli.errors import RunError
 from finetune_cli.parallel import cores
 
 FILE = "environment.json"
+# What differed where a killed run went on; not there if nothing did.
+ELSEWHERE = "went_on_with"
 _REMEDY = "restore the run from a copy, or train again"
 _PACKAGES = (
     "finetune-cli",
