@@ -73,7 +73,7 @@ def test_reliability_shows_each_bin():
         assert dot.high <= dot.y <= dot.low
     assert "75% of 4 photos" in line.dots[1].title
     both = charts.reliability(scores, scores)
-    assert [line.label for line in both.lines] == ["", "without temperature", "as it answers"]
+    assert [line.label for line in both.lines] == ["", "without temperature", "with temperature"]
 
 
 def test_coverage_ends_at_the_accuracy():

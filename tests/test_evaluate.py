@@ -19,12 +19,14 @@ from scipy.special import log_softmax, softmax
 from sklearn import metrics as reference
 from typer.testing import CliRunner
 
-from finetune_cli import cli, files, metrics
+from finetune_cli import cli, files, metrics, render
 from finetune_cli.commands import evaluate as command
+from finetune_cli.console import Console
 from finetune_cli.errors import DataError, GateError, StorageError, UsageError
 from finetune_cli.folds import group_folds
 from finetune_cli.model.keras_setup import import_keras
 from finetune_cli.observer import Silent
+from finetune_cli.photos.dataset import BadPhoto, Sample
 from finetune_cli.photos.images import decode
 from finetune_cli.runs import artefacts, judged, run
 from finetune_cli.runs.run import Run
@@ -340,6 +342,29 @@ def test_the_command_line_tells_all(tiny, monkeypatch):
         assert text in answer.output
     assert "1 of 25 photos were left out" in answer.output
     assert (tiny.run.folder / "evaluations" / "one" / "predictions.csv").is_file()
+
+
+def test_the_screen_says_how_many_rows_it_leaves_out(tiny, capsys):
+    """60 classes, of which 50 occur; each is taken for its successor once and for the one after that half the time."""
+    labels = np.repeat(np.arange(50), 4)
+    predicted = (labels + np.tile([0, 1, 1, 2], 50)) % 50
+    classes = [f"class {i}" for i in range(60)]
+    probabilities = np.eye(60)[predicted]
+    samples = tuple(Sample(Path("x"), "x", int(label), "00") for label in labels)
+    bad = tuple(BadPhoto(Path(f"{i}.jpg"), f"{i}.jpg", "empty") for i in range(23))
+    found = judged.Judged(
+        tiny.run,
+        judged.Photos("data", "photos", samples, bad),
+        judged.Answers(samples, probabilities.astype(np.float32), np.zeros((0, 1), np.float32), 1, ()),
+        metrics.evaluate(probabilities, labels, classes),
+        None,
+    )
+    render.evaluated(Console(), command.Result(found, tiny.run.folder))
+    told = capsys.readouterr().out
+    assert "the 20 classes with the lowest F1, and 30 more in per_class.csv" in told
+    assert "10 classes have neither photos nor answers here" in told
+    assert "... and 80 more pairs; all photos are in predictions.csv" in told  # 50 x 2 pairs
+    assert "... and 3 more; all are in metrics.json" in told
 
 
 def test_no_training_package_is_loaded(tiny):

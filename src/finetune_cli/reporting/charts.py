@@ -154,7 +154,7 @@ def reliability(before: CalibrationScores | None, after: CalibrationScores) -> C
     """
     scale = Scale((0, 1), (0, 1))
     lines = [Line("guide", "", scale.path([(0, 0), (1, 1)]))]
-    for scores, label, style in ((before, "without temperature", "series-b"), (after, "as it answers", "series-a")):
+    for scores, label, style in ((before, "without temperature", "series-b"), (after, "with temperature", "series-a")):
         if scores is None:
             continue
         total = sum(b.photos for b in scores.reliability)
