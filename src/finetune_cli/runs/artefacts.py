@@ -38,13 +38,12 @@ def save_models(
     size = 4 * model.count_params()
     with files.atomic_path(folder / "model.keras", size) as path:
         model.save(path)
-    xml = folder / "inference" / "model.xml"
-    _save_ir(convert(model), xml, size)
+    _save_ir(convert(model), folder / "inference", size)
     if not len(photos):
         return {}
     loaded = keras.models.load_model(folder / "model.keras", safe_mode=True, compile=False)
     from_keras = np.asarray(loaded(photos.astype(np.float32), training=False))
-    runtime = OpenVinoRuntime(read_ir(xml), "float32", workers=1)
+    runtime = OpenVinoRuntime(read_ir(folder / "inference" / "model.xml"), "float32", workers=1)
     from_openvino = np.concatenate([runtime.infer(photo[None]) for photo in photos])
     parity = {
         "photos": len(photos),
@@ -61,20 +60,18 @@ def save_models(
     return parity
 
 
-def _save_ir(model: Any, xml: Path, size: int) -> None:
-    """Write an OpenVINO model, of `size` bytes of weights. Raises `StorageError`."""
-    files.make_folder(xml.parent)
+def _save_ir(model: Any, folder: Path, size: int) -> None:
+    """Write an OpenVINO model, of `size` bytes of weights, as the folder `folder`. Raises `StorageError`."""
+    if folder.exists():  # of a killed training
+        files.remove_folder(folder)
     try:
-        import_openvino().save_model(model, xml, compress_to_fp16=False)
+        with files.atomic_folder(folder, size) as temporary:
+            import_openvino().save_model(model, temporary / "model.xml", compress_to_fp16=False)
     except RuntimeError as exc:  # of a C++ stream, which does not say why
-        xml.with_suffix(".bin").unlink(missing_ok=True)
-        files.free_space_check(xml.parent, size)
+        files.free_space_check(folder.parent, size)
         raise StorageError(
-            f"{xml.parent} cannot be written ({files.human_bytes(size)} are needed)", "see the limit with: ulimit -f"
+            f"{folder} cannot be written ({files.human_bytes(size)} are needed)", "see the limit with: ulimit -f"
         ) from exc
-    files.fsync_file(xml)
-    files.fsync_file(xml.with_suffix(".bin"))
-    files.fsync_folder(xml.parent)
 
 
 class Judged(NamedTuple):
