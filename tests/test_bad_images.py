@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from finetune_cli.errors import DataError
-from finetune_cli.photos.dataset import iter_photos, load
+from finetune_cli.photos.dataset import iter_photos, load, refuse_bad
 from finetune_cli.photos.digests import DigestMemory
 from photo_files import write_photo
 
@@ -169,7 +169,7 @@ def test_odd_names_pipes_and_loops(answers, tmp_path):
         (tmp_path / "data" / os.fsdecode(label) / "loop").symlink_to("..")
         (tmp_path / "data" / os.fsdecode(label) / "self.png").symlink_to("self.png")
     with DigestMemory(tmp_path / "digests.sqlite") as memory:
-        data = load(tmp_path / "data", None, None, 0.2, None, 10**8, memory, "error", lambda done, total: None)
+        data = load(tmp_path / "data", None, None, 0.2, None, 10**8, memory, lambda done, total: None)
     assert memory.warnings == []
     assert len(data.train) + len(data.val) == 2 * len(ODD_NAMES)
     assert {os.fsencode(sample.path.name) for sample in data.train + data.val} == set(ODD_NAMES)
@@ -184,8 +184,9 @@ def test_odd_names_of_bad_photos_stay_on_one_line(tmp_path):
     for name in ODD_NAMES:
         write_photo(tmp_path / "a" / os.fsdecode(name)).write_bytes(b"no photo")
         write_photo(tmp_path / "b" / os.fsdecode(name))
+    data = load(tmp_path, None, None, 0.2, None, 10**8, DigestMemory(None), lambda done, total: None)
     with pytest.raises(DataError) as caught:
-        load(tmp_path, None, None, 0.2, None, 10**8, DigestMemory(None), "error", lambda done, total: None)
+        refuse_bad(data.bad, data.photos, "error")
     lines = str(caught.value).splitlines()
     assert len(lines) == len(ODD_NAMES) + 2
     assert all(line.isprintable() for line in lines)

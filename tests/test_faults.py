@@ -300,6 +300,7 @@ READ_ONLY = """
     folder, user = Path(sys.argv[1]), int(sys.argv[2])
     with tempfile.TemporaryDirectory() as other, files.lock(Path(other)), FeatureStore(Path(other, "cache")) as store:
         store.get([b"key"])  # what is imported late is imported now: Python's own files may be private to root
+        Path(other).absolute().as_uri()
         checkpoints.load(checkpoints.save(Path(other), 1, {"a": np.arange(3)}, {}, best=True))
     if os.geteuid() == 0:
         os.setgroups([]), os.setgid(user), os.setuid(user)
