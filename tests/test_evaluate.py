@@ -196,6 +196,19 @@ def test_photos_with_labels_of_their_own(tiny):
     assert result.judged.evaluation.confusion[2].sum() == 0
 
 
+def test_the_folder_above_the_splits_is_explained(tiny):
+    with pytest.raises(DataError, match="classes unknown to the run: test, train, val") as caught:
+        command.evaluate(tiny.run, Silent(), data=tiny.photos)
+    assert caught.value.remedy == f"these are splits; name one of them, such as {tiny.photos / 'test'}"
+
+
+def test_a_long_name_of_photos_makes_a_short_name_of_the_folder(tiny):
+    """A file system holds 255 bytes of a name, and temporary names are longer than the last one."""
+    folder = tiny.photos / ("ü" * 120)
+    shutil.copytree(tiny.photos / "test", folder)
+    assert command.evaluate(tiny.run, Silent(), data=folder).folder.name == f"{'ü' * 50}-1"
+
+
 def test_an_unknown_class_is_an_error(tiny):
     (tiny.photos / "test" / "wasp").rename(tiny.photos / "test" / "hornet")
     with pytest.raises(DataError, match="hornet"):
@@ -294,11 +307,11 @@ def test_comparing_matches_classes_by_name(tiny, monkeypatch):
     assert all((row[1] == row[2]) != (row[1] == row[3]) for row in rows)
 
 
-def test_comparing_needs_the_classes(tiny):
-    first = command.evaluate(tiny.run, Silent()).judged
+def test_comparing_needs_the_classes_which_is_told_before_the_work(tiny, monkeypatch):
     other = Run(tiny.run.folder, {**tiny.run.manifest, "classes": ["ant", "bee"]})
+    monkeypatch.setattr(judged, "judge", lambda *_args: pytest.fail("worked in vain"))
     with pytest.raises(UsageError, match="no class 'wasp'"):
-        judged.compare(first, other, 1, lambda _n: None)
+        command.evaluate(tiny.run, Silent(), other=other)
 
 
 def test_a_run_against_itself(tiny):
@@ -362,7 +375,7 @@ def test_the_screen_says_how_many_rows_it_leaves_out(tiny, capsys):
     render.evaluated(Console(), command.Result(found, tiny.run.folder))
     told = capsys.readouterr().out
     assert "the 20 classes with the lowest F1, and 30 more in per_class.csv" in told
-    assert "10 classes have neither photos nor answers here" in told
+    assert "classes with neither photos nor answers here: 10" in told
     assert "... and 80 more pairs; all photos are in predictions.csv" in told  # 50 x 2 pairs
     assert "... and 3 more; all are in metrics.json" in told
 

@@ -121,6 +121,10 @@ def test_cells_a_spreadsheet_would_run_are_defused(page_file):
     assert ",=1+1," not in text
 
 
+def test_a_subset_of_the_classes_is_told(tags):
+    assert "they show 2 of the 3 classes" in tags.text
+
+
 def test_a_picture_of_the_matrix_comes_with_it(page_file):
     assert (page_file.parent / "confusion_matrix.png").stat().st_size > 5000
     assert page_file.stat().st_size < 5_000_000

@@ -234,9 +234,11 @@ def _classes(console: Console, evaluation: "Evaluation") -> None:
         right=(1, 2, 3, 4),
     )
     if len(rows) < len(present):
-        console.print(f"the {len(rows)} classes with the lowest F1, and {len(present) - len(rows)} more in per_class.csv")
+        console.print(
+            f"the {len(rows)} classes with the lowest F1, and {len(present) - len(rows)} more in per_class.csv"
+        )
     if len(present) < len(evaluation.classes):
-        console.print(f"{len(evaluation.classes) - len(present)} classes have neither photos nor answers here")
+        console.print(f"classes with neither photos nor answers here: {len(evaluation.classes) - len(present)}")
 
 
 def _confusion(console: Console, evaluation: "Evaluation") -> None:

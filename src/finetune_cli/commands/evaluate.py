@@ -49,6 +49,8 @@ def evaluate(
     workers = cores()
     _check_target(run, name)
     photos = _photos(run, data, root, workers, observer)
+    if other is not None:
+        judged.check_comparable(run, other, photos.samples)
     observer.note(f"evaluating on {len(photos.samples)} {photos.source}")
     for note in photos.notes:
         observer.note(note)
@@ -110,7 +112,7 @@ def _write(found: Judged, name: str | None, stem: str) -> Path:
     What takes a name is the finished folder, moved there; another evaluation may be faster, then the next number is
     tried.
     """
-    stem = re.sub(r"[^\w.-]+", "-", stem).strip("-.") or "data"
+    stem = re.sub(r"[^\w.-]+", "-", stem)[:50].strip("-.") or "data"
     numbers = itertools.count(1)
     while True:
         folder = found.run.folder / "evaluations" / (name or f"{stem}-{next(numbers)}")

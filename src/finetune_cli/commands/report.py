@@ -71,6 +71,7 @@ def report(judged: Judged, folder: Path, observer: Observer) -> Path:
             judged.evaluation.coverage,
         ),
         "duplicates": _duplicates(judged),
+        "notes": [brief(note, 400) for note in judged.photos.notes],
         "bad": [(brief(photo.name), brief(photo.reason, 200)) for photo in judged.bad[:_MOST_ROWS]],
         "bad_count": len(judged.bad),
         **_from_training(judged, observer),

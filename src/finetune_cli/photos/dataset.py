@@ -131,7 +131,10 @@ def load_labelled(
     problems = _unknown(listing, classes, "the run")
     if not listing.photos and not problems:
         problems = [f"{shown(path)} holds no photos to evaluate on"]
-    _raise(problems, "name the folder that holds one folder per class of the run, with photos in them")
+    remedy = "name the folder that holds one folder per class of the run, with photos in them"
+    if splits := [name for name in listing.classes if name.lower() in layouts.SPLITS and name not in classes]:
+        remedy = f"these are splits; name one of them, such as {path / splits[0]}"
+    _raise(problems, remedy)
     parts, bad = preflight({"test": listing}, classes, lambda _name: None, max_pixels, memory, progress)
     _raise(_contradictions(parts, classes), "keep each photo under one label")
     samples = tuple(parts["test"])

@@ -262,18 +262,22 @@ def _calibration(run: Run, answers: Answers, evaluation: Evaluation) -> Calibrat
     return Calibration(before, evaluation.calibration, cross_fitted=False)
 
 
-def compare(judged: Judged, other: Run, workers: int, advance: Advance) -> Judged:
-    """`judged` with a comparison: the same photos through `other`, whose classes are matched by name.
-
-    Raises `UsageError` when `other` does not know a class of these photos.
-    """
-    ours, theirs = judged.run.classes, other.classes
-    unknown = sorted({ours[sample.label] for sample in judged.answers.samples} - set(theirs))
+def check_comparable(run: Run, other: Run, samples: Iterable[Sample]) -> None:
+    """Raise `UsageError` when `other` does not know a class of these photos of `run`."""
+    unknown = sorted({run.classes[sample.label] for sample in samples} - set(other.classes))
     if unknown:
         raise UsageError(
             f"{other.folder} cannot be compared on these photos: it has no class {', '.join(map(repr, unknown))}",
             "compare runs with the same classes",
         )
+
+
+def compare(judged: Judged, other: Run, workers: int, advance: Advance) -> Judged:
+    """`judged` with a comparison: the same photos through `other`, whose classes are matched by name.
+
+    `check_comparable` must have been content.
+    """
+    ours, theirs = judged.run.classes, other.classes
     samples = [replace(sample, label=theirs.index(ours[sample.label])) for sample in judged.answers.samples]
     answers = answer(other, samples, workers, advance)
     place = {(sample.path, sample.label): i for i, sample in enumerate(samples)}
