@@ -380,7 +380,9 @@ def test_a_forbidden_folder_is_told_before_the_work(shop, killed, forbidden):
         )
         (folder / forbidden).chmod(0o755)
         assert answer.returncode == 1, answer.stderr
-        assert re.search(rf"no permission to write \S*{forbidden}\n", answer.stderr), answer.stderr
+        key = {"runs": ": output.directory", "cache": ": runtime.cache_dir"}.get(forbidden, "")
+        told = rf"no permission to write \S*{forbidden}\ntry: choose a folder that you can write to{key}\n"
+        assert re.search(told, answer.stderr), answer.stderr
         assert "preflight" not in answer.stderr
         assert time.monotonic() - started < 30
         assert [path.name for path in folder.glob("runs/*")] == ["x-1"]

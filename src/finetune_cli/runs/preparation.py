@@ -16,7 +16,7 @@ import numpy as np
 
 from finetune_cli import files
 from finetune_cli.config import Config
-from finetune_cli.errors import BadImage, ConfigError, Interrupted
+from finetune_cli.errors import BadImage, ConfigError, Interrupted, StorageError
 from finetune_cli.model import backbones, features, runtimes
 from finetune_cli.model.backbones import Backbone
 from finetune_cli.model.cache import FeatureStore, default_folder
@@ -155,18 +155,32 @@ def start_digest(config: Config) -> str | None:
 
 def check_places(config: Config) -> None:
     """Raise `StorageError` unless files can be made where the run and the features go."""
-    files.check_writable(config.output.directory)
-    files.check_writable(cache_folder(config))
+    with _named("output.directory"):
+        files.check_writable(config.output.directory)
+    with _named("runtime.cache_dir"):
+        files.check_writable(cache_folder(config))
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Say which key of the config chooses another folder."""
+    try:
+        yield
+    except StorageError as exc:
+        exc.remedy = f"{exc.remedy}: {key}"
+        raise
 
 
 def _check_room(config: Config, data: Dataset, views: int, backbone: Backbone) -> None:
     """Raise `StorageError` unless there is room for the features and for the run, before hours go into them."""
     rows = views * len(data.train) + len(data.val) + len(data.test)
-    files.free_space_check(cache_folder(config), 2 * 4 * backbone.width * rows)  # in the cache, and at hand
+    with _named("runtime.cache_dir"):
+        files.free_space_check(cache_folder(config), 2 * 4 * backbone.width * rows)  # in the cache, and at hand
     head = 4 * (backbone.width + 1) * len(data.classes)
     model = 4 * backbone.model.count_params() + head
     # The model in two forms; up to four checkpoints, each with the head, the best head and Adam's two moments.
-    files.free_space_check(config.output.directory, 2 * model + 4 * 4 * head + _TABLES_AND_FIGURES)
+    with _named("output.directory"):
+        files.free_space_check(config.output.directory, 2 * model + 4 * 4 * head + _TABLES_AND_FIGURES)
 
 
 @dataclass
