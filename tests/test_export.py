@@ -279,6 +279,65 @@ print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}})))
     assert heavy & set(json.loads(child.stdout)) == {runtimes[form]}
 
 
+def card_text():
+    return json.dumps({"format": 1, "classes": ["a", "b"], "image": {"size": 8, "resize": "crop", "max_pixels": 99}})
+
+
+@pytest.mark.parametrize("hostile", ["weights elsewhere", "weights at an absolute path", "an unknown operation"])
+def test_onnx_runtime_refuses_what_it_must(hostile, tmp_path):
+    """SECURITY.md says that it does; nothing of this package stands between."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    (tmp_path / "secret.bin").write_bytes(np.ones(2, np.float32).tobytes())
+    weights = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[2], data_location=TensorProto.EXTERNAL)
+    where = {"weights elsewhere": "../secret.bin", "weights at an absolute path": str(tmp_path / "secret.bin")}
+    weights.external_data.add(key="location", value=where.get(hostile, "w.bin"))
+    nodes = [
+        helper.make_node("ReduceMean", ["image"], ["mean"], axes=[1, 2, 3], keepdims=0),
+        helper.make_node("Fold" if hostile not in where else "Mul", ["mean", "w"], ["probabilities"]),
+    ]
+    ends = (
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["N", 8, 8, 3])],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N"])],
+    )
+    graph = helper.make_graph(nodes, "g", *ends, [weights])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
+    helper.set_model_props(model, {"finetune": card_text()})
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "w.bin").write_bytes(np.ones(2, np.float32).tobytes())
+    (tmp_path / "inner" / "model.onnx").write_bytes(model.SerializeToString())
+    assert onnx.load(tmp_path / "inner" / "model.onnx", load_external_data=False).graph.node[0].op_type == "ReduceMean"
+    with pytest.raises(WeightsError, match="cannot be loaded as an ONNX model"):
+        opening.open_model(tmp_path / "inner" / "model.onnx", 1)
+
+
+CHANGED_LITERT = """
+import random, sys
+from pathlib import Path
+from finetune_cli.errors import WeightsError
+from finetune_cli.exports import opening
+data, path, rng, refused = Path(sys.argv[1]).read_bytes(), Path(sys.argv[2]), random.Random(0), 0
+for _ in range(30):
+    changed = bytearray(data)
+    for _place in range(8):
+        changed[rng.randrange(8, 400)] = rng.randrange(256)
+    path.write_bytes(changed)
+    try:
+        opening.open_model(path, 1)
+    except WeightsError:
+        refused += 1
+print(refused)
+"""
+
+
+def test_litert_refuses_changed_structures(folders, tmp_path):
+    command = [sys.executable, "-c", CHANGED_LITERT, folders["litert"] / "model.tflite", tmp_path / "model.tflite"]
+    environment = {**os.environ, "PYTHONPATH": str(TESTS.parent / "src")}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=True)
+    assert int(child.stdout) >= 25
+
+
 def test_what_is_no_export(folders, tmp_path, tiny_run):
     (tmp_path / "x.pkl").write_bytes(b"x")
     for path, words in (
