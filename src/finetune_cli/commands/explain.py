@@ -103,4 +103,4 @@ def _draw(path: Path, settings: ImageSettings, evidence: NDArray[np.float64], ou
     photo = images.decode(path, replace(settings, size=max(settings.size, _SHOWN_SIZE)))
     picture = Image.fromarray(heatmap.side_by_side(photo, heatmap.overlay(photo, evidence)))
     with files.atomic_path(output) as temporary:
-        picture.save(temporary, "PNG", optimize=True)
+        picture.save(temporary, "PNG", compress_level=3)  # 0.1 s faster than `optimize`, and 6 % larger
