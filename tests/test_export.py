@@ -737,6 +737,14 @@ def test_no_room_is_told_before_the_work(tiny_run, tmp_path, monkeypatch):
         export(tiny_run.run, Request(ALL, tmp_path / "out"), Silent())
 
 
+@pytest.mark.parametrize("names", [("savedmodel",), ("keras", "onnx"), ("onnx",)], ids="-".join)
+def test_a_file_is_no_target(names, tiny_run, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UsageError, match="is a file"):
+        export(tiny_run.run, Request(names, tmp_path / "file", force=True), Silent())
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_target_that_cannot_be_written(tiny_run):
     answer = command("export", "--run", tiny_run.run.folder, "--format", "openvino", "--output", "/proc/finetune/out")
     assert answer.exit_code == 1

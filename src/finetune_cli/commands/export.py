@@ -123,7 +123,7 @@ def _check_targets(run: Run, request: Request, inner: dict[str, Path]) -> None:
 
 def _targets(request: Request, inner: dict[str, Path]) -> list[Path]:
     """The folders that are moved into place: a new one with all forms in it, or one for each form in an old one."""
-    if not request.output.exists():
+    if not request.output.is_dir():  # nothing, or a file, which `place.check` refuses
         return [request.output]
     return [request.output / path for path in inner.values()]
 
