@@ -242,6 +242,21 @@ def test_a_photo_in_two_named_splits_is_told(tmp_path):
     assert [text for text in warnings if text.startswith("1 photos of val are also in train")]
 
 
+def test_class_names_that_differ_in_case_only_are_told(tmp_path):
+    write_photos(tmp_path, " ".join(f"{c}/{i}.png" for c in ("Ants", "ants", "bees") for i in range(4)))
+    assert [text for text in load(tmp_path).warnings if "Ants and ants have almost the same name" in text]
+
+
+def test_a_table_is_named_and_not_its_folder(tmp_path):
+    write_photos(tmp_path, "1.png 2.png")
+    (tmp_path / "t.csv").write_text("image_path,label\n1.png,a\n2.png,a\n")
+    text = problem(tmp_path / "t.csv")
+    assert f"{tmp_path}/t.csv has only the class a" in text
+    assert "table" in text.splitlines()[-1]
+    (tmp_path / "t.csv").write_text("image_path,label\n1.png,a\n2.png,b\n1.png,b\n")
+    assert f"the same photo is a and b as {tmp_path}/1.png" in problem(tmp_path / "t.csv")
+
+
 # Bad photos
 
 

@@ -241,6 +241,25 @@ def test_bytes_that_are_not_utf8_survive(tmp_path):
     assert os.fsencode(listing.classes[0]) == b"na\xefve"
 
 
+@pytest.mark.parametrize("label", ['"city', '"city\n3.png,forest\n4.png,"city"'])
+def test_an_unclosed_quote_does_not_swallow_lines(tmp_path, label):
+    text = f"image_path,label\n1.png,city\n2.png,{label}\n5.png,forest\n6.png,forest\n"
+    with pytest.raises(DataError) as caught:
+        read(table(tmp_path, text))
+    assert "from line 3 on" in caught.value.problem
+    assert "quote" in caught.value.remedy
+
+
+def test_a_label_of_two_lines_is_refused(tmp_path):
+    with pytest.raises(DataError, match="lines 2 to 3: the label goes on in the next line"):
+        read(table(tmp_path, 'image_path,label\n1.png,"ci\nty"\n2.png,forest\n'))
+
+
+def test_a_column_named_twice_is_refused(tmp_path):
+    with pytest.raises(DataError, match="names label twice"):
+        read(table(tmp_path, "image_path,label,Label\n1.png,city,forest\n"))
+
+
 def test_all_wrong_lines_are_told(tmp_path):
     with pytest.raises(DataError) as caught:
         read(
@@ -250,7 +269,7 @@ def test_all_wrong_lines_are_told(tmp_path):
         "  line 2: no image_path",
         "  line 3: no label",
         "  line 4: no label",
-        "  line 6: split is 'dev', not train, val or test",
+        "  lines 5 to 6: split is 'dev', not train, val or test",
     ]
 
 

@@ -109,10 +109,11 @@ def load(
         parts["train"], parts["val"] = _keep_for_validation(parts["train"], val_split)
         roots["val"] = roots["train"]
     notes += _copies(parts["train"]) + _lonely(parts, classes)
+    warnings = [*_overlaps(parts), *_alike(classes)]
     ready = {name: tuple(parts.get(name, ())) for name in ("train", "val", "test")}
     roots = {name: root for name, root in roots.items() if ready[name]}
     return Dataset(
-        classes, ready["train"], ready["val"], ready["test"], tuple(bad), tuple(notes), _overlaps(parts), roots
+        classes, ready["train"], ready["val"], ready["test"], tuple(bad), tuple(notes), tuple(warnings), roots
     )
 
 
@@ -196,20 +197,24 @@ def _check_classes(listings: Mapping[str, Listing]) -> None:
     problems = []
     if len(train.classes) < 2:
         found = f"only the class {shown(train.classes[0])}" if train.classes else "no class"
-        problems.append(f"{shown(train.root)} has {found}; at least 2 are needed")
+        problems.append(f"{shown(train.source)} has {found} to train on; at least 2 are needed")
     problems += [f"class {shown(name)} has no photos: {shown(train.root / name)}" for name in train.classes
                  if name not in filled]  # fmt: skip
+    remedy = "give the classes the same names in every split (an empty folder says: no photos of it)"
+    if problems:
+        remedy = "give a table with photos of at least 2 labels for train"
+        if not train.is_table:
+            remedy = "name the folder that holds a folder for each of at least 2 classes, with photos in all of them"
     for name, listing in listings.items():
         if name == "train":
             continue
         problems += _unknown(listing, train.classes, "the training photos")
         missing = [c for c in train.classes if c not in listing.classes]
         if missing and not listing.is_table:
-            problems.append(f"{shown(listing.root)} lacks folders for: {_enumerated(missing)}")
+            problems.append(f"{shown(listing.source)} lacks folders for: {_enumerated(missing)}")
         if not listing.photos:
-            problems.append(f"{shown(listing.root)} has no photos for {name}")
+            problems.append(f"{shown(listing.source)} has no photos for {name}")
     notes = [note for listing in listings.values() for note in listing.notes]
-    remedy = "one folder per class, with the same names in every split (an empty one says: no photos of it)"
     _raise(problems, remedy, notes)
 
 
@@ -221,7 +226,7 @@ def _unknown(listing: Listing, classes: Sequence[str], who: str) -> list[str]:
     close = (difflib.get_close_matches(name.lower(), lower, n=1) for name in unknown[:_SHOWN])
     meant = _enumerated(list(dict.fromkeys(lower[names[0]] for names in close if names)))
     hint = f"; close to them: {meant}" if meant else ""
-    return [f"{shown(listing.root)} has classes unknown to {who}: {_enumerated(unknown)}{hint}"]
+    return [f"{shown(listing.source)} has classes unknown to {who}: {_enumerated(unknown)}{hint}"]
 
 
 def _enumerated(names: Sequence[str]) -> str:
@@ -262,8 +267,9 @@ def _contradictions(parts: Mapping[str, Sequence[Sample]], classes: Sequence[str
     for sample in (sample for samples in parts.values() for sample in samples):
         other = first.setdefault(sample.digest, sample)
         if other.label != sample.label:
+            as_first = f" as {shown(other.path)}" if other.path != sample.path else ""
             problems.append(
-                f"the same photo is {shown(classes[other.label])} as {shown(other.path)} "
+                f"the same photo is {shown(classes[other.label])}{as_first} "
                 f"and {shown(classes[sample.label])} as {shown(sample.path)}"
             )
     return problems
@@ -274,7 +280,18 @@ def _copies(train: Sequence[Sample]) -> list[str]:
     return [f"{copies} training photos are exact copies of others"] if copies else []
 
 
-def _overlaps(parts: Mapping[str, Sequence[Sample]]) -> tuple[str, ...]:
+def _alike(classes: Sequence[str]) -> list[str]:
+    """Warnings of classes whose names differ in case or blanks only: most likely one class."""
+    first: dict[str, str] = {}
+    found = []
+    for name in classes:
+        other = first.setdefault(name.casefold().strip(), name)
+        if other != name:
+            found.append(f"the classes {shown(other)} and {shown(name)} have almost the same name: are they one class?")
+    return found
+
+
+def _overlaps(parts: Mapping[str, Sequence[Sample]]) -> list[str]:
     """Warnings of photos and groups that are in two splits."""
     found = []
     digests = {name: {sample.digest for sample in samples} for name, samples in parts.items()}
@@ -285,7 +302,7 @@ def _overlaps(parts: Mapping[str, Sequence[Sample]]) -> tuple[str, ...]:
         groups = {sample.group for sample in parts.get(a, ())} & {sample.group for sample in parts.get(b, ())} - {None}
         if groups:
             found.append(f"{len(groups)} groups have photos in both {a} and {b}")
-    return tuple(found)
+    return found
 
 
 def _lonely(parts: Mapping[str, Sequence[Sample]], classes: Sequence[str]) -> list[str]:

@@ -41,8 +41,12 @@ class Found:
 
 @dataclass
 class Listing:
-    """The photos under `root`. `classes` are those that it names, also the empty ones, sorted bytewise."""
+    """The photos of `source`, a folder or a table; their names are relative to `root`.
 
+    `classes` are those that it names, also the empty ones, sorted bytewise.
+    """
+
+    source: Path
     root: Path
     photos: list[Found] = field(default_factory=list)
     classes: tuple[str, ...] = ()
@@ -111,7 +115,8 @@ def only(listing: Listing, splits: Set[str | None]) -> Listing:
     """The photos of `listing` that its table gives to `splits`; a listing of folders has none but `None`."""
     photos = [photo for photo in listing.photos if photo.split in splits]
     classes = _classes(photos) if listing.is_table else listing.classes
-    return Listing(listing.root, photos, classes, listing.is_table, list(listing.notes) if None in splits else [])
+    notes = list(listing.notes) if None in splits else []
+    return Listing(listing.source, listing.root, photos, classes, listing.is_table, notes)
 
 
 def walk(folder: Path, ignored: Counter[str], failed: Callable[[Path, OSError], None]) -> Iterator[str]:
@@ -184,7 +189,7 @@ def _entries(folder: Path, ignored: Counter[str]) -> list[tuple[str, bool]]:
 
 
 def _read_folders(root: Path) -> Listing:
-    listing = Listing(root)
+    listing = Listing(root, root)
     ignored: Counter[str] = Counter()
     problems: list[str] = []
     loose = 0
@@ -245,34 +250,38 @@ def _not_used(folder: Path, splits: Mapping[str, list[Path]]) -> list[str]:
 
 def _read_table(path: Path) -> Listing:
     root = path.parent
-    listing = Listing(root, is_table=True)
+    listing = Listing(path, root, is_table=True)
     problems: list[str] = []
     seen: set[tuple[str, str, str | None]] = set()
     repeated = 0
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             header = file.readline()
-            rows = csv.reader(file, delimiter=max("\t;,", key=header.count))
+            # Strict: a quote that is never closed would make one label of all that follows.
+            rows = csv.reader(file, delimiter=max("\t;,", key=header.count), strict=True)
             columns = _columns(path, next(csv.reader([header], delimiter=rows.dialect.delimiter), []))
+            last = 1
             for row in rows:
+                first, last = last + 1, rows.line_num + 1
                 if not row:
                     continue
                 photo = _photo_of(row, columns, root)
                 if isinstance(photo, str):
-                    problems.append(f"line {rows.line_num + 1}: {photo}")
+                    problems.append(f"line {first}: {photo}" if first == last else f"lines {first} to {last}: {photo}")
                 elif (key := (photo.name, photo.label, photo.split)) in seen:
                     repeated += 1
                 else:
                     seen.add(key)
                     listing.photos.append(photo)
-    except (OSError, csv.Error) as exc:
-        raise DataError(
-            f"{shown(path)} cannot be read as a table: {shown(exc)}", "see data/README.md for its form"
-        ) from exc
+    except csv.Error as exc:
+        place = f"{shown(path)}, from line {last + 1} on,"
+        raise DataError(f"{place} is no table: {shown(exc)}", "look for a quote that is not closed") from exc
+    except OSError as exc:
+        raise DataError(f"{shown(path)} cannot be read: {exc.strerror}", "name a table that you can read") from exc
     if problems:
         more = [f"and {len(problems) - _LINES_SHOWN} more"] if len(problems) > _LINES_SHOWN else []
         lines = "\n  ".join(problems[:_LINES_SHOWN] + more)
-        raise DataError(f"{len(problems)} lines of {shown(path)} are wrong\n  {lines}", "mend or delete these lines")
+        raise DataError(f"wrong lines in {shown(path)}: {len(problems)}\n  {lines}", "mend or delete these lines")
     listing.photos.sort(key=lambda photo: byte_order(photo.name))
     listing.classes = _classes(listing.photos)
     if repeated:
@@ -285,7 +294,10 @@ def _classes(photos: list[Found]) -> tuple[str, ...]:
 
 
 def _columns(path: Path, header: list[str]) -> dict[str, int]:
-    columns = {name.strip().lower(): i for i, name in enumerate(header)}
+    names = [name.strip().lower() for name in header]
+    columns = {name: i for i, name in enumerate(names)}
+    if twice := {"image_path", "label", "split", "group"} & {name for name in names if names.count(name) > 1}:
+        raise DataError(f"the first line of {shown(path)} names {min(twice)} twice", "rename one of the columns")
     if not {"image_path", "label"} <= columns.keys():
         raise DataError(
             f"the first line of {shown(path)} does not name the columns image_path and label; it reads: "
@@ -306,9 +318,12 @@ def _photo_of(row: list[str], columns: dict[str, int], root: Path) -> Found | st
         return f"no {'label' if typed else 'image_path'}"
     if "\0" in typed:
         return "image_path holds a NUL character"
+    if any(line_break in label for line_break in "\r\n\0"):
+        return "the label goes on in the next line; is a quote not closed?"
     if "split" in columns:
         split = SPLITS.get(cell("split").lower())
         if split is None:
-            return f"split is {shown(cell('split'))!r}, not train, val or test"
+            found = f"{shown(cell('split'))!r}" if cell("split") else "empty"
+            return f"split is {found}, not train, val or test"
     name = os.path.relpath(typed, root) if Path(typed).is_absolute() else os.path.normpath(typed)
     return Found(str(root / typed), Path(name).as_posix(), label, group, split)
