@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -207,6 +208,23 @@ def test_want_of_memory_is_told_in_two_lines(monkeypatch, tmp_path):
     assert answer.exit_code == 1
     assert answer.stderr.splitlines()[0] == "error: out of memory: Unable to allocate 9 TiB"
     assert "Traceback" in run("sample", tmp_path / "x", "--debug").output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_first_imports_is_told_in_a_line(number):
+    script = f"""
+import os, sys
+class Kill:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), {int(number)})
+sys.meta_path.insert(0, Kill())
+from finetune_cli.__main__ import main
+main()
+"""
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert answer.returncode == 128 + number
+    assert answer.stderr == "error: interrupted\n"
 
 
 def test_a_bare_except_cannot_swallow_a_signal():

@@ -189,3 +189,8 @@ def test_shifts_in_whole_pixels_stay_whole(tmp_path, value):
     loaded = config.load(write(tmp_path, f"data: {{train: photos}}\naugmentation: {{width_shift_range: {value}}}"))
     assert loaded.augmentation is not None
     assert repr(loaded.augmentation.arguments()["width_shift_range"]) == value
+
+
+def test_a_runs_name_is_not_dumped(tmp_path):
+    loaded = config.load(write(tmp_path, "data: {train: a}\noutput: {name: mine}"))
+    assert "name" not in loaded.dump(tmp_path)["output"]

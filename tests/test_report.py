@@ -277,7 +277,7 @@ def test_moved_training_photos_are_found_by_content(copy):
 
 
 def test_without_the_cache_it_says_so(copy, monkeypatch):
-    monkeypatch.setattr(report.material.preparation, "cache_folder", lambda _config: copy.photos / "none")
+    monkeypatch.setattr(report.material.requirements, "cache_folder", lambda _config: copy.photos / "none")
     text = Tags(written(copy.run).read_text("utf-8")).text
     assert text.count("the training features are not in the feature cache") == 3
     assert "Most confident mistakes" in text

@@ -160,3 +160,12 @@ def test_a_changed_file_is_never_used(tmp_path):
         made.split()
     with pytest.raises(RunError, match="lists no file"):
         made.file("model.keras")
+
+
+def test_a_run_of_a_runs_config_is_named_like_the_run(tmp_path):
+    (tmp_path / "pets-3").mkdir()
+    (tmp_path / "pets-3" / "split.csv").write_text("")
+    assert run.stem(tmp_path / "pets-3" / "config.yaml") == "pets"
+    assert run.stem(tmp_path / "config.yaml") == "config"
+    assert run.stem(tmp_path / "birds.yaml") == "birds"
+    assert run.stem(None) == "run"

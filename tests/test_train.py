@@ -14,7 +14,7 @@ from finetune_cli.commands import check as command_check
 from finetune_cli.commands import evaluate as command_evaluate
 from finetune_cli.commands import predict as command_predict
 from finetune_cli.commands import train as command_train
-from finetune_cli.errors import BadPhotos, DataError, GateError, Interrupted, RunError, UsageError
+from finetune_cli.errors import BadPhotos, DataError, FinetuneError, GateError, Interrupted, RunError, UsageError
 from finetune_cli.observer import Silent
 from finetune_cli.photos import sample
 from finetune_cli.runs import artefacts, beginning, preparation
@@ -220,11 +220,40 @@ def test_a_third_class_keeps_the_first_two(tmp_path, drawn, cache, finished):
     assert grown.manifest["metrics"]["val"]["accuracy"] > 0.8
 
 
-def test_start_from_wants_the_same_backbone(tmp_path, drawn, cache, finished):
+def test_start_from_wants_the_same_backbone(tmp_path, drawn, cache, finished, monkeypatch):
+    monkeypatch.setattr(preparation.features, "extract", None)  # it is told before the features are computed
     with pytest.raises(RunError, match="another backbone"):
         command_train.train(
             load(tmp_path, drawn, cache, f"model.start_from={finished.folder}", "model.weights=null"), Silent()
         )
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.backbone=resnet5", "no backbone 'resnet5'"),
+        ("model.weights=none", "did you mean null?"),
+        ("model.weights=imagnet", "did you mean imagenet?"),
+        ("training.class_weights={lake: 2}", "'lake', which is no class"),
+        ("model.start_from=nowhere", "there is no run"),
+        ("output.name=taken", "exists already"),
+    ],
+)
+def test_check_tells_what_would_stop_train(tmp_path, drawn, cache, override, told):
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    loaded = load(tmp_path, drawn, cache, override)
+    for command in (command_check.check, command_train.train):
+        with pytest.raises(FinetuneError) as caught:
+            command(loaded, Silent())
+        assert told in str(caught.value)
+
+
+def test_one_view_with_transforms_is_told(tmp_path, drawn, cache):
+    observer = Silent()
+    preparation.prepare(
+        load(tmp_path, drawn, cache, "augmentation.horizontal_flip=true", "augmentation.views=1"), observer
+    )
+    assert "augmentation.views is 1, the photo itself: no transform is applied" in observer.warnings
 
 
 @pytest.fixture

@@ -1,11 +1,21 @@
 """`python -m finetune_cli` and the console script `finetune`."""
 
+import sys
+
+from finetune_cli import signals
+from finetune_cli.errors import Interrupted
+
 
 def main() -> None:
     """Run the command line."""
-    from finetune_cli.cli import app
+    signals.catch()  # before the first import that takes time
+    try:
+        from finetune_cli.cli import app
 
-    app()
+        app()
+    except Interrupted as exc:
+        sys.stderr.write(f"error: {exc.problem}\n")
+        sys.exit(exc.exit_code)
 
 
 if __name__ == "__main__":

@@ -91,9 +91,10 @@ def train(
     named = [f"output.name={json.dumps(name)}"] if name is not None else []
     loaded = load_config(path, [*(overrides or []), *named])
     from finetune_cli.commands import train as command_train  # after the config is known to be good
+    from finetune_cli.runs import run
 
     with skippable(config, overrides, *(["--name", name] if name is not None else [])):
-        render.trained(console, command_train.train(loaded, console, path.stem if path else "run"))
+        render.trained(console, command_train.train(loaded, console, run.stem(path)))
 
 
 def _resume(console: "Console", run_folder: str | None, overrides: list[str] | None) -> "Run":

@@ -137,9 +137,11 @@ class Config(Section):
     def dump(self, folder: Path) -> dict[str, Any]:
         """The resolved values for a YAML file in `folder`, without keys that have no effect.
 
-        Relative paths stay relative, but to `folder`; the result loads to an equal `Config`.
+        Relative paths stay relative, but to `folder`. `output.name` is left out: a second run cannot have the name of
+        the first. But for that, the result loads to an equal `Config`.
         """
         values = self.model_dump(mode="json")
+        del values["output"]["name"]
         if self.training.solver == "lbfgs":
             for key in KERAS_ONLY:
                 del values["training"][key]

@@ -52,8 +52,7 @@ class Console:
     def error(self, error: FinetuneError | Interrupted) -> None:
         """What is wrong and what to do."""
         self._labelled("error", "bold red", error.problem)
-        if error.remedy:
-            self._labelled("try", "bold", error.remedy)
+        self._labelled("try", "bold", error.remedy)
 
     def _labelled(self, label: str, style: str, text: str) -> None:
         from rich.text import Text

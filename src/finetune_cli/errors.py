@@ -100,7 +100,7 @@ class Interrupted(KeyboardInterrupt):
     No `Exception`, so that no handler for failures takes it for one.
     """
 
-    def __init__(self, signal_number: int, remedy: str = "") -> None:
+    def __init__(self, signal_number: int, remedy: str = "run the same command again") -> None:
         super().__init__("interrupted")
         self.problem = "interrupted"
         self.remedy = remedy

@@ -3,10 +3,15 @@
 from collections import Counter
 from dataclasses import dataclass
 
+import numpy as np
+
 from finetune_cli.config import Config
+from finetune_cli.model.solver import class_weights
 from finetune_cli.observer import Observer
 from finetune_cli.photos.dataset import BadPhoto, Dataset, refuse_bad, refuse_empty
+from finetune_cli.runs import run
 from finetune_cli.runs.preparation import decode_all, index
+from finetune_cli.runs.requirements import check_settings
 
 
 @dataclass(frozen=True)
@@ -19,8 +24,14 @@ class Report:
 
 
 def check(config: Config, observer: Observer) -> Report:
-    """Index and decode all photos of `config`. Raises `DataError` that lists what would stop `train`."""
+    """Look at the settings, index and decode all photos of `config`.
+
+    Raises what `train` would stop with: `DataError` that lists the photos, `ConfigError`, `RunError`, `StorageError`.
+    """
+    run.check_target(config.output.directory, config.output.name)
+    check_settings(config)
     data = index(config, observer)
+    class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
     bad = [*data.bad, *decode_all(config, data, observer)]
     refuse_bad(bad, data.photos, config.data.on_bad_image)
     refused = {photo.path for photo in bad}

@@ -8,7 +8,7 @@ from finetune_cli.config import Config, load
 from finetune_cli.errors import DataError, RunError
 from finetune_cli.model import backbones, runtimes
 from finetune_cli.observer import Observer
-from finetune_cli.runs import preparation, surroundings
+from finetune_cli.runs import preparation, requirements, surroundings
 from finetune_cli.runs.run import Run
 from finetune_cli.runs.surroundings import Difference
 
@@ -80,7 +80,7 @@ def _backbone(run: Run, config: Config) -> Iterator[str]:
 def _start(run: Run, config: Config) -> Iterator[str]:
     """What is wrong with the run that `model.start_from` names."""
     try:
-        found = preparation.start_digest(config)
+        found = requirements.start_digest(config)
     except RunError as exc:
         yield f"model.start_from: {exc.problem}"
     else:

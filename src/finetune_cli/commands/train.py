@@ -28,7 +28,8 @@ from finetune_cli.model.head import EpochState
 from finetune_cli.model.solver import Head
 from finetune_cli.observer import Observer
 from finetune_cli.runs import artefacts, beginning, checkpoints, figures, run
-from finetune_cli.runs.preparation import Prepared, check_places, image_settings, prepare, timed
+from finetune_cli.runs.preparation import Prepared, image_settings, prepare, timed
+from finetune_cli.runs.requirements import check_settings
 from finetune_cli.runs.run import Run
 from finetune_cli.tables import write_csv
 
@@ -39,7 +40,6 @@ def train(config: Config, observer: Observer, stem: str = "run") -> Run:
     Raises any `FinetuneError`; whatever happens, no finished run is changed and computed features stay in the cache.
     """
     run.check_target(config.output.directory, config.output.name)
-    check_places(config)
     prepared = prepare(config, observer)
     start = _start(prepared, observer)
     folder = run.create(config.output.directory, config.output.name, stem)
@@ -53,7 +53,7 @@ def resume(folder: Path, config: Config, observer: Observer) -> Run:
 
     Raises `RunError` when the run is finished already, or when its photos, classes or settings are not what they were.
     """
-    check_places(config)
+    check_settings(config)
     files.check_writable(folder)
     with files.lock(folder), _resumable(folder):
         beginning.check(folder)
@@ -146,15 +146,11 @@ def _start(prepared: Prepared, observer: Observer) -> Head | None:
     if source is None:
         return None
     old = Run.load(source)
-    if old.manifest["backbone"]["fingerprint"] != prepared.backbone.fingerprint:
-        raise RunError(
-            f"model.start_from: {source} was trained on another backbone ({old.manifest['backbone']['name']})",
-            "use the same model.backbone, model.weights and image.size, or drop model.start_from",
-        )
     old_head = head.read(old.file("model.keras"))
     grown, kept, new = head.grow(old_head, old.classes, prepared.data.classes, prepared.config.training.seed)
     dropped = [name for name in old.classes if name not in prepared.data.classes]
-    observer.note(
+    tell = observer.note if kept else observer.warn
+    tell(
         f"start from {old.name}: kept {', '.join(kept) or 'nothing'}; new {', '.join(new) or 'nothing'}"
         + (f"; dropped {', '.join(dropped)}" if dropped else "")
     )

@@ -18,7 +18,7 @@ from finetune_cli.model import cachefile
 from finetune_cli.model.cache import FeatureStore
 from finetune_cli.model.features import Request
 from finetune_cli.model.solver import class_weights
-from finetune_cli.runs import preparation
+from finetune_cli.runs import preparation, requirements
 from finetune_cli.runs.run import Run, SplitRow
 
 # Refits must not take longer than the training did: beyond this many numbers (rows x features x classes), fewer
@@ -106,7 +106,7 @@ def _some(rows: Sequence[SplitRow], most: int) -> list[SplitRow]:
 
 
 def _read(rows: Sequence[SplitRow], request: Request, width: int, config: Config) -> NDArray[np.float32]:
-    folder = preparation.cache_folder(config)
+    folder = requirements.cache_folder(config)
     missing = DataError(
         f"the training features are not in the feature cache {folder}",
         "train again with the same photos and config; what is still there is not computed again",

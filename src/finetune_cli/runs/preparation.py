@@ -9,17 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from finetune_cli import files
 from finetune_cli.config import Config
-from finetune_cli.errors import BadImage, ConfigError, Interrupted, StorageError
+from finetune_cli.errors import BadImage, Interrupted
 from finetune_cli.model import backbones, features, runtimes
 from finetune_cli.model.backbones import Backbone
-from finetune_cli.model.cache import FeatureStore, default_folder
+from finetune_cli.model.cache import FeatureStore
 from finetune_cli.model.features import Features, Request
 from finetune_cli.model.runtimes import Device, Precision, Runtime
 from finetune_cli.model.solver import class_weights
@@ -30,9 +28,7 @@ from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import BadPhoto, Dataset, Sample
 from finetune_cli.photos.digests import DigestMemory
 from finetune_cli.photos.images import ImageSettings
-from finetune_cli.runs.run import Run
-
-_TABLES_AND_FIGURES = 1_000_000
+from finetune_cli.runs.requirements import cache_folder, check_room, check_settings, check_start, start_digest
 
 
 @dataclass
@@ -61,7 +57,7 @@ def prepare(config: Config, observer: Observer) -> Prepared:
     then stays in the cache. Raises `StorageError` when there is no room for the features or for the run.
     """
     seconds: dict[str, float] = {}
-    check_model(config)
+    check_settings(config)
     started_from = start_digest(config)
     with timed(seconds, "preflight"):
         data = index(config, observer)
@@ -70,11 +66,14 @@ def prepare(config: Config, observer: Observer) -> Prepared:
     augmentation = augmenter(config)
     if config.augmentation is not None and config.augmentation.views > 1 and not augmentation.active:
         observer.note("augmentation: no transform is active, so each photo has one view")
+    if config.augmentation is not None and config.augmentation.views == 1 and augmentation.changed:
+        observer.warn("augmentation.views is 1, the photo itself: no transform is applied")
     with timed(seconds, "backbone"), observer.stage("backbone", None, "MB") as advance:
         device = runtimes.choose_device(config.runtime.device)
         precision = runtimes.training_precision(device, config.runtime.feature_precision)
         backbone = build_backbone(config, advance_to(advance))
-    _check_room(config, data, augmentation.views, backbone)
+    check_start(config, backbone)
+    check_room(config, data, augmentation.views, backbone)
     extractor = Extractor(config, backbone, device, observer)
     with timed(seconds, "features"), FeatureStore(cache_folder(config)) as store:
         try:
@@ -126,61 +125,6 @@ def decode_all(config: Config, data: Dataset, observer: Observer) -> list[BadPho
             if fault is not None:
                 bad.append(fault)
     return bad
-
-
-def check_model(config: Config) -> None:
-    """Find out what is wrong with the `model` section before minutes of work, and without TensorFlow.
-
-    Raises `ConfigError` for an unknown backbone, too small an image, and files that are not there; `RunError` for a
-    `start_from` that is no finished run.
-    """
-    info = backbones.resolve(config.model.backbone)
-    problems = []
-    if config.image.size < info.min_size:
-        problems.append(f"image.size: {info.name} needs at least {info.min_size} pixels, not {config.image.size}")
-    for key, path in (("backbone", info.path), ("weights", config.model.weights)):
-        if path is not None and path != "imagenet" and not Path(path).is_file():
-            problems.append(f"model.{key}: there is no file {path}")
-    if problems:
-        raise ConfigError("\n".join(problems), "correct the model section of the config")
-    if config.model.start_from is not None:
-        Run.load(config.model.start_from)
-
-
-def start_digest(config: Config) -> str | None:
-    """SHA-256 of the model of `model.start_from`; `None` without one. Raises `RunError` when it is damaged."""
-    source = config.model.start_from
-    return None if source is None else files.sha256(Run.load(source).file("model.keras"))
-
-
-def check_places(config: Config) -> None:
-    """Raise `StorageError` unless files can be made where the run and the features go."""
-    with _named("output.directory"):
-        files.check_writable(config.output.directory)
-    with _named("runtime.cache_dir"):
-        files.check_writable(cache_folder(config))
-
-
-@contextmanager
-def _named(key: str) -> Iterator[None]:
-    """Say which key of the config chooses another folder."""
-    try:
-        yield
-    except StorageError as exc:
-        exc.remedy = f"{exc.remedy}: {key}"
-        raise
-
-
-def _check_room(config: Config, data: Dataset, views: int, backbone: Backbone) -> None:
-    """Raise `StorageError` unless there is room for the features and for the run, before hours go into them."""
-    rows = views * len(data.train) + len(data.val) + len(data.test)
-    with _named("runtime.cache_dir"):
-        files.free_space_check(cache_folder(config), 2 * 4 * backbone.width * rows)  # in the cache, and at hand
-    head = 4 * (backbone.width + 1) * len(data.classes)
-    model = 4 * backbone.model.count_params() + head
-    # The model in two forms; up to four checkpoints, each with the head, the best head and Adam's two moments.
-    with _named("output.directory"):
-        files.free_space_check(config.output.directory, 2 * model + 4 * 4 * head + _TABLES_AND_FIGURES)
 
 
 @dataclass
@@ -301,11 +245,6 @@ def augmenter(config: Config) -> Augmenter:
 def worker_count(config: Config) -> int:
     """Threads that decode and infer: one for each core unless the config says otherwise."""
     return cores() if config.runtime.workers == "auto" else config.runtime.workers
-
-
-def cache_folder(config: Config) -> Path:
-    """`runtime.cache_dir`, by default the user's cache folder."""
-    return config.runtime.cache_dir or default_folder()
 
 
 def digest_memory(config: Config) -> DigestMemory:

@@ -12,6 +12,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -168,6 +169,15 @@ def check_target(directory: Path, name: str | None) -> None:
             f"{directory / name} exists already, and runs are never overwritten",
             "choose another --name, or remove that folder",
         )
+
+
+def stem(config: Path | None) -> str:
+    """What a run of the file `config` is called, before its number: as the file, or as the run whose config it is."""
+    if config is None:
+        return "run"
+    if config.name == "config.yaml" and (config.parent / "split.csv").is_file():
+        return re.sub(r"-\d+$", "", config.absolute().parent.name)
+    return config.stem
 
 
 def create(directory: Path, name: str | None, stem: str) -> Path:
