@@ -14,8 +14,8 @@ import pytest
 from numpy.typing import NDArray
 
 from finetune_cli.errors import ConfigError
-from finetune_cli.photos import augment
-from finetune_cli.photos.augment import FILL_MODES, GENERATOR_DEFAULTS, REFUSED, Augmenter, Transform
+from finetune_cli.photos.augment import Augmenter, Transform
+from finetune_cli.photos.generator import FILL_MODES, GENERATOR_DEFAULTS, REFUSED, problems
 
 SIZE = 96
 
@@ -293,7 +293,7 @@ def test_senseless_arguments_are_refused(arguments: dict[str, Any], message: str
 
 
 def test_all_problems_are_told_at_once() -> None:
-    assert len(augment.problems({"rescale": 2, "cval": -1, "zoom_range": 0.2, "hflip": True})) == 3
+    assert len(problems({"rescale": 2, "cval": -1, "zoom_range": 0.2, "hflip": True})) == 3
 
 
 def test_keras_waits_for_the_first_draw() -> None:

@@ -43,12 +43,33 @@ def test_missing_photos_are_exit_3(tmp_path):
     assert "absent" in answer.stderr
 
 
+@pytest.mark.parametrize("name", ["folder", "picture.jpg"])
+def test_a_picture_that_cannot_be_called_so_is_told_before_the_work(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    for arguments in (
+        ["preview", tmp_path / "absent.yaml", "--output"],
+        ["explain", tmp_path / "absent.jpg", "--output"],
+        ["inspect", tmp_path / "absent", "--filters", "x.jpg"],
+    ):
+        answer = run(*arguments, tmp_path / name)
+        assert answer.exit_code == 2
+        assert "is no name for a PNG picture" in answer.stderr
+
+
+def test_a_folder_that_was_never_a_run_is_told_so(tmp_path):
+    answer = run("predict", tmp_path / "x.jpg", "--run", tmp_path)
+    assert answer.exit_code == 1
+    assert f"{tmp_path} is no run directory" in answer.stderr
+    assert "resume" not in answer.stderr
+
+
 def test_bad_photos_come_with_the_command_that_skips_them(tmp_path):
     photos = tmp_path / "my photos"
     for i in range(30):
         write_photo(photos / ("a" if i % 2 else "b") / f"{i}.png", str(i))
     (photos / "a" / "bad.jpg").write_bytes(b"")
     (tmp_path / "c.yaml").write_text("data: {train: my photos}\nmodel: {backbone: efficientnet_lite0}\n")
+    assert run("check", f"data.train={photos}", f"runtime.cache_dir={tmp_path}").exit_code == 3
     for command in ("train", "check"):
         answer = run(command, tmp_path / "c.yaml", "runtime.cache_dir=" + str(tmp_path), "data.val_split=0.3")
         assert answer.exit_code == 3

@@ -1,5 +1,6 @@
 """The configuration: defaults, errors with lines, paths, overrides."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,29 @@ def test_a_whole_section_on_the_command_line_is_relative_to_the_current_folder(t
     loaded = config.load(path, ["data={train: b, val: c}"])
     assert (loaded.data.train, loaded.data.val) == (tmp_path / "b", tmp_path / "c")
     assert "command line: `data.trian` is unknown" in problem(tmp_path, "data: {train: a}", "data={train: b, trian: c}")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("data: {train: a}\naugmentation: none", "`augmentation` is 'none': write its keys below it, or null"),
+        ("data: photos", "`data` is 'photos': write its keys below it"),
+        ("data: {train: [a]}", "`data.train` is ['a']: write a path"),
+        ("data: {train: a}\noutput: {name: ../x}", "`output.name` is '../x': write letters, digits"),
+        (
+            "data: {train: a}\ntraining: {class_weights: {ants: 0}}",
+            "`training.class_weights` is 0: write none, balanced, or class names",
+        ),
+        ("data: {train: a}\naugmentation: {width_shift_range: true}", "`augmentation.width_shift_range` is True: "),
+        ("data: {train: a}\naugmentation: {shear_range: 1.0e+9}", "`augmentation.shear_range` is 1000000000.0: "),
+        ("data: {train: a}\n  x: [", "line 2, column 3: "),
+    ],
+)
+def test_problems_are_told_in_the_words_of_a_config(tmp_path, text, told):
+    found = problem(tmp_path, text)
+    assert told in found
+    assert "DataConfig" not in found
+    assert not re.search("<(class|unicode)", found)
 
 
 def test_wrong_overrides_name_the_command_line(tmp_path):

@@ -76,6 +76,7 @@ def test_nothing_to_find(tmp_path):
 
 
 def test_an_unfinished_run_says_how_to_finish_it(tmp_path):
+    (tmp_path / "config.yaml").write_text("")
     with pytest.raises(RunError, match="not a finished run") as caught:
         Run.load(tmp_path)
     assert "--resume" in caught.value.remedy

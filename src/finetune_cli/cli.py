@@ -16,7 +16,9 @@ from finetune_cli.cli_app import (
     QuietOption,
     RunOption,
     app,
+    check_png,
     command,
+    config_or_override,
     find_run,
     load_config,
     new_console,
@@ -80,29 +82,25 @@ def train(
     from finetune_cli import render
 
     console = new_console(quiet)
-    if config is not None and "=" in config and not Path(config).exists():
-        overrides, config = [config, *(overrides or [])], None
+    path, overrides = config_or_override(config, overrides)
     if resume:
         if name is not None:
             raise UsageError("--name and --resume exclude each other", "a resumed run keeps its name")
-        render.trained(console, _resume(console, config, overrides))
+        render.trained(console, _resume(console, path, overrides))
         return
-    path = Path(config) if config is not None else None
     named = [f"output.name={json.dumps(name)}"] if name is not None else []
     loaded = load_config(path, [*(overrides or []), *named])
     from finetune_cli.commands import train as command_train  # after the config is known to be good
     from finetune_cli.runs import run
 
-    with skippable(config, overrides, *(["--name", name] if name is not None else [])):
+    with skippable(path, overrides, *(["--name", name] if name is not None else [])):
         render.trained(console, command_train.train(loaded, console, run.stem(path)))
 
 
-def _resume(console: "Console", run_folder: str | None, overrides: list[str] | None) -> "Run":
+def _resume(console: "Console", run_folder: Path | None, overrides: list[str] | None) -> "Run":
     from finetune_cli.runs import run
 
-    if run_folder is not None and "=" in run_folder and not Path(run_folder).exists():
-        overrides, run_folder = [run_folder, *(overrides or [])], None
-    named = Path(run_folder or "runs")
+    named = run_folder or Path("runs")
     if run_folder and not named.is_dir():
         raise UsageError(f"{named} is no run directory", "name it, or the folder that it is in: --resume runs/x")
     folder = named if (named / "config.yaml").is_file() else run.find_unfinished(named)
@@ -175,7 +173,7 @@ def _paths(arguments: list[str]) -> Iterator[Path]:
             yield Path(argument)
             continue
         for line in sys.stdin.buffer:
-            for name in line.rstrip(b"\n").split(b"\0"):
+            for name in line.rstrip(b"\r\n").split(b"\0"):
                 if name:
                     yield Path(os.fsdecode(name))
 
@@ -243,6 +241,7 @@ def explain(
     from finetune_cli.commands import explain as command_explain
 
     console = new_console(quiet)
+    check_png(output)
     render.explained(console, command_explain.explain(find_run(console, run), photo, class_name, output))
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, ParamSpec
 import typer
 
 from finetune_cli import __version__, signals
-from finetune_cli.errors import BadPhotos, FinetuneError, Interrupted
+from finetune_cli.errors import BadPhotos, FinetuneError, Interrupted, UsageError
 
 if TYPE_CHECKING:
     from finetune_cli.config import Config
@@ -126,6 +126,19 @@ def skippable(config: Path | str | None, overrides: list[str] | None, *options: 
         words = ["finetune", "train", *named, *(overrides or []), "data.on_bad_image=skip", *options]
         exc.remedy = f"repair or remove them, or leave them out: {shlex.join(words)}"
         raise
+
+
+def config_or_override(config: str | None, overrides: list[str] | None) -> tuple[Path | None, list[str] | None]:
+    """CONFIG may be left out; then the first override stands in its place."""
+    if config is not None and "=" in config and not Path(config).exists():
+        return None, [config, *(overrides or [])]
+    return (Path(config) if config is not None else None), overrides
+
+
+def check_png(path: Path) -> None:
+    """Raise `UsageError` unless a PNG picture can be called `path`; it is looked at before the work."""
+    if path.is_dir() or path.suffix.lower() != ".png":
+        raise UsageError(f"{path} is no name for a PNG picture", "name a file that ends in .png")
 
 
 def find_run(console: "Console", folder: Path | None) -> "Run":

@@ -1,5 +1,6 @@
 """The commands around training: look at photos and configs, make them, look after the cache."""
 
+import shlex
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,9 @@ from finetune_cli.cli_app import (
     OverridesArgument,
     QuietOption,
     app,
+    check_png,
     command,
+    config_or_override,
     find_run,
     load_config,
     new_console,
@@ -34,7 +37,7 @@ class GraphFormat(StrEnum):
 
 @command(app)
 def check(
-    config: Annotated[Path | None, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)] = None,
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)] = None,
     overrides: OverridesArgument = None,
     reproduce: Annotated[
         Path | None,
@@ -54,10 +57,11 @@ def check(
 
         render.reproduced(console, command_reproduce.reproduce(find_run(console, reproduce), console))
         return
-    loaded = load_config(config, overrides)
+    path, overrides = config_or_override(config, overrides)
+    loaded = load_config(path, overrides)
     from finetune_cli.commands import check as command_check
 
-    with skippable(config, overrides):
+    with skippable(path, overrides):
         render.checked(console, command_check.check(loaded, console))
 
 
@@ -72,6 +76,7 @@ def preview(
 ) -> None:
     """Draw a contact sheet of augmented views: photos by rows, views by columns."""
     console = new_console(quiet)
+    check_png(output)
     loaded = load_config(config, overrides)
     from finetune_cli.commands import preview as command_preview
     from finetune_cli.runs import preparation
@@ -99,6 +104,8 @@ def inspect(
     from finetune_cli import render_graph
 
     console = new_console(quiet)
+    if filters is not None:
+        check_png(filters[1])
     model, settings, classes, rate = _inspected(target, console)
     from finetune_cli.commands import filters as command_filters
     from finetune_cli.commands import graph
@@ -141,7 +148,7 @@ def init(
     if output.exists():
         raise UsageError(f"{output} exists already", "choose another name with --output")
     files.write_text(output, starter.starter_config(data, output))
-    console.print(f"wrote {output}; train with: finetune train {output}")
+    console.print(f"wrote {output}; train with: finetune train {shlex.quote(str(output))}")
 
 
 @command(app)

@@ -11,16 +11,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StrictFloat, StrictInt, ValidationError
 
 from finetune_cli import config_errors, yamlfile
 from finetune_cli.errors import ConfigError
-from finetune_cli.photos import augment
+from finetune_cli.photos import generator
 
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
 _Range = float | Annotated[list[float], Field(min_length=2, max_length=2)]
 # For Keras, a whole number means whole pixels, and 2 draws from -1, 0, 1 where 2.0 draws any number between -2 and 2.
-_Shift = int | float | Annotated[list[int | float], Field(min_length=1)]
+_Shift = StrictInt | StrictFloat | Annotated[list[StrictInt | StrictFloat], Field(min_length=1)]
 
 
 class Section(BaseModel):
@@ -68,7 +68,7 @@ class AugmentationConfig(Section):
     height_shift_range: _Shift = 0.0
     rotation_range: Annotated[float, Field(ge=0, le=180)] = 0.0
     zoom_range: _Range = 0.0
-    shear_range: float = 0.0
+    shear_range: Annotated[float, Field(ge=-180, le=180)] = 0.0
     brightness_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
     channel_shift_range: Annotated[float, Field(ge=0, le=255)] = 0.0
     fill_mode: Literal["nearest", "constant", "reflect", "wrap"] = "nearest"
@@ -182,7 +182,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     except ValidationError as exc:
         problems += config_errors.describe(exc, Config, place)
     if config is not None and config.augmentation is not None:
-        for name, text in augment.problems(config.augmentation.arguments()).items():
+        for name, text in generator.problems(config.augmentation.arguments()).items():
             problems.append(f"{place(('augmentation', name))}: `augmentation.{name}` {text}")
     problems += [f"{place(keys)}: {text}" for keys, text in _contradictions(values)]
     if problems or config is None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from finetune_cli.photos.augment import REFUSED
+from finetune_cli.photos.generator import REFUSED
 
 # Names that people know from Keras, Ultralytics, fastai and timm, and the key that does the same here.
 KNOWN_ELSEWHERE = {
@@ -58,6 +58,14 @@ KNOWN_ELSEWHERE = {
 }
 
 
+# Where pydantic's words would be about patterns and unions.
+_EXPECTED = {
+    "model.weights_sha256": "64 hexadecimal digits",
+    "output.name": "letters, digits, `_`, `-` and `.`, beginning with a letter, a digit or `_`",
+    "training.class_weights": "none, balanced, or class names with numbers above 0, such as {wasps: 3}",
+}
+
+
 def describe(exc: ValidationError, schema: type[BaseModel], place: Callable[[tuple[str | int, ...]], str]) -> list[str]:
     """One line per problem: where, which key, what is wrong, what to write instead.
 
@@ -73,6 +81,11 @@ def describe(exc: ValidationError, schema: type[BaseModel], place: Callable[[tup
             text = f"`{name}` is required" + (": the folder of photos, or a CSV file" if name == "data.train" else "")
         elif keys == ("fine_tuning",):
             text = "`fine_tuning` is not available in this version; leave it null"
+        elif error["type"] in {"model_type", "model_attributes_type"}:
+            null = ", or null" if name == "augmentation" else ""
+            text = f"`{name}` is {error['input']!r}: write its keys below it{null}"
+        elif name in _EXPECTED or error["type"] == "path_type":
+            text = f"`{name}` is {error['input']!r}: write {_EXPECTED.get(name, 'a path')}"
         else:
             message = error["msg"][0].lower() + error["msg"][1:]
             text = f"`{name}` is {error['input']!r}: {message}"

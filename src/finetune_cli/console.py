@@ -104,7 +104,8 @@ class Console:
         class Rate(ProgressColumn):
             def render(self, task: Any) -> Text:
                 speed = task.finished_speed or task.speed
-                return Text(f"{speed:.0f} {unit}/s" if speed else "", style="dim")
+                known = speed and task.elapsed > 1  # what was found in the cache makes the first moments absurd
+                return Text(f"{speed:.0f} {unit}/s" if known else "", style="dim")
 
         columns = (
             TextColumn("{task.description}", markup=False),

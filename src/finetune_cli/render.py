@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -51,8 +52,8 @@ def trained(console: Console, run: "Run") -> None:
     if manifest["bad_photos"]:
         console.print(f"skipped {len(manifest['bad_photos'])} bad photos; they are listed in run.json")
     console.print("\ntry next:")
-    console.print(f"  finetune predict PHOTO --run {shown(folder)}")
-    console.print(f"  finetune evaluate --run {shown(folder)}")
+    console.print(f"  finetune predict PHOTO --run {shown(shlex.quote(str(folder)))}")
+    console.print(f"  finetune evaluate --run {shown(shlex.quote(str(folder)))}")
 
 
 def _nearby(path: Path) -> Path:
@@ -95,7 +96,7 @@ Write = Callable[["Prediction"], None]
 def _table_writer(file: TextIO, _top_k: int) -> Write:
     def write(row: "Prediction") -> None:
         if row.error is not None:
-            file.write(f"{shown(row.path)}: cannot be read: {shown(row.error)}\n")
+            file.write(f"{shown(row.path)}: error: {shown(row.error)}\n")
             return
         others = ", ".join(f"{shown(label)} {p:.1%}" for label, p in row.top if label != row.label)
         best = f"{shown(row.label)} {row.probability:.1%}" if row.label == row.top[0][0] else shown(row.label)

@@ -114,4 +114,7 @@ def _collect(node: Any, keys: Keys, lines: dict[Keys, int], duplicates: list[tup
 
 
 def _one_line(exc: Exception) -> str:
+    mark = getattr(exc, "problem_mark", None)
+    if mark is not None:
+        return f"line {mark.line + 1}, column {mark.column + 1}: {getattr(exc, 'problem', None) or 'malformed'}"
     return " ".join(str(exc).split())

@@ -57,7 +57,7 @@ def starter_config(data: Path, target: Path, observer: Observer | None = None) -
     return _TEMPLATE.format(
         found="\n".join(f"# {line}".rstrip() for line in _description(data, found, config.image.max_pixels)),
         target=shown(target),
-        data="\n".join(_data_section(_relative(data, folder))),
+        data="\n".join(_data_section(_relative(data, folder), data.is_file())),
         training="\n".join(_training_section(found)),
     )
 
@@ -76,7 +76,7 @@ def _description(data: Path, found: Dataset, max_pixels: int) -> Iterator[str]:
         yield f"  {shown(name):{width}}  {per_class[label]:>6}"
     if len(found.classes) > _MAX_CLASSES:
         yield f"  and {len(found.classes) - _MAX_CLASSES} more"
-    yield from map(shown, found.notes)
+    yield from map(shown, (*found.notes, *found.warnings))
     if found.bad:
         yield f"{len(found.bad)} cannot be read, such as {shown(found.bad[0].name)}: {shown(found.bad[0].reason)}"
     yield ""
@@ -97,10 +97,11 @@ def _sizes(samples: Sequence[Sample], max_pixels: int) -> str:
     return f" Typical size: {width} x {height} pixels."
 
 
-def _data_section(train: str) -> Iterator[str]:
+def _data_section(train: str, is_table: bool) -> Iterator[str]:
     yield f"  train: {yaml_text(train)}"
     yield "  on_bad_image: skip              # photos that cannot be decoded are left out and listed; or error"
-    yield "  # val and test folders beside train are used as they are; without them, a part is kept for validation:"
+    given = "a column `split` is" if is_table else "val and test folders beside train are"
+    yield f"  # {given} used as they are; without, a part is kept for validation:"
     yield "  # val_split: 0.2"
 
 

@@ -84,7 +84,7 @@ def array(group: Any, path: str, shape: tuple[int, ...]) -> NDArray[Any]:
     import h5py
 
     dataset = member(group, path)
-    where = f"{group.file.filename}: {path}"
+    where = f"{group.file.filename}: {dataset.name}"
     if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiu":
         raise WeightsError(f"{where} is not an array of numbers", _REMEDY)
     if dataset.shape != shape:

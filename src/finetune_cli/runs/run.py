@@ -75,6 +75,8 @@ class Run:
         path = folder / MANIFEST
         if not folder.is_dir():
             raise RunError(f"there is no run {folder}", "list the finished ones with: ls runs/*/run.json")
+        if not path.is_file() and not (folder / "config.yaml").is_file():
+            raise RunError(f"{folder} is no run directory: it has no {MANIFEST}", "list them with: ls runs/*/run.json")
         if not path.is_file():
             raise RunError(
                 f"{folder} is not a finished run: it has no {MANIFEST}",
