@@ -46,6 +46,31 @@ def test_bits_do_not_depend_on_batch_threads_or_mode(model, photos):
             np.testing.assert_array_equal(features(batch, **settings), expected)
 
 
+RACE = """
+import sys, threading
+from pathlib import Path
+import numpy as np
+from finetune_cli.model.runtimes import OpenVinoRuntime, read_ir
+runtime = OpenVinoRuntime(read_ir(Path(sys.argv[1])), "float32", 4)
+sys.setswitchinterval(1e-6)
+barrier = threading.Barrier(4)
+def work():
+    barrier.wait()
+    runtime.infer(np.zeros((1, 32, 32, 3), np.uint8))
+threads = [threading.Thread(target=work) for _ in range(4)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def test_threads_that_begin_together_do_not_wait_for_ever(model, tmp_path):
+    runtimes.import_openvino().save_model(runtimes.convert(model), tmp_path / "model.xml")
+    for _ in range(4):
+        subprocess.run([sys.executable, "-c", RACE, tmp_path / "model.xml"], timeout=30, check=True)
+
+
 def test_a_model_with_a_loop_is_refused_before_the_feature_pass():
     keras = import_keras()
     pixels = keras.Input((8, 8, 3))

@@ -87,6 +87,9 @@ class OpenVinoRuntime:
             self._compiled = ov.Core().compile_model(preprocess.build(), "CPU", settings)
         except RuntimeError as exc:
             raise RunError(f"OpenVINO cannot compile the model: {ir.reason(exc)}", ir.REMEDY) from exc
+        # OpenVINO makes its tables of NumPy types at their first use, and gives up the interpreter's lock meanwhile:
+        # two threads that come there together wait for each other for ever. So it is done before there are threads.
+        ov.Tensor(np.zeros(1, ov.Type.u8.to_dtype()), shared_memory=True)
         self._local = threading.local()
 
     def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
