@@ -307,6 +307,19 @@ def test_inspect_shows_a_run_and_a_config(tiny_run, tmp_path, monkeypatch):
     assert (tmp_path / "filters.png").is_file()
     answer = run("inspect", tiny_run.run.folder, "--full", "--format", "json", "--batch", 3)
     told = json.loads(answer.stdout)
+    with_picture = run(
+        "inspect",
+        tiny_run.run.folder,
+        "--full",
+        "--format",
+        "json",
+        "--batch",
+        3,
+        "--filters",
+        photo,
+        tmp_path / "f.png",
+    )
+    assert json.loads(with_picture.stdout) == told
     assert told["batch"] == 3
     assert told["parameters"] == sum(node["parameters"] for node in told["nodes"])
     assert run("inspect", tmp_path / "absent.yaml").exit_code == 2

@@ -28,6 +28,7 @@ from finetune_cli.model.keras_setup import import_keras
 from finetune_cli.observer import Silent
 from finetune_cli.photos.dataset import BadPhoto, Sample
 from finetune_cli.photos.images import decode
+from finetune_cli.reporting import verdict
 from finetune_cli.runs import artefacts, judged, run
 from finetune_cli.runs.run import Run
 from runs_fixture import TinyRun
@@ -152,6 +153,27 @@ def test_other_photos_that_hold_validation_ones_are_cross_fitted_too(tiny):
     assert result.judged.calibration.cross_fitted
 
 
+def test_calibration_leaves_out_the_photos_that_the_temperature_was_fitted_on(tiny, tmp_path):
+    own = {row.digest for row in tiny.run.split() if row.split == "val"}
+    mixed = tmp_path / "mixed"
+    shutil.copytree(tiny.photos / "test", mixed)
+    shutil.copytree(tiny.photos / "val", mixed, dirs_exist_ok=True)
+    observer = Silent()
+    result = command.evaluate(tiny.run, observer, data=mixed)
+    rows = table(result.folder / "predictions.csv")
+    kept = [row for row in rows if files.sha256(mixed / row["path"]) not in own]
+    calibration = result.judged.calibration
+    assert calibration is not None
+    assert not calibration.cross_fitted
+    assert calibration.left_out == len(rows) - len(kept) > 0
+    classes = ["ant", "bee", "wasp"]
+    answers = np.array([[float(row[name]) for name in classes] for row in kept])
+    answers /= answers.sum(axis=1, keepdims=True)  # they are rounded in the file
+    expected = reference.log_loss([row["true"] for row in kept], answers, labels=classes)
+    assert result.judged.evaluation.calibration.log_loss == pytest.approx(expected, abs=1e-4)
+    assert any(f"leaves out {calibration.left_out} of these photos" in text for text in observer.notes)
+
+
 def test_the_run_itself_is_not_touched(tiny):
     before = {name: tiny.run.file(name).read_bytes() for name in tiny.run.manifest["files"]}
     manifest = (tiny.run.folder / "run.json").read_bytes()
@@ -226,6 +248,10 @@ def test_training_photos_are_told(tiny):
     observer = Silent()
     command.evaluate(tiny.run, observer)
     assert any("was trained on 1 of these photos" in text for text in observer.warnings)
+    result = command.evaluate(tiny.run, Silent(), data=tiny.photos / "train")
+    found = json.loads((result.folder / "metrics.json").read_text())["data"]
+    assert found["seen_in_training"] == found["photos"]
+    assert f"It was trained on {found['photos']} of these photos" in " ".join(verdict.verdict(result.judged))
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "x" * 101])

@@ -655,6 +655,17 @@ def test_a_new_version_stands_beside_the_old_one(folders, tiny_run, tmp_path, mo
         export(tiny_run.run, Request(("savedmodel",), out, version=4), Silent())
 
 
+def test_an_export_is_not_added_to_another(tiny_run, tmp_path):
+    out = tmp_path / "out"
+    export(tiny_run.run, Request(("openvino",), out), Silent())
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for names in (("savedmodel",), ("keras", "openvino")):
+        for force in (False, True):
+            with pytest.raises(UsageError, match="is not empty"):
+                export(tiny_run.run, Request(names, out, force=force), Silent())
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 def test_force_replaces_and_a_failure_leaves_the_old_one(tiny_run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     for _ in range(2):

@@ -194,6 +194,25 @@ def test_what_is_there_is_refused(tmp_path):
         fill(tmp_path / "file", force=True)
 
 
+def test_nothing_is_added_to_a_folder_of_other_things(tmp_path):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / ".DS_Store").write_text("")
+    place.check_beside(tmp_path)
+    make_export(tmp_path / "old")
+    with pytest.raises(UsageError, match="holds old, which is neither a form nor a version"):
+        place.check_beside(tmp_path)
+    with pytest.raises(UsageError, match="is not empty"):
+        place.check_beside(tmp_path / "old")
+
+
+def test_force_on_exports_below_names_them(tmp_path):
+    make_export(tmp_path / "out" / "onnx")
+    with pytest.raises(UsageError, match="in folders of their own") as caught:
+        fill(tmp_path / "out", force=True)
+    assert str(tmp_path / "out" / "onnx") in caught.value.remedy
+
+
 def test_force_replaces_an_export_and_nothing_else(tmp_path):
     make_export(tmp_path / "out")
     (tmp_path / "out" / "notes.txt").write_text("mine")

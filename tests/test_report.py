@@ -190,7 +190,7 @@ def thousand_pages(thousand, tmp_path_factory) -> tuple[Path, Path]:
         curve = LearningCurve((1, 2, 3, 4), recall.mean(axis=1), recall, every, recall[3] - recall[1], recall[0])
         return {
             "training_problem": "", "suspects": [figure] * report._MOST_SUSPECTS, "suspect_count": 900,
-            "views": "&" * 1000, "curve": report._curve(curve, run), "photos_used": (1, 2),
+            "views": "&" * 1000, "curve": report._curve(curve, run), "photos_used": (1, 2), "refits_problem": "",
         }  # fmt: skip
 
     wide = pictures.jpeg(noise(0, pictures.LARGE, 2 * pictures.LARGE + 4))

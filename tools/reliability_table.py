@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
 MODULES = (
     "faults", "faults_train", "files", "checkpoints", "cache", "damaged_runs", "strangers", "hostile_files",
-    "keras_file", "weights", "hdf5", "run", "config", "bad_images", "guard", "reproducible",
+    "keras_file", "weights", "hdf5", "run", "config", "bad_images", "guard", "reproducible", "beginning",
 )  # fmt: skip
 
 # A fault, and the tests that try it: module::beginning of the test's name.
@@ -48,9 +48,11 @@ FAULTS = {
         "cache::test_a_row_of_another_type",
     ],
     "a bit flipped in the cache": ["cache::test_flipped_bits"],
-    "a photo deleted, changed or added, a class renamed, a setting changed before the resume": [
-        "faults_train::test_other_photos", "faults_train::test_other_settings",
+    "photos, classes, settings, weights or the run to start from changed before the resume": [
+        "faults_train::test_other_photos", "faults_train::test_other_settings", "beginning::test_a_changed",
+        "beginning::test_other_photos", "beginning::test_other_weights",
     ],
+    "the record of a beginning forged": ["beginning::test_a_foreign"],
     "photos moved before the resume": ["faults_train::test_photos_may_move"],
     "two processes at once: one name, one run, one cache": [
         "faults_train::test_two", "faults::test_two", "faults::test_five", "cache::test_two", "cache::test_prune_while",

@@ -111,10 +111,12 @@ def inspect(
     from finetune_cli.commands import graph
     from finetune_cli.photos import images
 
-    render_graph.graph(console, graph.inspect(model, classes), full, batch, format.value, rate)
+    drawn = None
     if filters is not None:
-        photo, output = filters
-        render_graph.filters(console, command_filters.filters(model, images.decode(photo, settings), output), output)
+        drawn = command_filters.filters(model, images.decode(filters[0], settings), filters[1])
+    render_graph.graph(console, graph.inspect(model, classes), full, batch, format.value, rate)
+    if filters is not None and drawn is not None:
+        render_graph.filters(console, drawn, filters[1], format.value)
 
 
 def _inspected(target: Path, console: "Console") -> "tuple[Any, ImageSettings, int | None, float | None]":

@@ -286,6 +286,10 @@ def explained(console: Console, explanation: "Explanation") -> None:
     )  # fmt: skip
     if len(rows) < len(explanation.evidence):
         console.print(f"... and {len(explanation.evidence) - len(rows)} less probable classes")
+    if explanation.temperature != 1:
+        console.print(
+            f"the logits, divided by the run's temperature of {explanation.temperature:.3f}, give the probabilities"
+        )
     console.print(f"wrote {explanation.output}: red speaks for {shown(explanation.name)}, blue against")
 
 

@@ -40,12 +40,16 @@ def graph(console: Console, graph: "Graph", full: bool, batch: int, form: str, r
         console.print(f"multiply-adds not counted for: {', '.join(map(shown, graph.uncounted))}")
 
 
-def filters(console: Console, drawn: "Sequence[Filter]", output: Path) -> None:
-    """Say what the strongest filters of the first layer find, and where the picture is."""
+def filters(console: Console, drawn: "Sequence[Filter]", output: Path, form: str) -> None:
+    """Say what the strongest filters of the first layer find, and where the picture is; beside JSON, only that."""
+    wrote = f"wrote {output}: {len(drawn)} filters and their responses, strongest first"
+    if form == "json":
+        console.note(wrote)
+        return
     console.table(
         ("filter", "finds", "strength"), [(f.index, f.label, f"{f.strength:.2f}") for f in drawn[:10]], right=(0, 2)
     )
-    console.print(f"wrote {output}: {len(drawn)} filters and their responses, strongest first")
+    console.print(wrote)
 
 
 def _leaf(name: str) -> str:

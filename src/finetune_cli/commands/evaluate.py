@@ -62,6 +62,9 @@ def evaluate(
     for one in (run, other):
         if one is not None and (seen := judged.seen_in_training(one, found.answers.samples)):
             observer.warn(f"{one.name} was trained on {seen} of these photos: its result is too good")
+    if found.calibration is not None and found.calibration.left_out:
+        left_out = found.calibration.left_out
+        observer.note(f"calibration leaves out {left_out} of these photos, on which the temperature was fitted")
     return Result(found, _write(found, name, photos.part if data is None else data.stem))
 
 
@@ -141,6 +144,7 @@ def _more(found: Judged) -> dict[str, Any]:
     return {
         "run": found.run.name,
         "source": found.photos.source,
+        "seen_in_training": found.seen,
         "calibration": _calibration(found.calibration),
         "bad_photos": [{"path": photo.name, "reason": photo.reason} for photo in found.bad],
         "comparison": None
@@ -156,6 +160,7 @@ def _calibration(calibration: Calibration | None) -> dict[str, Any] | None:
         "before": calibration.before.to_json(),
         "after": calibration.after.to_json(),
         "cross_fitted": calibration.cross_fitted,
+        "left_out": calibration.left_out,
     }
 
 

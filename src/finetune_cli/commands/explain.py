@@ -36,12 +36,16 @@ class Evidence:
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """The evidence for every class, most probable first, and the map ``float64 (h, w)`` of the class `name`."""
+    """The evidence for every class, most probable first, and the map ``float64 (h, w)`` of the class `name`.
+
+    The probabilities are the softmax of the logits divided by `temperature`.
+    """
 
     name: str
     evidence: tuple[Evidence, ...]
     map: NDArray[np.float64]
     output: Path
+    temperature: float
 
 
 def explain(run: Run, path: Path, class_name: str | None, output: Path) -> Explanation:
@@ -75,7 +79,7 @@ def explain(run: Run, path: Path, class_name: str | None, output: Path) -> Expla
     )
     chosen = int(order[0]) if chosen is None else chosen
     _draw(path, predictor.settings, maps[..., chosen], output)
-    return Explanation(run.classes[chosen], evidence, maps[..., chosen], output)
+    return Explanation(run.classes[chosen], evidence, maps[..., chosen], output, run.temperature)
 
 
 def _class(run: Run, name: str) -> int:

@@ -114,7 +114,10 @@ def _make(name: str, request: Request) -> Form:
 
 def _check_targets(run: Run, request: Request, inner: dict[str, Path]) -> None:
     """Find out before the work whether the results can be written."""
-    for target in _targets(request, inner):
+    targets = _targets(request, inner)
+    if targets != [request.output]:
+        place.check_beside(request.output)
+    for target in targets:
         place.check(target, request.force)
         place.check_replaceable(target)
     model = run.file("model.keras").stat().st_size

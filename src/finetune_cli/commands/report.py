@@ -35,6 +35,7 @@ NAME = "report.html"
 LIMIT = 5_000_000  # bytes of the file
 _EXAMPLES = 12
 _MOST_SUSPECTS = 24
+_MOST_SEEN = 0.1  # of more photos that were trained on, nothing follows about heads that were fitted on them
 _MOST_ROWS = 100
 _MOST_CONFIG = 20_000  # characters
 
@@ -195,12 +196,22 @@ def _from_training(judged: Judged, observer: Observer) -> Values:
     """The sections that need the training features; `training_problem` says why they are empty."""
     run = judged.run
     values: Values = {
-        "training_problem": "", "suspects": [], "suspect_count": 0, "views": "", "curve": None, "photos_used": (0, 0)
+        "training_problem": "", "suspects": [], "suspect_count": 0, "views": "", "curve": None, "photos_used": (0, 0),
+        "refits_problem": "",
     }  # fmt: skip
     try:
         stuff = refits.with_strength(material.load(run, config.load(run.file("config.yaml"))))
     except FinetuneError as exc:
         return {**values, "training_problem": "; ".join(map(shown, filter(None, (exc.problem, exc.remedy))))}
+    if judged.seen > _MOST_SEEN * len(judged.answers.samples):
+        with observer.stage("refits for the report", refits.FOLDS, "fits") as advance:
+            suspects = refits.suspects(stuff, advance)
+        return {
+            **values,
+            "suspects": _suspects(judged, suspects[:_MOST_SUSPECTS]),
+            "suspect_count": len(suspects),
+            "refits_problem": "Photos that the run was trained on cannot tell; evaluate on others.",
+        }
     judges = Judges(judged.answers.features, judged.answers.labels[:: judged.answers.stride])
     with observer.stage(
         "refits for the report", refits.FOLDS + refits.fits() + 2 * (stuff.views > 1), "fits"

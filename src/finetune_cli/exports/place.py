@@ -20,6 +20,8 @@ from pathlib import Path
 from finetune_cli import files
 from finetune_cli.errors import StorageError, UsageError
 from finetune_cli.exports import manifest
+from finetune_cli.exports.forms import NAMES
+from finetune_cli.text import shown
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _HERE = -100  # AT_FDCWD
@@ -60,8 +62,21 @@ def check(target: Path, force: bool) -> None:
         return
     if not force:
         raise UsageError(f"{target} is not empty", "choose another --output, or replace the export there with --force")
+    if inside := sorted(path for path in target.iterdir() if path.is_dir() and manifest.is_export(path)):
+        raise UsageError(f"{target} holds exports in folders of their own", f"name one, such as {inside[0]}")
     if not manifest.is_export(target):
         raise UsageError(f"{target} holds files that are no export; they are not replaced", "choose another --output")
+
+
+def check_beside(output: Path) -> None:
+    """Raise `UsageError` when forms or versions may not be added to the folder `output`, which holds other things."""
+    others = (path for path in output.iterdir() if not path.name.startswith("."))
+    foreign = sorted(path.name for path in others if not (is_version(path) or (path.is_dir() and path.name in NAMES)))
+    if foreign:
+        raise UsageError(
+            f"{output} is not empty: it holds {shown(foreign[0])}, which is neither a form nor a version of a model",
+            "choose another --output",
+        )
 
 
 def check_replaceable(target: Path) -> None:

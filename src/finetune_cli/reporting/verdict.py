@@ -26,6 +26,8 @@ def verdict(judged: Judged) -> list[str]:
         f"“{brief(evaluation.baseline_class)}” would be right on {percent(baseline.value)}."
     )
     sentences = [first]
+    if judged.seen:
+        sentences.append(f"It was trained on {judged.seen} of these photos, so expect less on others.")
     if accuracy.low <= baseline.value:
         sentences.append("That may be no better than always answering the same.")
     if weakest := _weakest(evaluation):

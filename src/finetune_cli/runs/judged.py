@@ -75,13 +75,14 @@ class Answers:
 class Calibration:
     """How well the probabilities keep their word without (`before`) and with the model's temperature (`after`).
 
-    `cross_fitted`: some of the photos took part in fitting the temperature, so that in `after` every photo has one
-    that was fitted on others.
+    `cross_fitted`: these are the photos that the temperature was fitted on, so that in `after` every photo has one
+    that was fitted on others. `left_out`: among other photos, so many of those do not count here.
     """
 
     before: CalibrationScores
     after: CalibrationScores
     cross_fitted: bool
+    left_out: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +97,7 @@ class Compared:
 
 @dataclass(frozen=True, eq=False)
 class Judged:
-    """All that an evaluation found out."""
+    """All that an evaluation found out; the run was trained on `seen` of the photos."""
 
     run: Run
     photos: Photos
@@ -104,6 +105,7 @@ class Judged:
     evaluation: Evaluation
     calibration: Calibration | None
     compared: Compared | None = None
+    seen: int = 0
 
     @property
     def bad(self) -> tuple[BadPhoto, ...]:
@@ -243,7 +245,7 @@ def judge(run: Run, photos: Photos, workers: int, advance: Advance) -> Judged:
     calibration = _calibration(run, answers, evaluation)
     if calibration is not None:
         evaluation = replace(evaluation, calibration=calibration.after)
-    return Judged(run, photos, answers, evaluation, calibration)
+    return Judged(run, photos, answers, evaluation, calibration, seen=seen_in_training(run, answers.samples))
 
 
 def _calibration(run: Run, answers: Answers, evaluation: Evaluation) -> Calibration | None:
@@ -253,13 +255,18 @@ def _calibration(run: Run, answers: Answers, evaluation: Evaluation) -> Calibrat
     logits = run.temperature * np.log(np.maximum(answers.probabilities, _SMALLEST), dtype=np.float64)
     rows = run.split()
     fitted_on = {row.digest for row in rows if row.split == "val"}
-    if any(sample.digest in fitted_on for sample in answers.samples):
+    others = np.array([sample.digest not in fitted_on for sample in answers.samples])
+    if not others.any():
         group_of = {row.digest: row.group for row in rows}
         groups = group_numbers((group_of.get(s.digest) or s.group, s.digest) for s in answers.samples)
         before, after = metrics.cross_fitted_calibration(logits, answers.labels, groups)
         return Calibration(before, after, cross_fitted=True)
-    before = metrics.calibration_scores(metrics.softmax(logits), answers.labels)
-    return Calibration(before, evaluation.calibration, cross_fitted=False)
+    labels = answers.labels[others]
+    before = metrics.calibration_scores(metrics.softmax(logits[others]), labels)
+    if others.all():
+        return Calibration(before, evaluation.calibration, cross_fitted=False)
+    after = metrics.calibration_scores(answers.probabilities[others], labels)
+    return Calibration(before, after, cross_fitted=False, left_out=int((~others).sum()))
 
 
 def check_comparable(run: Run, other: Run, samples: Iterable[Sample]) -> None:
