@@ -130,7 +130,7 @@ class Check:
 
     def rule(self) -> str:
         """The limit in words."""
-        return f"top-1, {LEAST_AGREEMENT:.0%}" if self.limit is None else f"<= {self.limit:g}"
+        return f"top-1 or a tie, {LEAST_AGREEMENT:.0%}" if self.limit is None else f"<= {self.limit:g}"
 
 
 def collect(run: Run, root: Path | None, observer: Observer) -> Replay:
@@ -299,7 +299,7 @@ def _check(
 
 
 def milliseconds(model: Opened, replay: Replay) -> float:
-    """The median time of an answer for one decoded photo, all cores working on it."""
+    """The median time of an answer for one decoded photo; OpenVINO takes one core for it, the others take all."""
     photos = [photo.pixels[None] for photo in replay.photos[:_TIMED_PHOTOS]]
     for photo in photos[:3]:
         model.probabilities(photo)
