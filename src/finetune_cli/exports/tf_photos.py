@@ -6,8 +6,9 @@
 It follows Pillow step by step: JPEG decoded at the same fraction of its size with the same discrete cosine transform,
 whole blocks averaged first where a picture shrinks sixfold, then one pass along the rows and one down the columns, each
 rounded to whole grey levels. (Some tall pictures get their columns first from Pillow, so some of their pixels round to
-the next grey level.) Measured on 137 photos: 0.007 grey levels and 0.00008 of a probability from Pillow on average, where the usual ``decode_image`` and ``resize(antialias=True)`` are 3.1 and 0.039 away. JPEG files are turned
-upright (`tf_exif.py`); what PNG files may say about their orientation is the one thing that is not looked at.
+the next grey level.) Measured on 137 photos: 0.007 grey levels and 0.00008 of a probability from Pillow on average,
+where the usual ``decode_image`` and ``resize(antialias=True)`` are 3.1 and 0.039 away. JPEG files are turned upright
+(`tf_exif.py`); what PNG files may say about their orientation is the one thing that is not looked at.
 
 Untrusted bytes reach a decoder only after a look at their header: some of TensorFlow's decoders end the process on
 files that they cannot read, and a small file can declare a picture of many gigabytes.
