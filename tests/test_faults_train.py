@@ -95,18 +95,23 @@ def test_sigint_and_sigterm_save_what_is_whole(shop, tmp_path):
 
 
 def test_sigterm_at_random_moments(shop, tmp_path, record_property):
-    rng = random.Random(0)
-    for _signal in range(4):
+    rng, tries = random.Random(0), 0
+    finished = False
+    while tries < 4 and not finished:
         command = shop.go_on(tmp_path)
         time.sleep(rng.uniform(0.1, 0.8) * shop.reference.lines[-1][0])
         command.send(signal.SIGTERM)
         ended = command.end()
+        tries += 1
+        # On a machine that has become quicker since the reference, the run may be finished before the signal.
+        finished = bool(list(tmp_path.glob("runs/*/run.json")))
         # In the first instant, before the program has begun, it ends by the signal itself.
-        assert ended.code in {143, -signal.SIGTERM}, ended.errors
+        assert ended.code in {143, -signal.SIGTERM} | ({0} if finished else set()), ended.errors
         assert "Traceback" not in ended.errors
-    record_property("tries", 4)
-    ended = shop.go_on(tmp_path).end()
-    assert ended.code == 0, ended.errors
+    record_property("tries", tries)
+    if not finished:
+        ended = shop.go_on(tmp_path).end()
+        assert ended.code == 0, ended.errors
     shop.assert_equal(next(tmp_path.glob("runs/*/run.json")).parent)
 
 

@@ -53,8 +53,8 @@ def resume(folder: Path, config: Config, observer: Observer) -> Run:
 
     Raises `RunError` when the run is finished already, or when its photos, classes or settings are not what they were.
     """
-    check_settings(config)
     files.check_writable(folder)
+    check_settings(config)
     with files.lock(folder), _resumable(folder):
         beginning.check(folder)
         files.remove_leftovers(folder)

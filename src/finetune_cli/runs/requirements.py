@@ -4,6 +4,7 @@ Nothing heavy is imported: a wrong setting is told at once.
 """
 
 import difflib
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,18 +27,27 @@ def check_settings(config: Config) -> None:
     Raises `ConfigError` for an unknown backbone, too small an image, and files that are not there; `RunError` for a
     `start_from` that is no finished run; `StorageError` when files cannot be made where the run and the features go.
     """
+    check_places(config)
     info = backbones.resolve(config.model.backbone)
     problems = []
     if config.image.size < info.min_size:
         problems.append(f"image.size: {info.name} needs at least {info.min_size} pixels, not {config.image.size}")
     for key, path in (("backbone", info.path), ("weights", config.model.weights)):
-        if path is not None and path != "imagenet" and not Path(path).is_file():
+        if path is None or path == "imagenet":
+            continue
+        try:
+            found = stat.S_ISREG(Path(path).stat().st_mode)
+        except PermissionError:
+            problems.append(f"model.{key}: no permission to read {path}")
+            continue
+        except OSError:
+            found = False
+        if not found:
             problems.append(f"model.{key}: there is no file {path}{_meant(key, Path(path).name)}")
     if problems:
         raise ConfigError("\n".join(problems), "correct the model section of the config")
     if config.model.start_from is not None:
         Run.load(config.model.start_from)
-    check_places(config)
 
 
 def _meant(key: str, name: str) -> str:
