@@ -685,7 +685,7 @@ def test_several_forms_beside_older_ones(tiny_run, tmp_path, monkeypatch):
     shutil.rmtree(out / "keras")
     (out / "notes.txt").write_text("mine")
     before = files_below(tmp_path)
-    with pytest.raises(UsageError, match="openvino is not empty"):
+    with pytest.raises(UsageError, match=r"out is not empty: it holds notes\.txt"):
         export(tiny_run.run, Request(("openvino", "keras"), out), Silent())
     with monkeypatch.context() as patch:
         answers_with(patch, lambda p: p[:, ::-1])

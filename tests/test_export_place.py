@@ -198,12 +198,14 @@ def test_nothing_is_added_to_a_folder_of_other_things(tmp_path):
     (tmp_path / "1").mkdir()
     (tmp_path / "onnx").mkdir()
     (tmp_path / ".DS_Store").write_text("")
-    place.check_beside(tmp_path)
+    place.check_beside(tmp_path, force=False)
     make_export(tmp_path / "old")
     with pytest.raises(UsageError, match="holds old, which is neither a form nor a version"):
-        place.check_beside(tmp_path)
-    with pytest.raises(UsageError, match="is not empty"):
-        place.check_beside(tmp_path / "old")
+        place.check_beside(tmp_path, force=False)
+    place.check_beside(tmp_path, force=True)
+    for force in (False, True):
+        with pytest.raises(UsageError, match="is not empty: it holds an export of its own"):
+            place.check_beside(tmp_path / "old", force)
 
 
 def test_force_on_exports_below_names_them(tmp_path):

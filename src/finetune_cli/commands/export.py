@@ -116,7 +116,7 @@ def _check_targets(run: Run, request: Request, inner: dict[str, Path]) -> None:
     """Find out before the work whether the results can be written."""
     targets = _targets(request, inner)
     if targets != [request.output]:
-        place.check_beside(request.output)
+        place.check_beside(request.output, request.force)
     for target in targets:
         place.check(target, request.force)
         place.check_replaceable(target)

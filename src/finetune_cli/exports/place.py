@@ -68,14 +68,16 @@ def check(target: Path, force: bool) -> None:
         raise UsageError(f"{target} holds files that are no export; they are not replaced", "choose another --output")
 
 
-def check_beside(output: Path) -> None:
-    """Raise `UsageError` when forms or versions may not be added to the folder `output`, which holds other things."""
+def check_beside(output: Path, force: bool) -> None:
+    """Raise `UsageError` when forms or versions may not be added to the folder `output`, because of what it holds."""
+    if (output / manifest.FILE).exists():
+        raise UsageError(f"{output} is not empty: it holds an export of its own", "choose another --output")
     others = (path for path in output.iterdir() if not path.name.startswith("."))
     foreign = sorted(path.name for path in others if not (is_version(path) or (path.is_dir() and path.name in NAMES)))
-    if foreign:
+    if foreign and not force:
         raise UsageError(
             f"{output} is not empty: it holds {shown(foreign[0])}, which is neither a form nor a version of a model",
-            "choose another --output",
+            "choose another --output, or add to what is there with --force",
         )
 
 
