@@ -59,9 +59,12 @@ def evaluate(
     if other is not None:
         with observer.stage(f"evaluating {other.name}", len(found.answers.samples)) as advance:
             found = judged.compare(found, other, workers, advance)
-    for one in (run, other):
-        if one is not None and (seen := judged.seen_in_training(one, found.answers.samples)):
-            observer.warn(f"{one.name} was trained on {seen} of these photos: its result is too good")
+    seen = [(run, found.seen)]
+    if other is not None:
+        seen.append((other, judged.seen_in_training(other, found.answers.samples)))
+    for one, count in seen:
+        if count:
+            observer.warn(f"{one.name} was trained on {count} of these photos: its result is too good")
     if found.calibration is not None and found.calibration.left_out:
         left_out = found.calibration.left_out
         observer.note(f"calibration leaves out {left_out} of these photos, on which the temperature was fitted")

@@ -54,7 +54,7 @@ def reproduce(run: Run, observer: Observer) -> Reproduction:
     skipped = {str(photo["path"]) for photo in run.manifest["bad_photos"]}
     here = {
         (split, data.classes[sample.label], sample.digest, sample.name)
-        for split, samples in (("train", data.train), ("val", data.val), ("test", data.test))
+        for split, samples in data.splits.items()
         for sample in samples
         if sample.name not in skipped
     }

@@ -29,7 +29,6 @@ from finetune_cli.model.solver import Head
 from finetune_cli.observer import Observer
 from finetune_cli.runs import artefacts, beginning, checkpoints, figures, run
 from finetune_cli.runs.preparation import Prepared, image_settings, prepare, timed
-from finetune_cli.runs.requirements import check_settings
 from finetune_cli.runs.run import Run
 from finetune_cli.tables import write_csv
 
@@ -54,7 +53,6 @@ def resume(folder: Path, config: Config, observer: Observer) -> Run:
     Raises `RunError` when the run is finished already, or when its photos, classes or settings are not what they were.
     """
     files.check_writable(folder)
-    check_settings(config)
     with files.lock(folder), _resumable(folder):
         beginning.check(folder)
         files.remove_leftovers(folder)
