@@ -148,25 +148,45 @@ def test_a_flipped_bit_is_never_used(memory_file, photo):
             assert recall(memory_file, photo) is None
 
 
-def test_two_at_once(memory_file, photo):
+@pytest.mark.parametrize("damaged", [False, True])
+def test_several_at_once(memory_file, photo, damaged):
+    """A missing or damaged file that four begin at the same moment: one does it, and the rows of all are kept."""
     status = photo.stat()
-    faults = []
+    for attempt in range(20):
+        folder = memory_file.parent / str(attempt)
+        folder.mkdir(parents=True)
+        path = folder / memory_file.name
+        if damaged:
+            path.write_bytes(b"\x5a" * 5000)
+        warnings = []
+        start = threading.Barrier(4)
 
-    def work(start):
-        with DigestMemory(memory_file) as memory:
-            for i in range(start, start + 3000):
-                memory.put(photo.with_name(str(i)), status, FACTS)
-        faults.extend(memory.warnings)
+        def work(first, path=path, start=start, warnings=warnings):
+            start.wait()
+            with DigestMemory(path) as memory:
+                for i in range(first, first + 1500):
+                    memory.put(photo.with_name(str(i)), status, FACTS)
+            warnings.extend(memory.warnings)
 
-    threads = [threading.Thread(target=work, args=(start,)) for start in (0, 2000, 4000)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert faults == []
+        threads = [threading.Thread(target=work, args=(1000 * number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        expected = [f"the memory of photo digests was damaged: set aside as {path}.damaged, and begun anew"]
+        assert warnings == (expected if damaged else [])
+        with DigestMemory(path) as memory:
+            for first in range(0, 4500, 500):
+                assert all(memory.get([(photo.with_name(str(i)), status) for i in range(first, first + 500)]))
+
+
+def test_goes_on_in_the_new_file_when_another_process_set_the_old_one_aside(memory_file, photo):
+    status = photo.stat()
     with DigestMemory(memory_file) as memory:
-        for start in range(0, 7000, 1000):
-            assert all(memory.get([(photo.with_name(str(i)), status) for i in range(start, start + 1000)]))
+        memory_file.replace(memory_file.with_name("moved"))
+        memory.put(photo, status, FACTS)
+    assert memory.warnings == []
+    assert recall(memory_file, photo) == FACTS
 
 
 def test_a_file_that_cannot_be_used_is_done_without(tmp_path, photo):

@@ -217,6 +217,15 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def identity(path: Path) -> tuple[int, int] | None:
+    """What tells the file at `path` from another one put in its place: device and inode; None if there is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
 def free_space_check(folder: Path, needed_bytes: int) -> None:
     """Raise `StorageError` unless the disk of `folder`, which need not exist yet, has room for `needed_bytes`."""
     with _translated(folder):

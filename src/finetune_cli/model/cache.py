@@ -141,7 +141,7 @@ class FeatureStore:
 
     def _connect(self) -> None:
         self._connection = cachefile.connect(self.path)
-        self._identity = _identity(self.path)
+        self._identity = files.identity(self.path)
 
     def _failed(self, exc: Exception, size: int) -> bool:
         """Go on after a fault, without writing or with a new file; whether it is a new file, worth another try.
@@ -171,7 +171,7 @@ class FeatureStore:
         self.close()
         try:
             with files.lock(self.path.parent, wait=BUSY_SECONDS):
-                if _identity(self.path) == self._identity:  # else another process has set it aside already
+                if files.identity(self.path) == self._identity:  # else another process has set it aside already
                     self._set_aside("is damaged")
         except (FinetuneError, OSError) as exc:
             self._read_only(exc)
@@ -291,14 +291,6 @@ def _shrink(connection: sqlite3.Connection, max_bytes: int) -> None:
 
 def _crc(key: bytes, value: bytes) -> int:
     return zlib.crc32(value, zlib.crc32(key))
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
 
 
 def _aside(folder: Path) -> tuple[Path, ...]:

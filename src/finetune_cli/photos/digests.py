@@ -19,7 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from finetune_cli.errors import BadImage
+from finetune_cli import files
+from finetune_cli.errors import BadImage, FinetuneError
 from finetune_cli.photos import images
 from finetune_cli.text import shown
 
@@ -66,6 +67,7 @@ class DigestMemory:
         self.path = path
         self.warnings: list[str] = []
         self._connection: sqlite3.Connection | None = None
+        self._identity: tuple[int, int] | None = None
         self._waiting: list[tuple[bytes, bytes, int]] = []
         if path is not None:
             self._attempt(self._open)
@@ -87,7 +89,12 @@ class DigestMemory:
         if self._connection is not None:
             keys = [_key(path) for path, _status in photos]
             query = f"SELECT path, facts, crc FROM photos WHERE path IN ({', '.join('?' * len(keys))})"  # noqa: S608
-            self._attempt(lambda: rows.extend(self._execute(query, tuple(keys))))
+
+            def read() -> None:
+                self._open()
+                rows.extend(self._execute(query, tuple(keys)))
+
+            self._attempt(read)
         found = {
             key: _FACTS.unpack(facts)
             for key, facts, crc in rows
@@ -114,60 +121,82 @@ class DigestMemory:
             self._attempt(self._write)
 
     def _attempt(self, action: Callable[[], object]) -> None:
-        """Do `action`; if the file is damaged, begin it anew, and if it cannot be used, go on without it."""
+        """Do `action`, twice if the first found a damaged file or one set aside by another process; or give up."""
         try:
-            action()
-        except sqlite3.DatabaseError as exc:
-            code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-            if code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB} or isinstance(exc, _ForeignError):
+            try:
+                action()
+            except sqlite3.DatabaseError as exc:
+                if not (_is_damage(exc) or self._moved()):
+                    raise
                 self._begin_anew()
-            else:
-                self._give_up(exc)
-        except OSError as exc:
+                action()
+        except (FinetuneError, OSError, sqlite3.Error) as exc:
             self._give_up(exc)
 
     def _open(self) -> None:
+        if self._connection is not None:
+            return
         assert self.path is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Taken first: were the file replaced in between, the new one must not pass for the one that is opened here.
+        identity = files.identity(self.path)
         self._connection = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
-        (application,), (layout,) = (self._execute(f"PRAGMA {p}")[0] for p in ("application_id", "user_version"))
-        if (application, layout) == (_APPLICATION, _LAYOUT):
-            return
-        if application or layout or self._execute("SELECT 1 FROM sqlite_master LIMIT 1"):
-            raise _ForeignError
-        self._execute("BEGIN IMMEDIATE")
-        self._execute(_TABLE)
-        self._execute(f"PRAGMA application_id = {_APPLICATION}")
-        self._execute(f"PRAGMA user_version = {_LAYOUT}")
+        self._identity = identity or files.identity(self.path)
+        # All that tells whose file it is must be read in one transaction: another process may be beginning it.
+        self._execute("BEGIN")
+        begun = self._is_begun()
         self._execute("COMMIT")
+        if begun:
+            return
+        self._execute("BEGIN IMMEDIATE")
+        if not self._is_begun():
+            self._execute(_TABLE)
+            self._execute(f"PRAGMA application_id = {_APPLICATION}")
+            self._execute(f"PRAGMA user_version = {_LAYOUT}")
+        self._execute("COMMIT")
+
+    def _is_begun(self) -> bool:
+        """Whether the file has our table, rather than nothing; raises `_ForeignError` for anything else."""
+        marks = tuple(self._execute(f"PRAGMA {name}")[0][0] for name in ("application_id", "user_version"))
+        if marks == (_APPLICATION, _LAYOUT):
+            return True
+        if any(marks) or self._execute("SELECT 1 FROM sqlite_master LIMIT 1"):
+            raise _ForeignError
+        return False
 
     def _execute(self, statement: str, values: tuple[object, ...] = ()) -> list[tuple[object, ...]]:
         return self._connection.execute(statement, values).fetchall() if self._connection is not None else []
 
     def _write(self) -> None:
-        if self._connection is None or not self._waiting:
+        if not self._waiting:
             return
-        rows, self._waiting = self._waiting, []
+        self._open()
+        assert self._connection is not None
         self._execute("BEGIN IMMEDIATE")
-        self._connection.executemany("INSERT OR REPLACE INTO photos VALUES (?, ?, ?)", rows)
+        self._connection.executemany("INSERT OR REPLACE INTO photos VALUES (?, ?, ?)", self._waiting)
         self._execute("COMMIT")
+        self._waiting = []
+
+    def _moved(self) -> bool:
+        """Whether another process has set the file aside since it was opened."""
+        return self.path is not None and files.identity(self.path) != self._identity
 
     def _begin_anew(self) -> None:
+        """Set the file aside, unless another process has done so; the next use opens a new one."""
         assert self.path is not None
         self._close()
-        aside = self.path.with_name(self.path.name + ".damaged")
-        try:
-            self.path.replace(aside)
-            # What belongs to the old file would be played back into the new one.
+        with files.lock(self.path.parent, wait=_BUSY_SECONDS):
+            if self._moved():
+                return
+            # What belongs to the old file would be played back into the new one, so it goes first.
             self.path.with_name(self.path.name + "-journal").unlink(missing_ok=True)
-            self._open()
-        except (OSError, sqlite3.Error) as exc:
-            self._give_up(exc)
-        else:
-            self.warnings.append(f"the memory of photo digests was damaged: set aside as {aside}, and begun anew")
+            aside = self.path.with_name(self.path.name + ".damaged")
+            self.path.replace(aside)
+        self.warnings.append(f"the memory of photo digests was damaged: set aside as {aside}, and begun anew")
 
     def _give_up(self, exc: Exception) -> None:
         self._close()
+        self._waiting = []
         self.warnings.append(f"the memory of photo digests {self.path} is not used: {shown(exc)}")
 
     def _close(self) -> None:
@@ -179,6 +208,11 @@ class DigestMemory:
 
 class _ForeignError(sqlite3.DatabaseError):
     """A database, but not one of ours."""
+
+
+def _is_damage(exc: sqlite3.DatabaseError) -> bool:
+    code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
+    return code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB} or isinstance(exc, _ForeignError)
 
 
 def _key(path: Path) -> bytes:
