@@ -13,8 +13,10 @@ import pytest
 
 from finetune_cli.commands import cache as command_cache
 from finetune_cli.errors import RunError, StorageError, UsageError
+from finetune_cli.files import human_bytes
 from finetune_cli.model import cache
 from finetune_cli.model.cache import FeatureStore
+from finetune_cli.photos.digests import DigestMemory
 
 KEYS = [bytes([i]) * 32 for i in range(200)]
 posix = pytest.mark.skipif(os.name == "nt", reason="open files cannot be renamed or removed there")
@@ -368,6 +370,7 @@ import os, sys
 from pathlib import Path
 import numpy as np
 from finetune_cli.model.cache import FeatureStore
+from finetune_cli.photos.digests import DigestMemory
 store = FeatureStore(Path(sys.argv[1]))
 for i in range(100):
     store.put([(bytes([i]) * 32, np.random.default_rng(i).normal(size=1280).astype(np.float32))])
@@ -507,7 +510,18 @@ def test_the_commands_say_what_they_did(tmp_path):
     fill(tmp_path)
     assert command_cache.info(tmp_path) == [f"feature cache {tmp_path / 'features.sqlite'}: 200 features, 1.1 MB"]
     assert command_cache.prune(tmp_path, "2MB").startswith("0 bytes freed; 200 features, 1.1 MB, are left in ")
-    assert command_cache.clear(tmp_path) == f"removed the feature cache in {tmp_path}: 1.1 MB freed"
+    assert command_cache.clear(tmp_path) == f"removed the cache in {tmp_path}: 1.1 MB freed"
+
+
+def test_the_memory_of_digests_is_told_and_cleared(tmp_path):
+    with DigestMemory(tmp_path / "digests.sqlite"):
+        pass
+    (tmp_path / "digests.sqlite.damaged").write_bytes(b"12345")
+    size = (tmp_path / "digests.sqlite").stat().st_size + 5
+    told = command_cache.info(tmp_path)[1]
+    assert told == f"memory of photo digests {tmp_path / 'digests.sqlite'}: {human_bytes(size)}"
+    command_cache.clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 @posix

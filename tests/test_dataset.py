@@ -156,7 +156,7 @@ def test_groups_by_regex(tmp_path, group_regex):
     data = load(tmp_path, group_regex=group_regex, val_split=0.5)
     assert {s.group for s in data.train}.isdisjoint({s.group for s in data.val} - {None})
     assert {s.group for s in (*data.train, *data.val)} == {f"s{g}" for g in range(10)} | {None}
-    assert any("does not match 1 photos" in note for note in data.notes)
+    assert any("does not match 1 photo;" in note for note in data.notes)
 
 
 def test_groups_by_table(two_classes):
@@ -169,7 +169,7 @@ def test_groups_by_table(two_classes):
 
 def test_groups_across_named_splits_are_told(tmp_path):
     write_photos(tmp_path, "train/a/s1-1.png train/b/s2-1.png val/a/s1-2.png val/b/s3-1.png")
-    assert "1 groups have photos in both train and val" in load(tmp_path, group_regex=r"s\d").warnings
+    assert "1 group with photos in both train and val" in load(tmp_path, group_regex=r"s\d").warnings
 
 
 @pytest.mark.parametrize("group_regex", ["(", "nothing like this"])
@@ -239,7 +239,7 @@ def test_a_photo_in_two_named_splits_is_told(tmp_path):
     write_photos(tmp_path, "train/a/1.png train/b/1.png val/b/2.png test/a/5.png test/b/6.png")
     write_photo(tmp_path / "val/a/9.png", str(tmp_path / "train/a/1.png"))
     warnings = load(tmp_path).warnings
-    assert [text for text in warnings if text.startswith("1 photos of val are also in train")]
+    assert [text for text in warnings if text.startswith("1 photo of val also in train")]
 
 
 def test_class_names_that_differ_in_case_only_are_told(tmp_path):

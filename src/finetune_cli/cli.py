@@ -25,6 +25,7 @@ from finetune_cli.cli_app import (
     skippable,
 )
 from finetune_cli.errors import DataError, UsageError
+from finetune_cli.text import counted
 
 if TYPE_CHECKING:
     from finetune_cli.console import Console
@@ -163,7 +164,8 @@ def predict(
     if not told:
         raise DataError("no photo was found under the given paths", "name photos, or folders with photos in them")
     if failed:
-        raise DataError(f"{failed} of {told} photos could not be read; their rows say why", "repair or remove those")
+        told_of = counted(told, "photo")
+        raise DataError(f"{failed} of {told_of} could not be read; their rows say why", "repair or remove those")
 
 
 def _paths(arguments: list[str]) -> Iterator[Path]:

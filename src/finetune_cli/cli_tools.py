@@ -189,7 +189,7 @@ def info(folder: CacheOption = None, debug: DebugOption = False) -> None:  # noq
 
 @command(cache)
 def clear(folder: CacheOption = None, debug: DebugOption = False) -> None:  # noqa: ARG001
-    """Remove all features; they are computed again when they are needed."""
+    """Remove all features and digests; they are computed again when they are needed."""
     from finetune_cli.commands import cache as command_cache
 
     new_console().print(command_cache.clear(_cache_folder(folder)))

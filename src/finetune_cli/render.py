@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from finetune_cli.console import Console
-from finetune_cli.text import shown
+from finetune_cli.text import counted, shown
 
 if TYPE_CHECKING:
     from finetune_cli.commands.check import Report
@@ -73,7 +73,7 @@ def predictions(
             told += 1
             failed += row.error is not None
     if output is not None:
-        console.print(f"wrote {told} rows to {output}")
+        console.print(f"wrote {counted(told, 'row')} to {output}")
     return told, failed
 
 
@@ -265,7 +265,7 @@ def _compared(console: Console, first: str, second: str, comparison: "Comparison
     console.print(
         f"{second} against {first}: {difference.value:+.1%} "
         f"({difference.low:+.1%} to {difference.high:+.1%}); "
-        f"only {first} is right on {comparison.only_first} photos, only {second} on {comparison.only_second}"
+        f"only {first} is right on {counted(comparison.only_first, 'photo')}, only {second} on {comparison.only_second}"
     )
     verdict = "the difference is no more than chance" if p >= 0.05 else "chance alone would hardly do that"
     console.print(f"{verdict} (McNemar's exact test, p = {p:.2g}); the photos are in flipped.csv\n")

@@ -13,6 +13,11 @@ def brief(text: object, most: int = 100) -> str:
     return whole if len(whole) <= most else f"{whole[:half]}…{whole[half + 1 - most :]}"
 
 
+def counted(number: int, noun: str) -> str:
+    """`number` and `noun`, whose plural ends in s: ``1 photo``, ``2 photos``."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _visible(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as os.fsdecode keeps it

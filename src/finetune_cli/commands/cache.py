@@ -1,4 +1,4 @@
-"""`cache info|clear|prune`: how large the feature cache is, and how to make it smaller."""
+"""`cache info|clear|prune`: how large the cache of features and digests is, and how to make it smaller."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from finetune_cli.errors import UsageError
 from finetune_cli.files import human_bytes
 from finetune_cli.model import cache
+from finetune_cli.photos import digests
 
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{infix}B": base**power
@@ -36,12 +37,16 @@ def info(folder: Path) -> list[str]:
             f"{len(found.aside)} damaged file(s) set aside, {human_bytes(found.aside_size)}: "
             + ", ".join(path.name for path in found.aside)
         )
+    memory = digests.files_in(folder)
+    if memory[0].exists():
+        size = sum(path.stat().st_size for path in memory if path.exists())
+        lines.append(f"memory of photo digests {memory[0]}: {human_bytes(size)}")
     return lines
 
 
 def clear(folder: Path) -> str:
-    """Remove the cache in `folder`; a line that says what was freed. Raises `StorageError` or `RunError`."""
-    return f"removed the feature cache in {folder}: {human_bytes(cache.clear(folder))} freed"
+    """Remove features and digests in `folder`; a line that says what was freed. Raises `StorageError` or `RunError`."""
+    return f"removed the cache in {folder}: {human_bytes(cache.clear(folder, digests.files_in(folder)))} freed"
 
 
 def prune(folder: Path, max_size: str) -> str:

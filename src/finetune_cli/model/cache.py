@@ -235,12 +235,14 @@ def info(folder: Path) -> CacheInfo:
     return CacheInfo(path, rows, size, aside, sum(map(_size, aside)), problem)
 
 
-def clear(folder: Path) -> int:
-    """Remove the store and what was set aside; returns the bytes freed. A run that uses it keeps what it opened.
+def clear(folder: Path, more: Sequence[Path] = ()) -> int:
+    """Remove the store, what was set aside, and `more` files of the folder; returns the bytes freed.
+
+    A run that uses them keeps what it opened.
 
     Raises `StorageError` when the folder cannot be written, `RunError` when another process blocks it.
     """
-    return _remove([*companions(folder / NAME), *_aside(folder)], folder)
+    return _remove([*companions(folder / NAME), *_aside(folder), *more], folder)
 
 
 def prune(folder: Path, max_bytes: int) -> int:

@@ -17,7 +17,7 @@ from finetune_cli.photos import layouts, split
 from finetune_cli.photos.digests import DigestMemory
 from finetune_cli.photos.layouts import Listing
 from finetune_cli.photos.preflight import BadPhoto, Progress, Sample, listed, may_skip, preflight, refuse_bad
-from finetune_cli.text import shown
+from finetune_cli.text import counted, shown
 
 __all__ = [
     "BadPhoto",
@@ -298,10 +298,11 @@ def _overlaps(parts: Mapping[str, Sequence[Sample]]) -> list[str]:
     for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
         shared = sum(sample.digest in digests.get(a, ()) for sample in parts.get(b, ()))
         if shared:
-            found.append(f"{shared} photos of {b} are also in {a}: the accuracy on {b} will look better than it is")
+            both = counted(shared, "photo")
+            found.append(f"{both} of {b} also in {a}: the accuracy on {b} will look better than it is")
         groups = {sample.group for sample in parts.get(a, ())} & {sample.group for sample in parts.get(b, ())} - {None}
         if groups:
-            found.append(f"{len(groups)} groups have photos in both {a} and {b}")
+            found.append(f"{counted(len(groups), 'group')} with photos in both {a} and {b}")
     return found
 
 
@@ -323,7 +324,7 @@ def _ungrouped(samples: Sequence[Sample], group_regex: str) -> list[str]:
             f"data.group_regex {group_regex!r} matches no photo's name, such as {shown(samples[0].name)}",
             "names are paths below the data folder, with / between folders",
         )
-    return [f"data.group_regex does not match {alone} photos; each is a group of its own"] if alone else []
+    return [f"data.group_regex does not match {counted(alone, 'photo')}; each is a group of its own"] if alone else []
 
 
 def _raise(problems: Sequence[str], remedy: str, notes: Sequence[str] = ()) -> None:

@@ -44,6 +44,12 @@ class Facts:
     height: int
 
 
+def files_in(folder: Path) -> tuple[Path, Path, Path]:
+    """The memory in the cache's `folder`, its journal, and where a damaged one is set aside."""
+    path = folder / "digests.sqlite"
+    return path, Path(f"{path}-journal"), Path(f"{path}.damaged")
+
+
 def examine(path: Path) -> Facts:
     """Read the file at `path` once for its digest and header. Raises `BadImage` when it is no image or unreadable."""
     header = images.read_header(path, sys.maxsize)

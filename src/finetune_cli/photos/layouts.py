@@ -14,7 +14,7 @@ from pathlib import Path
 
 from finetune_cli.errors import DataError
 from finetune_cli.photos.images import EXTENSIONS
-from finetune_cli.text import shown
+from finetune_cli.text import counted, shown
 
 TABLE_SUFFIXES = frozenset((".csv", ".tsv"))
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -211,7 +211,9 @@ def _read_folders(root: Path) -> Listing:
         for name in walk(folder, ignored, failed):
             listing.photos.append(Found(os.path.join(folder, name), f"{label}/{name}", label))  # noqa: PTH118 - text
     if problems:
-        raise DataError("\n  ".join([f"{len(problems)} folders cannot be read", *problems]), "grant yourself access")
+        raise DataError(
+            "\n  ".join([f"{counted(len(problems), 'folder')} cannot be read", *problems]), "grant yourself access"
+        )
     listing.classes = tuple(sorted((label for label, is_folder in entries if is_folder), key=byte_order))
     if loose:
         ignored["photos outside of any class folder"] += loose

@@ -13,7 +13,7 @@ from finetune_cli.parallel import cores, ordered_map
 from finetune_cli.photos import codecs
 from finetune_cli.photos.digests import DigestMemory, Facts, examine
 from finetune_cli.photos.layouts import Found, Listing
-from finetune_cli.text import shown
+from finetune_cli.text import counted, shown
 
 _MOST_BAD = 0.1
 # Photos that a thread takes at once: few enough to share the work out, many enough for one look into the memory.
@@ -54,7 +54,7 @@ def refuse_bad(bad: Sequence[BadPhoto], total: int, on_bad: str) -> None:
     """
     if may_skip(bad, total, on_bad):
         return
-    problem = f"{len(bad)} of {total} photos cannot be used"
+    problem = f"{len(bad)} of {counted(total, 'photo')} cannot be used"
     if may_skip(bad, total, "skip"):
         raise BadPhotos(problem + listed(bad), "repair or remove them, or leave them out: data.on_bad_image=skip")
     raise DataError(

@@ -23,12 +23,13 @@ from finetune_cli.model.runtimes import Device, Precision, Runtime
 from finetune_cli.model.solver import class_weights
 from finetune_cli.observer import Meter, Observer
 from finetune_cli.parallel import cores, ordered_map
-from finetune_cli.photos import dataset
+from finetune_cli.photos import dataset, digests
 from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import BadPhoto, Dataset, Sample
 from finetune_cli.photos.digests import DigestMemory
 from finetune_cli.photos.images import ImageSettings
 from finetune_cli.runs.requirements import cache_folder, check_room, check_settings, check_start, start_digest
+from finetune_cli.text import counted
 
 
 @dataclass
@@ -101,7 +102,7 @@ def prepare(config: Config, observer: Observer) -> Prepared:
 def _refuse_bad_headers(config: Config, data: Dataset, observer: Observer) -> None:
     """Raise `DataError` if what the headers tell stops the training: then with what decoding finds, so all at once."""
     if not dataset.may_skip(data.bad, data.photos, config.data.on_bad_image):
-        observer.note(f"{len(data.bad)} photos cannot be used; decoding the others, to find all such photos")
+        observer.note(f"{counted(len(data.bad), 'photo')} cannot be used; decoding the others, to find all such photos")
         dataset.refuse_bad([*data.bad, *decode_all(config, data, observer)], data.photos, config.data.on_bad_image)
     dataset.refuse_empty(data.classes, data.splits, data.bad)
 
@@ -249,7 +250,7 @@ def worker_count(config: Config) -> int:
 
 def digest_memory(config: Config) -> DigestMemory:
     """The memory of digests beside the feature cache."""
-    return DigestMemory(cache_folder(config) / "digests.sqlite")
+    return DigestMemory(digests.files_in(cache_folder(config))[0])
 
 
 @contextmanager
