@@ -271,21 +271,6 @@ cli_app.app(["victim"])
     assert "interrupted" in answer.stderr
 
 
-def test_a_second_signal_ends_at_once():
-    script = """
-import os, signal, time
-from finetune_cli import signals
-signals.catch()
-try:
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(5)
-except KeyboardInterrupt:
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(5)
-"""
-    assert subprocess.run([sys.executable, "-c", script], timeout=60, check=False).returncode == 130
-
-
 def test_sample_init_check_preview(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("sample", "photos", "--photos", 6).exit_code == 0

@@ -1,5 +1,6 @@
 """The runtimes: equal to Keras, equal bits for any batch and thread, silent, and honest about the device."""
 
+import os
 import subprocess
 import sys
 
@@ -149,3 +150,31 @@ assert not children, children
     environment = {"HOME": str(tmp_path), "PATH": "/usr/bin:/bin"}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=120)
     assert not list(tmp_path.rglob("*"))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signal stacks are of POSIX")
+def test_a_signal_after_two_models_is_survived():
+    """The second of two plugins of OpenVINO used to leave the signal stack of the first behind, which was unmapped."""
+    script = """
+import signal
+import numpy as np
+from finetune_cli.model.runtimes import OpenVinoRuntime, import_openvino
+
+ov = import_openvino()
+from openvino import opset13
+
+def runtime():
+    photos = opset13.parameter([-1, 4, 4, 3], np.float32)
+    return OpenVinoRuntime(ov.Model([opset13.reduce_mean(photos, [1, 2])], [photos]))
+
+first, second = runtime(), runtime()
+print(first.infer(np.full((1, 4, 4, 3), 7, np.uint8)).tolist())
+del first
+del second
+seen = []
+signal.signal(signal.SIGTERM, lambda number, _frame: seen.append(number))
+signal.raise_signal(signal.SIGTERM)
+print(seen)
+"""
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (answer.returncode, answer.stdout) == (0, "[[7.0, 7.0, 7.0]]\n[15]\n"), answer.stderr

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_cli import files
+from finetune_cli import files, signals
 from finetune_cli.errors import FinetuneError, GateError, UsageError
 from finetune_cli.exports import forms, manifest, parity, place
 from finetune_cli.exports.forms import Form, Source
@@ -159,7 +159,7 @@ def _open_targets(stack: contextlib.ExitStack, request: Request, inner: dict[str
 
 def _build(form: Form, source: Source, folder: Path, replay: Replay, observer: Observer) -> Exported:
     """Write one form to `folder`, load it again from there, and compare. Raises `GateError` past a limit."""
-    with observer.stage(f"export to {form.name}", 4, "steps") as advance:
+    with observer.stage(f"export to {form.name}", 4, "steps") as advance, signals.deferred():
         form.write(source, folder)
         source.card.write(folder)
         advance(1)

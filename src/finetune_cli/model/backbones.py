@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune_cli import signals
 from finetune_cli.errors import ConfigError, WeightsError
 from finetune_cli.files import sha256
 from finetune_cli.model import weights as weight_files
@@ -95,20 +96,21 @@ def build(
         file = weight_files.find_imagenet(info, size, progress)
     digest = _checked_digest(file, weights_sha256)
     keras = import_keras()
-    with _drawn_from(seed):
-        base = _base(keras, info, size, random_weights=weights is None)
-    if file is not None and file != info.path:
-        published = weights == "imagenet" or (info.digest is not None and weight_files.has_digest(file, info.digest))
-        weight_files.load_into(base, file, in_order=published)
-    model = _from_pixels(keras, info, base, size)
-    return Backbone(
-        name=info.name,
-        model=model,
-        width=int(model.output.shape[-1]),
-        fingerprint=_fingerprint(info, model),
-        weights_sha256=digest,
-        feature_map=feature_map_tensor(model) is not None,
-    )
+    with signals.deferred():
+        with _drawn_from(seed):
+            base = _base(keras, info, size, random_weights=weights is None)
+        if file is not None and file != info.path:
+            known = weights == "imagenet" or (info.digest is not None and weight_files.has_digest(file, info.digest))
+            weight_files.load_into(base, file, in_order=known)
+        model = _from_pixels(keras, info, base, size)
+        return Backbone(
+            name=info.name,
+            model=model,
+            width=int(model.output.shape[-1]),
+            fingerprint=_fingerprint(info, model),
+            weights_sha256=digest,
+            feature_map=feature_map_tensor(model) is not None,
+        )
 
 
 def weight_file(name_or_path: str | Path, weights: str | Path | None, size: int) -> Path | None:

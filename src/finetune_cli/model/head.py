@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_cli import signals
 from finetune_cli.errors import FinetuneError, RunError
 from finetune_cli.model.keras_file import load_keras_file
 from finetune_cli.model.keras_setup import import_keras
@@ -119,14 +120,14 @@ def fit_keras(
     val_features: (n, D), n >= 1. An epoch visits each photo once, in an order drawn from (seed, epoch) and in its next
     view. Training stops after `patience` epochs without a lower validation loss (the objective on the validation
     photos, all of weight 1). `on_epoch` gets every epoch's state; given as `resume`, it leads to bit-identical ends.
-    Raises `FinetuneError` when the loss is no longer finite.
+    Raises `FinetuneError` when the loss is no longer finite, `Interrupted` after a batch in which a signal came.
     """
     state = resume
     if state is not None and (state.epoch >= settings.epochs or _has_stopped(state, settings)):
         return state
     keras = import_keras()
     # On a GPU so small a model is slower, and not the same twice.
-    with keras.device("cpu:0"), one_blas_thread():
+    with signals.deferred(), keras.device("cpu:0"), one_blas_thread():
         trainer = _Trainer(keras, features.shape[2], n_classes, settings)
         trainer.set(state, start or glorot(features.shape[2], n_classes, settings.seed))
         began = time.perf_counter()
@@ -156,7 +157,11 @@ def fit_keras(
             steps_per_epoch=_steps(len(features), settings),
             shuffle=False,
             verbose=0,
-            callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=epoch_ended)],
+            callbacks=[
+                keras.callbacks.LambdaCallback(
+                    on_epoch_end=epoch_ended, on_train_batch_end=lambda _batch, **_logs: signals.check()
+                )
+            ],
         )
     assert state is not None
     return state
@@ -190,6 +195,7 @@ def grow(
     return Head(kernel, bias), kept, tuple(name for name in new_classes if name not in old_classes)
 
 
+@signals.deferred()
 def build(backbone_model: Any, head: Head, temperature: float, classes: Sequence[str]) -> Any:
     """A `keras.Model` from raw pixels 0..255 RGB (N, H, W, 3) to probabilities (N, C) of `classes`.
 

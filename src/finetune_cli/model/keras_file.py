@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from finetune_cli import signals
 from finetune_cli.errors import WeightsError
 from finetune_cli.model.keras_setup import import_keras
 
@@ -54,6 +55,7 @@ _REFUSED = {
 _REMEDY = "only a model of stock Keras layers can be used, saved with Keras 3 as one .keras file"
 
 
+@signals.deferred()
 def load_keras_file(path: Path) -> Any:
     """The `keras.Model` in the file `path`, with its weights; nothing in the file is run.
 

@@ -4,6 +4,7 @@ A runtime takes ``uint8 (n, H, W, 3)`` RGB photos and gives ``float32 (n, K)``: 
 blocks and may be called from several threads at once; that is how decoding and inference overlap (`features.py`).
 """
 
+import functools
 import sys
 import threading
 import warnings
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_cli import signals
 from finetune_cli.errors import FinetuneError, RunError, UsageError
 from finetune_cli.model import ir
 from finetune_cli.model.keras_setup import import_keras
@@ -53,6 +55,17 @@ def import_openvino() -> Any:
     return openvino
 
 
+@functools.cache
+def _core() -> Any:
+    """OpenVINO's core, one for the life of the process.
+
+    Its CPU plugin gives the thread that loads it a signal stack, and takes that away with itself without looking
+    whether it is still in use. When two such plugins end in the order in which they began, the thread is left with a
+    signal stack that is no longer mapped, and the next signal kills the process.
+    """
+    return import_openvino().Core()
+
+
 class OpenVinoRuntime:
     """An OpenVINO model on the CPU.
 
@@ -84,7 +97,7 @@ class OpenVinoRuntime:
         try:
             preprocess = ov.preprocess.PrePostProcessor(model)
             preprocess.input().tensor().set_element_type(ov.Type.u8)
-            self._compiled = ov.Core().compile_model(preprocess.build(), "CPU", settings)
+            self._compiled = _core().compile_model(preprocess.build(), "CPU", settings)
         except RuntimeError as exc:
             raise RunError(f"OpenVINO cannot compile the model: {ir.reason(exc)}", ir.REMEDY) from exc
         # OpenVINO makes its tables of NumPy types at their first use, and gives up the interpreter's lock meanwhile:
@@ -163,7 +176,7 @@ def training_precision(device: str, wanted: str) -> Precision:
         return "float32"
     if device == "gpu":
         return "mixed"
-    has_bfloat16 = "BF16" in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    has_bfloat16 = "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if wanted == "bfloat16" and not has_bfloat16:
         raise UsageError(
             "runtime.feature_precision is bfloat16, but this CPU has no bfloat16 arithmetic",
@@ -172,6 +185,7 @@ def training_precision(device: str, wanted: str) -> Precision:
     return "bfloat16" if has_bfloat16 else "float32"
 
 
+@signals.deferred()
 def convert(model: Any) -> "openvino.Model":
     """The OpenVINO form of a Keras model, in float32.
 
@@ -214,9 +228,8 @@ def read_ir(xml: Path) -> "openvino.Model":
     Raises `RunError` when it is damaged, or not such a model as `train` writes (see `ir.py`).
     """
     ir.check_ir(xml, xml.with_suffix(".bin"))
-    ov = import_openvino()
     try:
-        model = ov.Core().read_model(xml)
+        model = _core().read_model(xml)
     except RuntimeError as exc:
         raise RunError(f"{xml} cannot be read as an OpenVINO model: {ir.reason(exc)}", ir.REMEDY) from exc
     ir.check_sizes(model, xml)

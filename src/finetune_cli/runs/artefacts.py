@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli import files
+from finetune_cli import files, signals
 from finetune_cli.errors import GateError, StorageError
 from finetune_cli.metrics import Evaluation
 from finetune_cli.model.keras_setup import import_keras
@@ -22,6 +22,7 @@ PARITY_PHOTOS = 16
 PARITY_LIMIT = 1e-4
 
 
+@signals.deferred()
 def save_models(
     folder: Path,
     model: Any,
@@ -38,7 +39,9 @@ def save_models(
     size = 4 * model.count_params()
     with files.atomic_path(folder / "model.keras", size) as path:
         model.save(path)
+    signals.check()
     _save_ir(convert(model), folder / "inference", size)
+    signals.check()
     if not len(photos):
         return {}
     loaded = keras.models.load_model(folder / "model.keras", safe_mode=True, compile=False)
