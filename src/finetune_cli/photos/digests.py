@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from finetune_cli import files
-from finetune_cli.errors import BadImage, FinetuneError
+from finetune_cli.errors import BadImage, FinetuneError, StorageError
 from finetune_cli.photos import images
 from finetune_cli.text import shown
 
@@ -127,14 +127,17 @@ class DigestMemory:
             self._attempt(self._write)
 
     def _attempt(self, action: Callable[[], object]) -> None:
-        """Do `action`, twice if the first found a damaged file or one set aside by another process; or give up."""
+        """Do `action`, twice if the file was damaged, or set aside or disturbed by another process; or give up."""
         try:
             try:
                 action()
             except sqlite3.DatabaseError as exc:
-                if not (_is_damage(exc) or self._moved()):
+                damaged = _is_damage(exc)
+                if not (damaged or self._moved() or _code(exc) == sqlite3.SQLITE_IOERR):
                     raise
-                self._begin_anew()
+                self._close()
+                if damaged:
+                    self._set_aside()
                 action()
         except (FinetuneError, OSError, sqlite3.Error) as exc:
             self._give_up(exc)
@@ -144,10 +147,18 @@ class DigestMemory:
             return
         assert self.path is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            # SQLite goes by names: who has opened a file that is renamed before the first look at it would play the
+            # journal of the new file into the old one. Where the folder may not be written, nothing is renamed.
+            with contextlib.suppress(StorageError):
+                stack.enter_context(files.lock(self.path.parent, wait=_BUSY_SECONDS))
+            self._connect(self.path)
+
+    def _connect(self, path: Path) -> None:
         # Taken first: were the file replaced in between, the new one must not pass for the one that is opened here.
-        identity = files.identity(self.path)
-        self._connection = sqlite3.connect(self.path, timeout=_BUSY_SECONDS, isolation_level=None)
-        self._identity = identity or files.identity(self.path)
+        identity = files.identity(path)
+        self._connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)
+        self._identity = identity or files.identity(path)
         # All that tells whose file it is must be read in one transaction: another process may be beginning it.
         self._execute("BEGIN")
         begun = self._is_begun()
@@ -187,10 +198,9 @@ class DigestMemory:
         """Whether another process has set the file aside since it was opened."""
         return self.path is not None and files.identity(self.path) != self._identity
 
-    def _begin_anew(self) -> None:
-        """Set the file aside, unless another process has done so; the next use opens a new one."""
+    def _set_aside(self) -> None:
+        """Rename the closed file, unless another process has done so; the next use opens a new one."""
         assert self.path is not None
-        self._close()
         with files.lock(self.path.parent, wait=_BUSY_SECONDS):
             if self._moved():
                 return
@@ -217,8 +227,12 @@ class _ForeignError(sqlite3.DatabaseError):
 
 
 def _is_damage(exc: sqlite3.DatabaseError) -> bool:
-    code = getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
-    return code in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB} or isinstance(exc, _ForeignError)
+    return _code(exc) in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB} or isinstance(exc, _ForeignError)
+
+
+def _code(exc: sqlite3.DatabaseError) -> int:
+    """SQLite's primary code of an error."""
+    return getattr(exc, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF
 
 
 def _key(path: Path) -> bytes:
