@@ -37,7 +37,7 @@ def info(folder: Path) -> list[str]:
             f"{len(found.aside)} damaged file(s) set aside, {human_bytes(found.aside_size)}: "
             + ", ".join(path.name for path in found.aside)
         )
-    memory = digests.files_in(folder)
+    memory = digests.companions(folder / digests.NAME)
     if memory[0].exists():
         size = sum(path.stat().st_size for path in memory if path.exists())
         lines.append(f"memory of photo digests {memory[0]}: {human_bytes(size)}")
@@ -46,7 +46,8 @@ def info(folder: Path) -> list[str]:
 
 def clear(folder: Path) -> str:
     """Remove features and digests in `folder`; a line that says what was freed. Raises `StorageError` or `RunError`."""
-    return f"removed the cache in {folder}: {human_bytes(cache.clear(folder, digests.files_in(folder)))} freed"
+    freed = cache.clear(folder, digests.companions(folder / digests.NAME))
+    return f"removed the cache in {folder}: {human_bytes(freed)} freed"
 
 
 def prune(folder: Path, max_size: str) -> str:

@@ -24,6 +24,7 @@ from finetune_cli.errors import BadImage, FinetuneError, StorageError
 from finetune_cli.photos import images
 from finetune_cli.text import shown
 
+NAME = "digests.sqlite"
 # Another number for another layout: a file with a different one is set aside and begun anew.
 _LAYOUT = 1
 _APPLICATION = 0x46544D44  # "FTMD"
@@ -44,9 +45,8 @@ class Facts:
     height: int
 
 
-def files_in(folder: Path) -> tuple[Path, Path, Path]:
-    """The memory in the cache's `folder`, its journal, and where a damaged one is set aside."""
-    path = folder / "digests.sqlite"
+def companions(path: Path) -> tuple[Path, Path, Path]:
+    """The memory's file, its journal, and where a damaged one is set aside."""
     return path, Path(f"{path}-journal"), Path(f"{path}.damaged")
 
 
@@ -166,10 +166,9 @@ class DigestMemory:
         if begun:
             return
         self._execute("BEGIN IMMEDIATE")
-        if not self._is_begun():
-            self._execute(_TABLE)
-            self._execute(f"PRAGMA application_id = {_APPLICATION}")
-            self._execute(f"PRAGMA user_version = {_LAYOUT}")
+        self._execute(_TABLE)
+        self._execute(f"PRAGMA application_id = {_APPLICATION}")
+        self._execute(f"PRAGMA user_version = {_LAYOUT}")
         self._execute("COMMIT")
 
     def _is_begun(self) -> bool:
@@ -201,13 +200,13 @@ class DigestMemory:
     def _set_aside(self) -> None:
         """Rename the closed file, unless another process has done so; the next use opens a new one."""
         assert self.path is not None
-        with files.lock(self.path.parent, wait=_BUSY_SECONDS):
+        path, journal, aside = companions(self.path)
+        with files.lock(path.parent, wait=_BUSY_SECONDS):
             if self._moved():
                 return
             # What belongs to the old file would be played back into the new one, so it goes first.
-            self.path.with_name(self.path.name + "-journal").unlink(missing_ok=True)
-            aside = self.path.with_name(self.path.name + ".damaged")
-            self.path.replace(aside)
+            journal.unlink(missing_ok=True)
+            path.replace(aside)
         self.warnings.append(f"the memory of photo digests was damaged: set aside as {aside}, and begun anew")
 
     def _give_up(self, exc: Exception) -> None:

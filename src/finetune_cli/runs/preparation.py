@@ -250,7 +250,7 @@ def worker_count(config: Config) -> int:
 
 def digest_memory(config: Config) -> DigestMemory:
     """The memory of digests beside the feature cache."""
-    return DigestMemory(digests.files_in(cache_folder(config))[0])
+    return DigestMemory(cache_folder(config) / digests.NAME)
 
 
 @contextmanager
