@@ -16,13 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune_cli import config, metrics
-from finetune_cli.folds import group_folds
-from finetune_cli.model.fitting import groups_of, labels_of
-from finetune_cli.model.head import KerasSettings, fit_keras
-from finetune_cli.model.solver import Head, choose_l2, fit_lbfgs, flatten_views
-from finetune_cli.observer import Silent
-from finetune_cli.runs.preparation import prepare
+from finetune_cli.config import schema
+from finetune_cli.head.keras_fit import KerasSettings, fit_keras
+from finetune_cli.head.lbfgs import Head, choose_l2, fit_lbfgs, flatten_views
+from finetune_cli.metrics import scores
+from finetune_cli.metrics.folds import group_folds
+from finetune_cli.progress import Silent
+from finetune_cli.training.fit import groups_of, labels_of
+from finetune_cli.training.prepare import prepare
 
 SETS = {"hymenoptera": ("train", "val"), "scenes": ("train", "test")}
 
@@ -54,7 +55,7 @@ def load(folder: Path, name: str) -> Photos:
         "augmentation.width_shift_range=0.2",
         "augmentation.height_shift_range=0.2",
     ]
-    parts = prepare(config.load(None, overrides), Silent()).parts
+    parts = prepare(schema.load(None, overrides), Silent()).parts
     return Photos(
         np.array(parts["train"].array),
         labels_of(parts["train"].samples),
@@ -139,9 +140,9 @@ def measured(fit: Fit, photos: Photos, views: int, seeds: int) -> tuple[str, str
         started = time.perf_counter()
         head = fit(seen, held_out, classes, seed)
         seconds.append(time.perf_counter() - started)
-        temperature = metrics.fit_temperature(head.logits(photos.features[held_out, 0]), photos.labels[held_out])
-        probabilities = metrics.softmax(head.logits(photos.test_features), temperature)
-        found = metrics.evaluate(probabilities, photos.test_labels, names)
+        temperature = scores.fit_temperature(head.logits(photos.features[held_out, 0]), photos.labels[held_out])
+        probabilities = scores.softmax(head.logits(photos.test_features), temperature)
+        found = scores.evaluate(probabilities, photos.test_labels, names)
         accuracies.append(found.accuracy.value)
         losses.append(found.log_loss)
     spread = f"{np.mean(accuracies):.1%} ({min(accuracies):.1%} to {max(accuracies):.1%})"

@@ -112,18 +112,20 @@ def extraction(photos: Path, folder: Path) -> None:
     import keras
     import numpy as np
 
-    from finetune_cli.model import backbones, features, runtimes
-    from finetune_cli.model.cache import FeatureStore
+    from finetune_cli.backbones import build
+    from finetune_cli.cache.features import FeatureStore
+    from finetune_cli.inference import runtimes
     from finetune_cli.parallel import cores
     from finetune_cli.photos.augment import Augmenter
     from finetune_cli.photos.dataset import Sample
-    from finetune_cli.photos.images import ImageSettings
+    from finetune_cli.photos.decode import ImageSettings
+    from finetune_cli.training import extract
 
     paths = sorted((photos / "hymenoptera").glob("*/*/*.jpg"))[:256]
     samples = [Sample(path, path.name, 0, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths]
     settings = ImageSettings()
     for name, weights in (("resnet50", None), ("efficientnet_lite0", "imagenet")):
-        backbone = backbones.build(name, weights, 224, 0)
+        backbone = build.build(name, weights, 224, 0)
         listing = keras.utils.image_dataset_from_directory(
             photos / "hymenoptera", labels=None, image_size=(224, 224), shuffle=False, verbose=False
         ).take(8)
@@ -136,8 +138,8 @@ def extraction(photos: Path, folder: Path) -> None:
             model = runtimes.convert(backbone.model)
             single = runtimes.OpenVinoRuntime(model, precision, 1)
             chosen = samples[:64]
-            decode = core_seconds(lambda s=chosen: [features.decode_sample(x, settings) for x in s]) / 64
-            decoded = np.stack([features.decode_sample(x, settings) for x in chosen])
+            decode = core_seconds(lambda s=chosen: [extract.decode_sample(x, settings) for x in s]) / 64
+            decoded = np.stack([extract.decode_sample(x, settings) for x in chosen])
             augmenter.view(decoded[0], samples[0].digest, 1)
             warp = (
                 core_seconds(
@@ -153,11 +155,11 @@ def extraction(photos: Path, folder: Path) -> None:
                     ("view 0", None, decode + infer),
                     ("2 views", augmenter, decode + warp + 2 * infer),
                 ):
-                    request = features.Request(settings, backbone.fingerprint, precision, augment)
+                    request = extract.Request(settings, backbone.fingerprint, precision, augment)
                     with tempfile.TemporaryDirectory(dir=folder) as cache, FeatureStore(Path(cache)) as store:
                         compiled = runtimes.OpenVinoRuntime(runtimes.convert(backbone.model), precision, cores())
                         started = time.perf_counter()
-                        features.extract(
+                        extract.extract(
                             samples,
                             request,
                             backbone.width,
@@ -197,7 +199,7 @@ def views(photos: Path, folder: Path) -> None:  # noqa: ARG001
     import numpy as np
 
     from finetune_cli.photos.augment import Augmenter
-    from finetune_cli.photos.images import ImageSettings, decode
+    from finetune_cli.photos.decode import ImageSettings, decode
 
     photo = decode(next((photos / "hymenoptera" / "train" / "ants").glob("*.jpg")), ImageSettings())
     for name, arguments in {
@@ -294,11 +296,11 @@ def memory(photos: Path, folder: Path) -> None:  # noqa: ARG001
 def fit_synthetic(folder: Path, solver: str) -> None:
     import numpy as np
 
-    from finetune_cli.config import Config
-    from finetune_cli.model import fitting
-    from finetune_cli.model.features import Features, scratch_array
-    from finetune_cli.observer import Silent
+    from finetune_cli.config.schema import Config
     from finetune_cli.photos.dataset import Sample
+    from finetune_cli.progress import Silent
+    from finetune_cli.training import fit
+    from finetune_cli.training.extract import Features, scratch_array
 
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(10, 1280)).astype(np.float32) * 0.05
@@ -312,9 +314,9 @@ def fit_synthetic(folder: Path, solver: str) -> None:
     config = Config.model_validate({"data": {"train": folder}, "training": {"solver": solver, "l2": 1e-4}})
     classes = tuple("0123456789")
     if solver == "adam":
-        fitting.keras(config, parts["train"], parts["val"], classes, None, None, lambda _state, _l2: None, Silent())
+        fit.keras(config, parts["train"], parts["val"], classes, None, None, lambda _state, _l2: None, Silent())
     else:
-        fitting.lbfgs(config, parts["train"], classes, None, Silent())
+        fit.lbfgs(config, parts["train"], classes, None, Silent())
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")
 
 

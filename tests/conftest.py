@@ -4,12 +4,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from paths import SHARED
 
 if TYPE_CHECKING:
-    from finetune_cli.commands.export import Result
     from runs_fixture import TinyRun
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+    from finetune_cli.exports.export import Result
+
+SHARED_DATA = SHARED / "data"
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +33,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> "TinyRun":
 @pytest.fixture(scope="session")
 def exported(tiny_run: "TinyRun", tmp_path_factory: pytest.TempPathFactory) -> "Result":
     """All five exported forms of the tiny run, made in one call; not to be changed by a test."""
-    from finetune_cli.commands.export import Request, export
-    from finetune_cli.observer import Silent
+    from finetune_cli.exports.export import Request, export
+    from finetune_cli.progress import Silent
 
     names = ("savedmodel", "keras", "onnx", "litert", "openvino")
     return export(tiny_run.run, Request(names, tmp_path_factory.mktemp("exports") / "models" / "scenes"), Silent())

@@ -2,15 +2,14 @@
 
 import importlib.util
 import re
-from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-from finetune_cli import config_errors
-from finetune_cli.cli import app
-from finetune_cli.config import Config
+from finetune_cli.cli.main import app
+from finetune_cli.config import messages
+from finetune_cli.config.schema import Config
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")),
@@ -32,7 +31,7 @@ def test_every_command_is_in_the_readme(command):
     assert f"<!-- help {command} -->" in README
 
 
-@pytest.mark.parametrize("key", sorted(config_errors.known_keys(Config)))
+@pytest.mark.parametrize("key", sorted(messages.known_keys(Config)))
 def test_every_key_is_in_the_readme(key):
     assert re.search(rf"\b{key.split('.')[-1]}\b", README), key
 

@@ -16,25 +16,24 @@ import textwrap
 import time
 from pathlib import Path
 
+import cacher
 import numpy as np
 import pytest
-from tests import cacher
+from paths import PROGRAMS, SOURCE
 
 from finetune_cli import files
+from finetune_cli.cache import features
 from finetune_cli.errors import StorageError
-from finetune_cli.model import cache
 from finetune_cli.runs import checkpoints
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX signals, limits, users and mounts")
 
-TESTS = Path(__file__).parent
-SOURCE = TESTS.parent / "src"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{TESTS.parent}", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{SOURCE}{os.pathsep}{PROGRAMS}", "OMP_NUM_THREADS": "1"}
 NOBODY = 65534
 
 
 def start(script: str, *arguments: object) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, TESTS / script, *map(str, arguments)]
+    command = [sys.executable, PROGRAMS / script, *map(str, arguments)]
     # Unbuffered, so that the first line can be read without taking others with it.
     return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
 
@@ -106,7 +105,7 @@ def test_sigkill_while_the_cache_writes_loses_nothing_that_was_stored(tmp_path, 
     rng, stored = random.Random(kills), 0
     for _kill in range(kills):
         stored = int(kill_later(start("cacher.py", "write", tmp_path, stored), rng.uniform(0, 0.1))[-1])
-        with cache.FeatureStore(tmp_path) as store:
+        with features.FeatureStore(tmp_path) as store:
             assert store.warnings == []
             assert cacher.check(store, range(max(0, stored - 400), stored)) == min(400, stored)
             assert len(store.has([cacher.key(i) for i in range(stored)])) == stored
@@ -116,16 +115,16 @@ def test_sigkill_while_the_cache_writes_loses_nothing_that_was_stored(tmp_path, 
 @pytest.mark.slow
 def test_sigkill_while_pruning_leaves_a_whole_store(tmp_path):
     rng = random.Random(0)
-    with cache.FeatureStore(tmp_path) as store:
+    with features.FeatureStore(tmp_path) as store:
         store.put([(cacher.key(i), cacher.row(i)) for i in range(6000)])
     for _kill in range(20):
-        with contextlib.closing(cache.FeatureStore(tmp_path)) as store:
+        with contextlib.closing(features.FeatureStore(tmp_path)) as store:
             before = store.has([cacher.key(i) for i in range(6000)])
         process = start("cacher.py", "prune", tmp_path, max(0, len(before) - 300) * 5500)
         time.sleep(rng.uniform(0.2, 0.6))
         process.kill()
         process.communicate()
-        with cache.FeatureStore(tmp_path) as store:
+        with features.FeatureStore(tmp_path) as store:
             assert cacher.check(store, range(6000)) == len(store.has([cacher.key(i) for i in range(6000)]))
         assert store.warnings == []
 
@@ -138,7 +137,7 @@ def test_two_processes_read_and_write_one_cache_at_once(tmp_path):
     for process in processes:
         _output, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
-    with cache.FeatureStore(tmp_path) as store:
+    with features.FeatureStore(tmp_path) as store:
         assert cacher.check(store, range(400)) == 300
     assert store.warnings == []
 
@@ -149,7 +148,7 @@ def test_five_processes_that_begin_a_cache_at_once_agree_on_one_file(tmp_path):
     processes = [start("cacher.py", "write", tmp_path, first) for first in firsts]
     lines = [kill_later(process, 0.5) for process in processes]
     assert len(list(tmp_path.glob("features.sqlite.damaged-*"))) <= 1
-    with cache.FeatureStore(tmp_path) as store:
+    with features.FeatureStore(tmp_path) as store:
         written = {i for first, some in zip(firsts, lines, strict=True) for i in range(first, int(some[-1]))}
         assert cacher.check(store, written) >= len(written) - 8 * 5  # what was stored while another set the file aside
     assert store.warnings == []
@@ -163,9 +162,9 @@ LIMITED = """
     import numpy as np
     from finetune_cli import files
     from finetune_cli.errors import StorageError
-    from finetune_cli.model.cache import FeatureStore
+    from finetune_cli.cache.features import FeatureStore
     from finetune_cli.runs import checkpoints
-    from tests import cacher
+    import cacher
 
     folder = Path(sys.argv[1])
     files.write_bytes(folder / "file", b"old")
@@ -196,7 +195,7 @@ def assert_nothing_is_lost(folder: Path) -> None:
     assert (folder / "file").read_bytes() == b"old"
     found = checkpoints.load_latest(folder / "checkpoints")
     assert (found.epoch, found.warnings) == (1, ())
-    with cache.FeatureStore(folder / "cache") as store:
+    with features.FeatureStore(folder / "cache") as store:
         assert cacher.check(store, range(20)) == 20
     assert sorted(path.name for path in folder.iterdir()) == ["cache", "checkpoints", "file"]
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["epoch-0001"]
@@ -236,7 +235,7 @@ def fill_up(folder: Path) -> Path:
 def test_a_full_disk_loses_nothing_and_says_how_much_is_needed(small_disk):
     files.write_bytes(small_disk / "file", b"old")
     checkpoints.save(small_disk / "checkpoints", 1, {"a": np.arange(3)}, {}, best=True)
-    with cache.FeatureStore(small_disk / "cache") as store:
+    with features.FeatureStore(small_disk / "cache") as store:
         store.put([(cacher.key(i), cacher.row(i)) for i in range(20)])
         ballast = fill_up(small_disk)
         store.put([(cacher.key(i), cacher.row(i)) for i in range(20, 40)])
@@ -249,21 +248,21 @@ def test_a_full_disk_loses_nothing_and_says_how_much_is_needed(small_disk):
         checkpoints.save(small_disk / "checkpoints", 2, {"a": np.zeros(10_000)}, {}, best=True)
     with pytest.raises(StorageError, match=r"needs 1\.0 MB of disk space, and 0 bytes are free"):
         files.free_space_check(small_disk / "runs", 10**6)
-    with cache.FeatureStore(small_disk / "cache") as store:  # opened on a full disk
+    with features.FeatureStore(small_disk / "cache") as store:  # opened on a full disk
         assert cacher.check(store, range(20)) == 20
         store.put([(cacher.key(i), cacher.row(i)) for i in range(20, 40)])
     assert store.warnings
     ballast.unlink()
     assert_nothing_is_lost(small_disk)
     checkpoints.save(small_disk / "checkpoints", 2, {"a": np.zeros(10_000)}, {}, best=True)
-    with cache.FeatureStore(small_disk / "cache") as store:
+    with features.FeatureStore(small_disk / "cache") as store:
         store.put([(cacher.key(i), cacher.row(i)) for i in range(20, 40)])
         assert cacher.check(store, range(40)) == 40
     assert store.warnings == []
 
 
 def test_a_cache_that_fills_its_disk_can_be_cleared(small_disk):
-    with cache.FeatureStore(small_disk) as store:
+    with features.FeatureStore(small_disk) as store:
         for i in range(1000):
             store.put([(cacher.key(i), cacher.row(i))])
         stored = cacher.check(store, range(1000))
@@ -272,8 +271,8 @@ def test_a_cache_that_fills_its_disk_can_be_cleared(small_disk):
     with pytest.raises(
         StorageError, match="disk is full\nfree a few MB first, or remove it with: finetune cache clear"
     ):
-        cache.prune(small_disk, 100_000)
-    assert cache.clear(small_disk) > 500_000
+        features.prune(small_disk, 100_000)
+    assert features.clear(small_disk) > 500_000
 
 
 # Permissions
@@ -293,9 +292,9 @@ READ_ONLY = """
     import numpy as np
     from finetune_cli import files
     from finetune_cli.errors import StorageError
-    from finetune_cli.model.cache import FeatureStore
+    from finetune_cli.cache.features import FeatureStore
     from finetune_cli.runs import checkpoints
-    from tests import cacher
+    import cacher
 
     folder, user = Path(sys.argv[1]), int(sys.argv[2])
     with tempfile.TemporaryDirectory() as other, files.lock(Path(other)), FeatureStore(Path(other, "cache")) as store:
@@ -330,7 +329,7 @@ READ_ONLY = """
 def test_a_read_only_folder_is_read_and_every_write_says_so(public_path):
     files.write_bytes(public_path / "file", b"old")
     checkpoints.save(public_path / "checkpoints", 1, {"a": np.arange(3)}, {}, best=True)
-    with cache.FeatureStore(public_path / "cache") as store:
+    with features.FeatureStore(public_path / "cache") as store:
         store.put([(cacher.key(i), cacher.row(i)) for i in range(20)])
     folders = [public_path, *(path for path in public_path.rglob("*") if path.is_dir())]
     for folder in folders:

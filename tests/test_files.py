@@ -10,39 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from file_faults import ENVIRONMENT, failing, inject, names, posix, write_half
 
 from finetune_cli import files
 from finetune_cli.errors import RunError, StorageError
-
-SOURCE = Path(__file__).parents[1] / "src"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SOURCE)}
-INJECTION = Path(__file__).parent / "exit_injection.py"
-posix = pytest.mark.skipif(os.name == "nt", reason="forks, signals and permission bits are POSIX")
-
-
-def failing(error: int):
-    def fail(*args, **kwargs):
-        raise OSError(error, os.strerror(error))
-
-    return fail
-
-
-def write_half(path: Path, error: BaseException):
-    path.write_bytes(b"half")
-    raise error
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def inject(action: str, start: Path, work: Path) -> int:
-    """Number of steps of `action`, each of which ended a process; see exit_injection.py."""
-    answer = subprocess.run(
-        [sys.executable, INJECTION, action, start, work], env=ENVIRONMENT, capture_output=True, text=True, check=True
-    )
-    return int(answer.stdout)
-
 
 # Atomic files
 

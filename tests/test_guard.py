@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from paths import PROGRAMS, SOURCE
 
-from finetune_cli.photos import sample
+from finetune_cli.practice import sample
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="network namespaces and /proc")
 
-TESTS = Path(__file__).parent
 # Local questions: which commit, which processor, which fonts.
 PROCESSES = {"git", "uname", "fc-list", "lscpu", "ldconfig", "/sbin/ldconfig"}
 
@@ -40,7 +40,7 @@ class Place:
         log.write_text("")
         environment = {
             "PATH": os.environ["PATH"],
-            "PYTHONPATH": os.pathsep.join([str(TESTS / "guard_site"), str(TESTS.parent / "src")]),
+            "PYTHONPATH": os.pathsep.join([str(PROGRAMS / "guard_site"), str(SOURCE)]),
             "PYTHONDONTWRITEBYTECODE": "1",
             "GUARD_LOG": str(log),
             "HOME": str(self.folder / "home"),

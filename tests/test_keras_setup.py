@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from finetune_cli import keras_setup
 from finetune_cli.errors import FinetuneError
-from finetune_cli.model import keras_setup
 
 SCRIPT = """
 import json, os, sys
-from finetune_cli.model.keras_setup import import_keras
+from finetune_cli.keras_setup import import_keras
 keras = import_keras()
 layer = keras.layers.Conv2D(2, 1)
 layer(keras.ops.zeros((1, 5, 5, 3)))

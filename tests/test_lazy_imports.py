@@ -17,29 +17,29 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_the_command_line_loads_nothing_heavy():
-    assert not loaded_by("import finetune_cli.cli") & (HEAVY | {"pydantic", "numpy", "PIL", "yaml"})
+    assert not loaded_by("import finetune_cli.cli.main") & (HEAVY | {"pydantic", "numpy", "PIL", "yaml"})
 
 
 def test_a_wrong_config_loads_nothing_heavy():
     code = """
 from pathlib import Path
-from finetune_cli import config
+from finetune_cli.config import schema
 from finetune_cli.errors import ConfigError
 try:
-    config.load(None, ["training.lr=1"])
+    schema.load(None, ["training.lr=1"])
 except ConfigError:
     pass
 """
     assert not loaded_by(code) & (HEAVY | {"numpy"})
 
 
-@pytest.mark.parametrize("module", ["predict", "evaluate", "explain"])
+@pytest.mark.parametrize("module", ["inference.predict", "evaluation.evaluate", "evaluation.explain"])
 def test_answering_needs_no_training_packages(module):
-    loaded = loaded_by(f"import finetune_cli.commands.{module}")
+    loaded = loaded_by(f"import finetune_cli.{module}")
     assert not loaded & {"tensorflow", "keras", "scipy", "matplotlib", "cv2", "jinja2"}
 
 
 def test_openvino_comes_without_its_telemetry():
-    code = "from finetune_cli.model.runtimes import import_openvino; import_openvino()"
+    code = "from finetune_cli.inference.runtimes import import_openvino; import_openvino()"
     script = f"{code}\nimport sys\nassert sys.modules['openvino_telemetry'] is None"
     assert "openvino" in loaded_by(script)

@@ -12,7 +12,7 @@ import pytest
 
 from finetune_cli import signals
 from finetune_cli.errors import Interrupted
-from finetune_cli.model.head import KerasSettings, fit_keras
+from finetune_cli.head.keras_fit import KerasSettings, fit_keras
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are raised in the process as POSIX does it")
 

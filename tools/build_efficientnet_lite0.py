@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image
 
 from finetune_cli.files import write_bytes
-from finetune_cli.model.keras_setup import import_keras
+from finetune_cli.keras_setup import import_keras
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTPUT = ROOT / "src/finetune_cli/assets/efficientnet_lite0.keras"

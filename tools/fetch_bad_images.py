@@ -1,4 +1,4 @@
-"""Bring odd, broken and hostile image files into the folder `bad-images`, for tests/test_bad_images.py.
+"""Bring odd, broken and hostile image files into the folder `bad-images`, for tests/photos/test_bad_images.py.
 
     python tools/fetch_bad_images.py
 

@@ -131,7 +131,7 @@ def keep(data: bytes) -> str:
 def child(number: int, current: Path) -> None:
     """One round: decode `EXAMPLES_A_ROUND` mutated files; print the counts, and what was wrong, as JSON."""
     from finetune_cli.errors import BadImage
-    from finetune_cli.photos.images import ImageSettings, decode
+    from finetune_cli.photos.decode import ImageSettings, decode
 
     counts: Counter[str] = Counter()
     slowest = 0.0

@@ -22,82 +22,137 @@ from xml.etree import ElementTree as ET
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "reliability.md"
 MODULES = (
-    "faults", "faults_train", "files", "checkpoints", "cache", "damaged_runs", "strangers", "hostile_files",
-    "keras_file", "weights", "hdf5", "run", "config", "bad_images", "guard", "reproducible", "beginning",
-)  # fmt: skip
+    "faults",
+    "training.faults",
+    "files",
+    "runs.checkpoints",
+    "cache.features",
+    "runs.damaged_runs",
+    "untrusted.strangers",
+    "untrusted.hostile_files",
+    "untrusted.keras_archive",
+    "backbones.weights",
+    "untrusted.hdf5",
+    "runs.run",
+    "config.schema",
+    "photos.bad_images",
+    "guard",
+    "reproducible",
+    "training.resume",
+)
 
-# A fault, and the tests that try it: module::beginning of the test's name.
+# A fault, and the tests that try it: package.module::beginning of the test's name.
 FAULTS = {
-    "SIGKILL at a random moment of `finetune train`, then `--resume`": ["faults_train::test_sigkill"],
+    "SIGKILL at a random moment of `finetune train`, then `--resume`": ["training.faults::test_sigkill"],
     "SIGKILL while a small process saves checkpoints": ["faults::test_sigkill_at_random"],
     "SIGKILL while the feature cache is written": ["faults::test_sigkill_while_the_cache"],
-    "SIGKILL while the cache is pruned": ["faults::test_sigkill_while_pruning", "cache::test_a_killed_writer"],
-    "exit injected at every step of a write": ["files::test_exit_at", "checkpoints::test_exit_at"],
-    "SIGINT and SIGTERM, then `--resume`": ["faults_train::test_sigint", "faults_train::test_sigterm"],
-    "a second signal": ["faults_train::test_a_second_signal"],
-    "more epochs when resumed": ["faults_train::test_more_epochs", "faults_train::test_a_kill_between"],
+    "SIGKILL while the cache is pruned": ["faults::test_sigkill_while_pruning", "cache.features::test_a_killed_writer"],
+    "exit injected at every step of a write": ["files::test_exit_at", "runs.checkpoints::test_exit_at"],
+    "SIGINT and SIGTERM, then `--resume`": ["training.faults::test_sigint", "training.faults::test_sigterm"],
+    "a second signal": ["training.faults::test_a_second_signal"],
+    "more epochs when resumed": ["training.faults::test_more_epochs", "training.faults::test_a_kill_between"],
     "a checkpoint cut at a sixteenth, or missing, or another's": [
-        "checkpoints::test_a_file_cut", "checkpoints::test_a_missing", "checkpoints::test_files_swapped",
-        "faults_train::test_when_no_checkpoint",
+        "runs.checkpoints::test_a_file_cut",
+        "runs.checkpoints::test_a_missing",
+        "runs.checkpoints::test_files_swapped",
+        "training.faults::test_when_no_checkpoint",
     ],
-    "a bit flipped in a checkpoint": ["checkpoints::test_every_flipped", "faults_train::test_a_damaged_checkpoint"],
-    "a file of an unfinished run cut or with a flipped bit": ["faults_train::test_a_damaged_beginning"],
-    "a file of a finished run cut or with a flipped bit": ["damaged_runs::"],
+    "a bit flipped in a checkpoint": [
+        "runs.checkpoints::test_every_flipped",
+        "training.faults::test_a_damaged_checkpoint",
+    ],
+    "a file of an unfinished run cut or with a flipped bit": ["training.faults::test_a_damaged_beginning"],
+    "a file of a finished run cut or with a flipped bit": ["runs.damaged_runs::"],
     "the cache cut, foreign, or damaged while open": [
-        "cache::test_a_truncated", "cache::test_a_foreign", "cache::test_damage_while", "cache::test_a_damaged_row",
-        "cache::test_a_row_of_another_type",
+        "cache.features::test_a_truncated",
+        "cache.features::test_a_foreign",
+        "cache.features::test_damage_while",
+        "cache.features::test_a_damaged_row",
+        "cache.features::test_a_row_of_another_type",
     ],
-    "a bit flipped in the cache": ["cache::test_flipped_bits"],
+    "a bit flipped in the cache": ["cache.features::test_flipped_bits"],
     "photos, classes, settings, weights or the run to start from changed before the resume": [
-        "faults_train::test_other_photos", "faults_train::test_other_settings", "beginning::test_a_changed",
-        "beginning::test_other_photos", "beginning::test_other_weights",
+        "training.faults::test_other_photos",
+        "training.faults::test_other_settings",
+        "training.resume::test_a_changed",
+        "training.resume::test_other_photos",
+        "training.resume::test_other_weights",
     ],
-    "the record of a beginning forged": ["beginning::test_a_foreign"],
-    "photos moved before the resume": ["faults_train::test_photos_may_move"],
+    "the record of a beginning forged": ["training.resume::test_a_foreign"],
+    "photos moved before the resume": ["training.faults::test_photos_may_move"],
     "two processes at once: one name, one run, one cache": [
-        "faults_train::test_two", "faults::test_two", "faults::test_five", "cache::test_two", "cache::test_prune_while",
+        "training.faults::test_two",
+        "faults::test_two",
+        "faults::test_five",
+        "cache.features::test_two",
+        "cache.features::test_prune_while",
     ],
-    "a limit on the size of files (RLIMIT_FSIZE)": ["faults_train::test_a_limit", "faults::test_a_limit"],
+    "a limit on the size of files (RLIMIT_FSIZE)": ["training.faults::test_a_limit", "faults::test_a_limit"],
     "a full disk (a small tmpfs)": [
-        "faults_train::test_a_disk", "faults::test_a_full_disk", "faults::test_a_cache_that_fills",
-        "checkpoints::test_a_full_disk", "cache::test_a_full_disk",
+        "training.faults::test_a_disk",
+        "faults::test_a_full_disk",
+        "faults::test_a_cache_that_fills",
+        "runs.checkpoints::test_a_full_disk",
+        "cache.features::test_a_full_disk",
     ],
     "a folder that may not be written, as a user other than root": [
-        "faults_train::test_a_forbidden", "faults::test_a_read_only",
+        "training.faults::test_a_forbidden",
+        "faults::test_a_read_only",
     ],
     "one thread against two: files compared": ["reproducible::"],
     "connections, processes and files of train, predict and evaluate": ["guard::test_train", "guard::test_the_default"],
-}  # fmt: skip
+}
 HOSTILE = {
-    "a run, backbone, weights or config of each hostile kind, its hashes made to fit": ["strangers::test_it"],
+    "a run, backbone, weights or config of each hostile kind, its hashes made to fit": ["untrusted.strangers::test_it"],
     "OpenVINO models: operations, shapes, offsets, XML": [
-        "hostile_files::test_truncated", "hostile_files::test_constants", "hostile_files::test_operations",
-        "hostile_files::test_models", "hostile_files::test_hostile_xml",
+        "untrusted.hostile_files::test_truncated",
+        "untrusted.hostile_files::test_constants",
+        "untrusted.hostile_files::test_operations",
+        "untrusted.hostile_files::test_models",
+        "untrusted.hostile_files::test_hostile_xml",
     ],
     "OpenVINO models changed at random (refused, or answered without harm)": [
-        "hostile_files::test_flipped", "hostile_files::test_random",
+        "untrusted.hostile_files::test_flipped",
+        "untrusted.hostile_files::test_random",
     ],
     "`.keras` files: Lambda, functions, foreign layers, bombs, links": [
-        "keras_file::test_only", "keras_file::test_a_lambda", "keras_file::test_a_layer", "keras_file::test_a_function",
-        "keras_file::test_a_file", "keras_file::test_archives", "keras_file::test_members",
-        "keras_file::test_descriptions", "keras_file::test_links", "keras_file::test_every",
+        "untrusted.keras_archive::test_only",
+        "untrusted.keras_archive::test_a_lambda",
+        "untrusted.keras_archive::test_a_layer",
+        "untrusted.keras_archive::test_a_function",
+        "untrusted.keras_archive::test_a_file",
+        "untrusted.keras_archive::test_archives",
+        "untrusted.keras_archive::test_members",
+        "untrusted.keras_archive::test_descriptions",
+        "untrusted.keras_archive::test_links",
+        "untrusted.keras_archive::test_every",
     ],
     "weight files: links, external storage, bombs, truncations, NaN": [
-        "hdf5::test_data_from", "hdf5::test_a_link", "hdf5::test_a_shape", "hdf5::test_values", "hdf5::test_text_and",
-        "hdf5::test_a_huge", "weights::test_a_truncated", "weights::test_a_link", "weights::test_groups",
-        "weights::test_a_file_that",
+        "untrusted.hdf5::test_data_from",
+        "untrusted.hdf5::test_a_link",
+        "untrusted.hdf5::test_a_shape",
+        "untrusted.hdf5::test_values",
+        "untrusted.hdf5::test_text_and",
+        "untrusted.hdf5::test_a_huge",
+        "backbones.weights::test_a_truncated",
+        "backbones.weights::test_a_link",
+        "backbones.weights::test_groups",
+        "backbones.weights::test_a_file_that",
     ],
-    "manifests: paths that leave the run, wrong types": ["run::test_a_manifest", "run::test_a_broken"],
-    "checkpoints with fitting sums": ["checkpoints::test_a_strangers"],
+    "manifests: paths that leave the run, wrong types": ["runs.run::test_a_manifest", "runs.run::test_a_broken"],
+    "checkpoints with fitting sums": ["runs.checkpoints::test_a_strangers"],
     "YAML: aliases, tags, depth, size": [
-        "config::test_billion", "config::test_malformed", "config::test_oversized", "config::test_duplicate",
+        "config.schema::test_billion",
+        "config.schema::test_malformed",
+        "config.schema::test_oversized",
+        "config.schema::test_duplicate",
     ],
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One test that ran: `name` is module::test[parameters]."""
+    """One test that ran: `name` is package.module::test[parameters]."""
 
     name: str
     state: str
@@ -112,7 +167,9 @@ def main(arguments: list[str]) -> int:
     else:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder, "report.xml")
-            modules = [f"tests/test_{name}.py" for name in MODULES]
+            modules = [
+                f"tests/{'/'.join([*folders, f'test_{name}.py'])}" for *folders, name in (m.split(".") for m in MODULES)
+            ]
             options = ["-q", "-p", "no:randomly", "--tb=short", "-o", "timeout=1500", "-o", "junit_family=legacy"]
             subprocess.run(
                 [sys.executable, "-m", "pytest", *options, f"--junit-xml={report}", *modules], cwd=ROOT, check=False
@@ -129,10 +186,16 @@ def main(arguments: list[str]) -> int:
     return bool(failed)
 
 
+def test_file(module: str) -> Path:
+    """Where the tests of `package.module` are, from the root on."""
+    *folders, name = module.split(".")
+    return Path("tests", *folders, f"test_{name}.py")
+
+
 def read(report: Path) -> Iterator[Outcome]:
     """The outcomes in what pytest wrote with --junit-xml."""
     for case in ET.parse(report).iter("testcase"):
-        module = case.get("classname", "").rpartition(".")[2].removeprefix("test_")
+        module = case.get("classname", "").removeprefix("tests.").replace("test_", "")
         name = case.get("name", "")
         properties = {each.get("name", ""): each.get("value", "") for each in case.iter("property")}
         number = re.search(r"\[(\d+)\]$", name) if "random_moments_loses" in name or "while_the_cache" in name else None

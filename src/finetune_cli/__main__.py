@@ -10,7 +10,7 @@ def main() -> None:
     """Run the command line."""
     signals.catch()  # before the first import that takes time
     try:
-        from finetune_cli.cli import app
+        from finetune_cli.cli.main import app
 
         app()
     except Interrupted as exc:

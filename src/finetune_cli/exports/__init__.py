@@ -1,1 +1,1 @@
-"""A finished run in the forms that other programs run, each proven against the run before it is in place."""
+"""A run in other formats, one module a format, each proven before it is in place."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune_cli import files
 from finetune_cli.errors import WeightsError
-from finetune_cli.photos.images import ImageSettings
+from finetune_cli.photos.decode import ImageSettings
 
 FILE = "classes.json"
 KEY = "finetune"

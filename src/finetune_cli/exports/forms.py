@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from finetune_cli.errors import MissingExtra
 from finetune_cli.exports.card import Card
-from finetune_cli.photos.images import ImageSettings
+from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.runs.run import Run
 
 Floats = NDArray[np.float32]
@@ -38,7 +38,7 @@ class Source:
     @cached_property
     def model(self) -> Any:
         """The run's Keras model: pixels ``float32 (N, size, size, 3)`` 0..255 -> probabilities ``(N, C)``."""
-        from finetune_cli.model.keras_file import load_keras_file
+        from finetune_cli.untrusted.keras_archive import load_keras_file
 
         return load_keras_file(self.run.file("model.keras"))
 
@@ -120,7 +120,7 @@ def form_class(name: str) -> type[Form]:
 
         return SavedModel
     if name == "keras":
-        from finetune_cli.exports.keras_file import KerasFile
+        from finetune_cli.exports.keras import KerasFile
 
         return KerasFile
     if name == "onnx":

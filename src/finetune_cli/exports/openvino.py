@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 from finetune_cli.errors import RunError, StorageError, WeightsError
 from finetune_cli.exports.card import EXPORT_IT, KEY, Card
 from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, reason
-from finetune_cli.model.runtimes import OpenVinoRuntime, import_openvino, read_ir
+from finetune_cli.inference.runtimes import OpenVinoRuntime, import_openvino, read_ir
 
 Precision = Literal["float32", "float16"]
 

@@ -21,14 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli.errors import BadImage, DataError, GateError
+from finetune_cli.evaluation import judge
 from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature
-from finetune_cli.observer import Observer
+from finetune_cli.inference.predictor import RunPredictor
 from finetune_cli.parallel import cores, ordered_map
 from finetune_cli.photos.codecs import opened as opened_image
 from finetune_cli.photos.dataset import Sample
-from finetune_cli.photos.images import decode_whole
-from finetune_cli.runs import judged
-from finetune_cli.runs.predictor import RunPredictor
+from finetune_cli.photos.decode import decode_whole
+from finetune_cli.progress import Observer
 from finetune_cli.runs.run import Run
 from finetune_cli.tables import read_csv
 
@@ -139,7 +139,7 @@ def collect(run: Run, root: Path | None, observer: Observer) -> Replay:
     Raises `DataError` when not one of them can be found with its old content.
     """
     with observer.stage("looking for validation photos", None, "files") as advance:
-        found = judged.photos_of_run(run, root, cores(), advance, part="val")
+        found = judge.photos_of_run(run, root, cores(), advance, part="val")
     margins = _margins(run)
     samples = choose(found.samples, [margins.get(sample.name, 0.0) for sample in found.samples])
     photos: list[Photo] = []
@@ -191,7 +191,7 @@ def _from_measured(run: Run, photos: Sequence[Photo], reference: Floats) -> floa
 def _read(sample: Sample, run: Run) -> Photo | None:
     settings = run.image_settings
     try:
-        pixels = judged.pixels(sample, settings)
+        pixels = judge.pixels(sample, settings)
         with opened_image(sample.path, settings.max_pixels) as image:
             foreign, area = _foreign(image), image.width * image.height
     except BadImage:
@@ -215,11 +215,11 @@ def _foreign(image: Any) -> str | None:
 def calibration_photos(run: Run, root: Path | None, observer: Observer) -> Iterator[Pixels]:
     """Up to `CALIBRATION_PHOTOS` training photos ``uint8 (size, size, 3)``, evenly spread; unreadable ones left out."""
     with observer.stage("looking for training photos", None, "files") as advance:
-        samples = judged.photos_of_run(run, root, cores(), advance, part="train").samples
+        samples = judge.photos_of_run(run, root, cores(), advance, part="train").samples
     chosen = np.linspace(0, len(samples) - 1, min(len(samples), CALIBRATION_PHOTOS)).astype(int)
     for i in chosen:
         try:
-            yield judged.pixels(samples[i], run.image_settings)
+            yield judge.pixels(samples[i], run.image_settings)
         except BadImage:
             continue
 

@@ -94,7 +94,7 @@ class OpenedSavedModel:
     """A SavedModel in TensorFlow."""
 
     def __init__(self, folder: Path) -> None:
-        from finetune_cli.model.keras_setup import import_keras
+        from finetune_cli.keras_setup import import_keras
 
         card = Card.read(folder)
         self.classes, self.settings = card.classes, card.settings

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune_cli.exports import tf_exif
-from finetune_cli.photos.images import ImageSettings
+from finetune_cli.photos.decode import ImageSettings
 
 # More than this, and libjpeg works for seconds on one file: it goes through all pixels again for each scan.
 MOST_SCANNED_PIXELS = 1e10

@@ -1,1 +1,1 @@
-"""What comes in: image files, data sets of them, and their augmented views."""
+"""What comes in: folders and tables, the decoder, the split, augmentation."""

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_cli.config.generator import GENERATOR_DEFAULTS, problems, zoom_factors
 from finetune_cli.errors import ConfigError
-from finetune_cli.photos.generator import GENERATOR_DEFAULTS, problems, zoom_factors
 
 # Part of the cache key of every augmented view: raise it when `draw` or `apply` give other pixels than before.
 _VERSION = 1

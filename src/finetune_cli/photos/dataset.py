@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_cli.cache.digests import DigestMemory
 from finetune_cli.errors import DataError
-from finetune_cli.photos import layouts, split
-from finetune_cli.photos.digests import DigestMemory
-from finetune_cli.photos.layouts import Listing
-from finetune_cli.photos.preflight import BadPhoto, Progress, Sample, listed, may_skip, preflight, refuse_bad
+from finetune_cli.photos import folders, split
+from finetune_cli.photos.folders import Listing
+from finetune_cli.photos.scan import BadPhoto, Progress, Sample, listed, may_skip, preflight, refuse_bad
 from finetune_cli.text import counted, shown
 
 __all__ = [
@@ -92,7 +92,7 @@ def load(
     Bad photos are listed, not refused. Raises `DataError` that lists what is wrong: missing, unknown or empty classes,
     a photo under two labels, and a split without a good photo.
     """
-    sources = layouts.find_sources(train, val, test)
+    sources = folders.find_sources(train, val, test)
     listings = _listings(sources)
     classes = listings["train"].classes
     _check_classes(listings)
@@ -125,15 +125,15 @@ def load_labelled(
     Some classes may be absent; of a table with a column `split`, the rows for `test` count. Raises `DataError` for a
     class that is not in `classes`, a photo under two labels, or no photos at all.
     """
-    listing = layouts.read(path)
+    listing = folders.read(path)
     if any(photo.split for photo in listing.photos):
-        listing = layouts.only(listing, {"test"})
+        listing = folders.only(listing, {"test"})
         listing.notes.append(f"of {shown(path)}, the lines for the split test count")
     problems = _unknown(listing, classes, "the run")
     if not listing.photos and not problems:
         problems = [f"{shown(path)} holds no photos to evaluate on"]
     remedy = "name the folder that holds one folder per class of the run, with photos in them"
-    if splits := [name for name in listing.classes if name.lower() in layouts.SPLITS and name not in classes]:
+    if splits := [name for name in listing.classes if name.lower() in folders.SPLITS and name not in classes]:
         remedy = f"these are splits; name one of them, such as {path / splits[0]}"
     _raise(problems, remedy)
     parts, bad = preflight({"test": listing}, classes, lambda _name: None, max_pixels, memory, progress)
@@ -152,24 +152,24 @@ def iter_photos(paths: Iterable[Path]) -> Iterator[Path]:
             yield path
             continue
         unreadable: dict[Path, OSError] = {}
-        for name in layouts.walk(path, Counter(), unreadable.__setitem__):
+        for name in folders.walk(path, Counter(), unreadable.__setitem__):
             yield path / name
         yield from unreadable
 
 
-def _listings(sources: layouts.Sources) -> dict[str, Listing]:
+def _listings(sources: folders.Sources) -> dict[str, Listing]:
     """A listing for each split that there is a source for."""
-    whole = layouts.read(sources.train)
-    listings = {"train": layouts.only(whole, {None, "train"})}
-    listings |= {name: layouts.only(whole, {name}) for name in ("val", "test")}
+    whole = folders.read(sources.train)
+    listings = {"train": folders.only(whole, {None, "train"})}
+    listings |= {name: folders.only(whole, {name}) for name in ("val", "test")}
     for name, source in (("val", sources.val), ("test", sources.test)):
         if source is not None:
             if listings[name].photos:
                 note = f"the lines of {shown(sources.train)} for {name} are not used, because data.{name} is set"
                 listings["train"].notes.append(note)
-            listing = layouts.read(source)
+            listing = folders.read(source)
             marked = any(photo.split == name for photo in listing.photos)
-            listings[name] = layouts.only(listing, {name}) if marked else listing
+            listings[name] = folders.only(listing, {name}) if marked else listing
         elif not listings[name].photos:
             del listings[name]
     return listings

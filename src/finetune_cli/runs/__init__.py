@@ -1,1 +1,1 @@
-"""What lasts: run directories and checkpoints."""
+"""The run directory: the format on disk and nothing else."""

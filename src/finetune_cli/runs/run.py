@@ -20,7 +20,7 @@ from typing import Any
 
 from finetune_cli import files
 from finetune_cli.errors import RunError, UsageError
-from finetune_cli.photos.images import ImageSettings
+from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.tables import read_csv, write_csv
 
 FORMAT = 1

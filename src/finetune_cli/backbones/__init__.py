@@ -1,0 +1,1 @@
+"""Pretrained backbones: their table, their weights, and how one is built."""

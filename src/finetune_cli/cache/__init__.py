@@ -1,0 +1,1 @@
+"""What is computed once: features and photo digests, in SQLite files."""

@@ -1,0 +1,60 @@
+"""`cache info|clear|prune`: how large the cache of features and digests is, and how to make it smaller."""
+
+import re
+from pathlib import Path
+
+from finetune_cli.cache import digests, features
+from finetune_cli.errors import UsageError
+from finetune_cli.files import human_bytes
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{letter}{infix}B": base**power
+    for power, letter in enumerate("KMGT", start=1)
+    for infix, base in (("", 1000), ("I", 1024))
+}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size like ``5GB`` (5 * 1000^3), ``512 MiB`` (512 * 1024^2), ``1.5tb`` or ``4096``.
+
+    Raises `UsageError` for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.ASCII | re.IGNORECASE)
+    if match is None or match[2].upper() not in _UNITS:
+        raise UsageError(f"{text!r} is not a size", "write it like 500MB, 5GB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def info(folder: Path) -> list[str]:
+    """What the cache in `folder` holds, in lines for a person."""
+    found = features.info(folder)
+    lines = [f"feature cache {found.path}: {found.rows:,} features, {human_bytes(found.size)}"]
+    if found.problem:
+        lines.append(f"{found.problem}; the next run sets it aside and begins anew")
+    if found.aside:
+        lines.append(
+            f"{len(found.aside)} damaged file(s) set aside, {human_bytes(found.aside_size)}: "
+            + ", ".join(path.name for path in found.aside)
+        )
+    memory = digests.companions(folder / digests.NAME)
+    if memory[0].exists():
+        size = sum(path.stat().st_size for path in memory if path.exists())
+        lines.append(f"memory of photo digests {memory[0]}: {human_bytes(size)}")
+    return lines
+
+
+def clear(folder: Path) -> str:
+    """Remove features and digests in `folder`; a line that says what was freed. Raises `StorageError` or `RunError`."""
+    freed = features.clear(folder, digests.companions(folder / digests.NAME))
+    return f"removed the cache in {folder}: {human_bytes(freed)} freed"
+
+
+def prune(folder: Path, max_size: str) -> str:
+    """Shrink the cache in `folder` to `max_size` (see `parse_size`), oldest features first; a line about it.
+
+    Raises `UsageError`, `StorageError` or `RunError`.
+    """
+    limit = parse_size(max_size)
+    freed = features.prune(folder, limit)
+    left = features.info(folder)
+    return f"{human_bytes(freed)} freed; {left.rows:,} features, {human_bytes(left.size)}, are left in {left.path}"

@@ -1,0 +1,151 @@
+"""The terminal, and nobody else writes to it: Rich on a real one, plain lines without control codes elsewhere.
+
+Results go to stdout, everything about the work (progress, notes, warnings, errors) to stderr. Names of files and
+classes may hold anything; `text.shown` makes control characters visible instead of sending them.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from finetune_cli import signals
+from finetune_cli.errors import FinetuneError, Interrupted
+from finetune_cli.progress import Meter
+from finetune_cli.text import shown
+
+_PLAIN_SECONDS = 10.0
+
+
+class Console:
+    """Implements `Observer` for a person."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        from rich.console import Console as RichConsole
+
+        self.quiet = quiet
+        # A file or a pipe has no width, so nothing is folded there.
+        width = None if sys.stdout.isatty() else 10_000
+        self.out = RichConsole(highlight=False, emoji=False, soft_wrap=True, width=width)
+        self.err = RichConsole(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+
+    def print(self, text: str = "") -> None:
+        """A line of the result, as it is."""
+        self.out.print("\n".join(map(shown, text.split("\n"))), markup=False)
+
+    def title(self, text: str) -> None:
+        """A line of the result that stands out."""
+        self.out.print(shown(text), markup=False, style="bold")
+
+    def note(self, text: str) -> None:
+        """A fact about the work."""
+        signals.check()
+        if not self.quiet:
+            for line in text.splitlines():
+                self.err.print(shown(line), markup=False, style="dim" if self.err.is_terminal else "")
+
+    def warn(self, text: str) -> None:
+        """Something that may be wrong."""
+        self._labelled("warning", "yellow", text)
+
+    def error(self, error: FinetuneError | Interrupted) -> None:
+        """What is wrong and what to do."""
+        self._labelled("error", "bold red", error.problem)
+        self._labelled("try", "bold", error.remedy)
+
+    def _labelled(self, label: str, style: str, text: str) -> None:
+        from rich.text import Text
+
+        first, *rest = text.splitlines() or [""]
+        self.err.print(Text.assemble((f"{label}: ", style), shown(first)))
+        for line in rest:
+            self.err.print(Text(shown(line)))
+
+    def table(self, header: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[int] = ()) -> None:
+        """A table of results; `right`: the columns that are aligned to the right."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD if self.out.is_terminal else box.ASCII2, pad_edge=False)
+        table.box = box.SIMPLE_HEAD if self.out.is_terminal else None
+        for i, name in enumerate(header):
+            table.add_column(Text(shown(name)), justify="right" if i in right else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(shown(cell)) for cell in row))
+        self.out.print(table)
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int | None, unit: str = "photos") -> Iterator[Meter]:
+        """Progress of one stage with rate and time left; without a terminal, a line every ten seconds."""
+        signals.check()
+        if self.quiet:
+            yield lambda _n, _total=None, /: signals.check()  # noqa: PLW0108 - it must take what a meter takes
+        elif self.err.is_terminal:
+            with self._bar(name, total, unit) as advance:
+                yield advance
+        else:
+            with self._plain(name, total, unit) as advance:
+                yield advance
+
+    @contextlib.contextmanager
+    def _bar(self, name: str, total: int | None, unit: str) -> Iterator[Meter]:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            ProgressColumn,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+        from rich.text import Text
+
+        class Rate(ProgressColumn):
+            def render(self, task: Any) -> Text:
+                speed = task.finished_speed or task.speed
+                known = speed and task.elapsed > 1  # what was found in the cache makes the first moments absurd
+                return Text(f"{speed:.0f} {unit}/s" if known else "", style="dim")
+
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Rate(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.err, transient=True) as progress:
+            task = progress.add_task(shown(name), total=total)
+            started = time.monotonic()
+
+            def advance(n: int, total: int | None = None, /) -> None:
+                signals.check()
+                progress.update(task, advance=n, total=total)
+
+            yield advance
+        done = int(progress.tasks[0].completed)
+        self._finished(name, done, unit, time.monotonic() - started)
+
+    @contextlib.contextmanager
+    def _plain(self, name: str, total: int | None, unit: str) -> Iterator[Meter]:
+        started = told = time.monotonic()
+        done = 0
+
+        def advance(n: int, known: int | None = None, /) -> None:
+            nonlocal done, told, total
+            signals.check()
+            done, total = done + n, known or total
+            now = time.monotonic()
+            if now - told >= _PLAIN_SECONDS:
+                told = now
+                rate = done / (now - started)
+                left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
+                of = f"/{total}" if total else ""
+                self.note(f"{name}: {done}{of} {unit}, {rate:.0f}/s{left}")
+
+        yield advance
+        self._finished(name, done, unit, time.monotonic() - started)
+
+    def _finished(self, name: str, done: int, unit: str, seconds: float) -> None:
+        rate = f" ({done / seconds:.0f}/s)" if seconds > 0.1 else ""
+        self.note(f"{name}: {f'{done} {unit} in ' if done else ''}{seconds:.1f} s{rate if done else ''}")

@@ -1,0 +1,293 @@
+"""The command line: options -> config -> one call -> render. The frame is in `cli_app`."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune_cli.cli.app import (
+    DebugOption,
+    OverridesArgument,
+    QuietOption,
+    RunOption,
+    app,
+    check_png,
+    command,
+    config_or_override,
+    find_run,
+    load_config,
+    new_console,
+    skippable,
+)
+from finetune_cli.errors import DataError, UsageError
+from finetune_cli.text import counted
+
+if TYPE_CHECKING:
+    from finetune_cli.cli.console import Console
+    from finetune_cli.runs.run import Run
+
+__all__ = ["app"]
+
+
+class OutputFormat(StrEnum):
+    """How `predict` writes its answers."""
+
+    table = "table"
+    csv = "csv"
+    jsonl = "jsonl"
+
+
+class ExportFormat(StrEnum):
+    """The forms that `export` writes."""
+
+    savedmodel = "savedmodel"
+    keras = "keras"
+    onnx = "onnx"
+    litert = "litert"
+    openvino = "openvino"
+
+
+class Quantize(StrEnum):
+    """How `export --format litert` makes the model smaller."""
+
+    none = "none"
+    float16 = "float16"
+    int8 = "int8"
+
+
+class Precision(StrEnum):
+    """The weights of `export --format openvino`."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+@command(app)
+def train(
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)] = None,
+    overrides: OverridesArgument = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on with a run, named in place of CONFIG, or the newest unfinished in runs/."),
+    ] = False,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="The run's name.", show_default=False)] = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Train a classifier on a folder of photos."""
+    from finetune_cli.cli import render
+
+    console = new_console(quiet)
+    path, overrides = config_or_override(config, overrides)
+    if resume:
+        if name is not None:
+            raise UsageError("--name and --resume exclude each other", "a resumed run keeps its name")
+        render.trained(console, _resume(console, path, overrides))
+        return
+    named = [f"output.name={json.dumps(name)}"] if name is not None else []
+    loaded = load_config(path, [*(overrides or []), *named])
+    from finetune_cli.runs import run
+    from finetune_cli.training import pipeline as command_train  # after the config is known to be good
+
+    with skippable(path, overrides, *(["--name", name] if name is not None else [])):
+        render.trained(console, command_train.train(loaded, console, run.stem(path)))
+
+
+def _resume(console: "Console", run_folder: Path | None, overrides: list[str] | None) -> "Run":
+    from finetune_cli.runs import run
+
+    named = run_folder or Path("runs")
+    if run_folder and not named.is_dir():
+        raise UsageError(f"{named} is no run directory", "name it, or the folder that it is in: --resume runs/x")
+    folder = named if (named / "config.yaml").is_file() else run.find_unfinished(named)
+    allowed = ("training.epochs=", "training.early_stopping_patience=", "runtime.", "data.")
+    for override in overrides or ():
+        if not override.startswith(allowed):
+            raise UsageError(
+                f"{override.split('=')[0]} cannot change when a run is resumed",
+                "only training.epochs, training.early_stopping_patience, data and runtime can; or train a new run",
+            )
+    from finetune_cli.training import pipeline as command_train
+
+    console.note(f"resuming {folder}")
+    return command_train.resume(folder, load_config(folder / "config.yaml", overrides), console)
+
+
+@command(app)
+def predict(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH", help="Photos, folders, or - for paths on stdin.")],
+    run: RunOption = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="An exported model instead of a run: its folder or file. A SavedModel is a program: trust its source.",
+            show_default=False,
+        ),
+    ] = None,
+    top_k: Annotated[int, typer.Option("--top-k", min=1, help="How many classes to tell of a photo.")] = 3,
+    min_confidence: Annotated[
+        float, typer.Option(min=0, max=1, help="Below this probability the label is `unsure`.")
+    ] = 0.0,
+    format: Annotated[OutputFormat, typer.Option(help="How to write the answers.")] = OutputFormat.table,  # noqa: A002
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the answers to FILE.", show_default=False)
+    ] = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Say what is on photos. Exits 3 when some could not be read; the others are answered."""
+    from finetune_cli.cli import render
+    from finetune_cli.inference import predict as command_predict
+    from finetune_cli.parallel import cores
+    from finetune_cli.photos.dataset import iter_photos
+
+    console = new_console(quiet)
+    one = len(paths) == 1 and Path(paths[0]).is_file()
+    predictor: command_predict.Predictor
+    if model is None:
+        predictor = command_predict.RunPredictor(find_run(console, run), workers=1 if one else cores(), latency=one)
+    elif run is None:
+        from finetune_cli.exports import opening
+
+        predictor = opening.open_model(model, cores())
+    else:
+        raise UsageError("--run and --model exclude each other", "drop one of them")
+    photos = iter_photos(_paths(paths))
+    predictions = command_predict.predict(predictor, photos, top_k, min_confidence=min_confidence)
+    told, failed = render.predictions(console, predictions, format.value, output, min(top_k, len(predictor.classes)))
+    if not told:
+        raise DataError("no photo was found under the given paths", "name photos, or folders with photos in them")
+    if failed:
+        told_of = counted(told, "photo")
+        raise DataError(f"{failed} of {told_of} could not be read; their rows say why", "repair or remove those")
+
+
+def _paths(arguments: list[str]) -> Iterator[Path]:
+    """Paths as given; `-` stands for those on standard input, one a line (or NUL-separated), read as they come."""
+    for argument in arguments:
+        if argument != "-":
+            yield Path(argument)
+            continue
+        for line in sys.stdin.buffer:
+            for name in line.rstrip(b"\r\n").split(b"\0"):
+                if name:
+                    yield Path(os.fsdecode(name))
+
+
+@command(app)
+def evaluate(
+    data: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="DATA",
+            help="Labelled photos: a folder of class folders, or a CSV file. [default: the run's test photos if it has "
+            "some, else its validation photos]",
+            show_default=False,
+        ),
+    ] = None,
+    run: RunOption = None,
+    root: Annotated[
+        Path | None, typer.Option("--data", metavar="ROOT", help="Where the run's own photos are now.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="The evaluation's name.", show_default=False)] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="RUN2", help="Say whether RUN2 does better on the same photos.")
+    ] = None,
+    fail_under: Annotated[
+        float | None, typer.Option(min=0, max=1, metavar="X", help="Exit 4 when the accuracy is below X.")
+    ] = None,
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html, too.")] = True,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Say how good a run is on labelled photos. Exits 3 when some could not be read; the others are judged."""
+    from finetune_cli.cli import render
+    from finetune_cli.evaluation import evaluate as command_evaluate
+    from finetune_cli.runs.run import Run
+
+    console = new_console(quiet)
+    loaded = find_run(console, run)
+    other = Run.load(compare) if compare is not None else None
+    result = command_evaluate.evaluate(loaded, console, data, root, name, other)
+    if report:
+        from finetune_cli.report import html as command_report
+
+        command_report.report(result.judged, result.folder, console)
+    render.evaluated(console, result)
+    if fail_under is not None:
+        command_evaluate.gate(result, fail_under)
+    if bad := len(result.judged.bad):
+        problem = f"{bad} of {bad + result.judged.evaluation.photos} photos were left out; see above"
+        raise DataError(problem, "repair or remove those, to have all photos judged")
+
+
+@command(app)
+def explain(
+    photo: Annotated[Path, typer.Argument(metavar="PATH", help="The photo.")],
+    run: RunOption = None,
+    class_name: Annotated[
+        str | None, typer.Option("--class", metavar="NAME", help="The class to map. [default: the answer]")
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="PNG", help="The picture to write.")] = Path("heatmap.png"),
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Show which places of a photo speak for a class: an exact heat map, and the evidence for every class."""
+    from finetune_cli.cli import render
+    from finetune_cli.evaluation import explain as command_explain
+
+    console = new_console(quiet)
+    check_png(output)
+    render.explained(console, command_explain.explain(find_run(console, run), photo, class_name, output))
+
+
+@command(app)
+def export(
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="A new or empty folder; several formats go into folders below it.")
+    ],
+    run: RunOption = None,
+    format: Annotated[  # noqa: A002
+        list[ExportFormat] | None,
+        typer.Option(
+            help="May be given several times. A SavedModel is a program: people must trust who made it. "
+            "[default: savedmodel]",
+            show_default=False,
+        ),
+    ] = None,
+    version: Annotated[
+        int | None, typer.Option(metavar="N", help="savedmodel: the version, DIR/N. [default: the next free number]")
+    ] = None,
+    quantize: Annotated[Quantize | None, typer.Option(help="litert: a smaller model. [default: none]")] = None,
+    precision: Annotated[Precision | None, typer.Option(help="openvino: its weights. [default: float32]")] = None,
+    root: Annotated[
+        Path | None, typer.Option("--data", metavar="ROOT", help="Where the run's own photos are now.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that is there already.")] = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Write a run in a form that other programs run, after proving on validation photos that it answers the same."""
+    from finetune_cli.cli import render
+    from finetune_cli.exports import export as command_export
+
+    console = new_console(quiet)
+    request = command_export.Request(
+        names=[one.value for one in format or [ExportFormat.savedmodel]],
+        output=output,
+        version=version,
+        quantize=quantize.value if quantize is not None else None,
+        precision=precision.value if precision is not None else None,
+        root=root,
+        force=force,
+    )
+    render.exported(console, command_export.export(find_run(console, run), request, console))
+
+
+from finetune_cli.cli import tools  # noqa: E402, F401 - registers the other commands, below these in the help

@@ -1,0 +1,1 @@
+"""Pictures: curves, confusion matrices, heat maps."""

@@ -1,0 +1,181 @@
+"""`evaluate`: labelled photos through a finished run; tables under the run's `evaluations/`, nothing else is touched.
+
+Neither TensorFlow nor SciPy nor matplotlib is imported.
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_cli import files
+from finetune_cli.cache.digests import DigestMemory
+from finetune_cli.errors import GateError, StorageError, UsageError
+from finetune_cli.evaluation import judge
+from finetune_cli.evaluation.judge import Calibration, Compared, Judged, Photos
+from finetune_cli.parallel import cores
+from finetune_cli.photos import dataset
+from finetune_cli.progress import Observer
+from finetune_cli.runs.run import Run
+from finetune_cli.tables import write_csv
+from finetune_cli.training import outputs, prepare
+
+_NAME = re.compile(r"\w[\w.-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was found out, and the folder that holds it."""
+
+    judged: Judged
+    folder: Path
+
+
+def evaluate(
+    run: Run,
+    observer: Observer,
+    data: Path | None = None,
+    root: Path | None = None,
+    name: str | None = None,
+    other: Run | None = None,
+) -> Result:
+    """Judge `run` by the labelled photos in `data`, else by its own test or validation photos (moved to `root`).
+
+    Writes metrics.json, per_class.csv and predictions.csv to `evaluations/<name>` of the run, and flipped.csv when the
+    run is compared with an `other`. Photos that cannot be used are left out and listed in the result. Raises
+    `UsageError` for a name that is taken, `DataError` when there is nothing to judge.
+    """
+    workers = cores()
+    _check_target(run, name)
+    photos = _photos(run, data, root, workers, observer)
+    if other is not None:
+        judge.check_comparable(run, other, photos.samples)
+    observer.note(f"evaluating on {len(photos.samples)} {photos.source}")
+    for note in photos.notes:
+        observer.note(note)
+    with observer.stage("evaluating", len(photos.samples)) as advance:
+        found = judge.judge(run, photos, workers, advance)
+    if other is not None:
+        with observer.stage(f"evaluating {other.name}", len(found.answers.samples)) as advance:
+            found = judge.compare(found, other, workers, advance)
+    seen = [(run, found.seen)]
+    if other is not None:
+        seen.append((other, judge.seen_in_training(other, found.answers.samples)))
+    for one, count in seen:
+        if count:
+            observer.warn(f"{one.name} was trained on {count} of these photos: its result is too good")
+    if found.calibration is not None and found.calibration.left_out:
+        left_out = found.calibration.left_out
+        observer.note(f"calibration leaves out {left_out} of these photos, on which the temperature was fitted")
+    return Result(found, _write(found, name, photos.part if data is None else data.stem))
+
+
+def gate(result: Result, least: float) -> None:
+    """Raise `GateError` when the accuracy is below `least`."""
+    accuracy = result.judged.evaluation.accuracy.value
+    if accuracy < least:
+        raise GateError(
+            f"the accuracy, {accuracy:.4f}, is below {least:g}", "see which photos are wrong in predictions.csv"
+        )
+
+
+def _photos(run: Run, data: Path | None, root: Path | None, workers: int, observer: Observer) -> Photos:
+    if data is not None and root is not None:
+        raise UsageError(
+            "DATA and --data exclude each other", "DATA: other labelled photos; --data: where the run's own photos are"
+        )
+    if data is None and root is None:
+        return judge.photos_of_run(run, None, workers, lambda _n: None)
+    if data is None:
+        with observer.stage("looking for the photos", None, "files") as advance:
+            return judge.photos_of_run(run, root, workers, advance)
+    with observer.stage("preflight", None) as advance, DigestMemory(None) as memory:
+        progress = prepare.advance_to(advance)
+        labelled = dataset.load_labelled(data, run.classes, run.image_settings.max_pixels, memory, progress)
+    present = {sample.label for sample in labelled.samples}
+    notes = labelled.notes
+    if len(present) < len(run.classes):
+        names = ", ".join(run.classes[i] for i in sorted(present))
+        notes = (*notes, f"they show {len(present)} of the {len(run.classes)} classes: {names}")
+    return Photos("data", f"photos of {data}", labelled.samples, labelled.bad, notes)
+
+
+def _check_target(run: Run, name: str | None) -> None:
+    """Say before the work that the name is no name or is taken, or that nothing can be written."""
+    if name is not None:
+        if not _NAME.fullmatch(name):
+            raise UsageError(f"--name {name!r} cannot be used", "take letters, digits, dots, hyphens and underscores")
+        folder = run.folder / "evaluations" / name
+        if folder.exists():
+            raise UsageError(f"{folder} exists already", "choose another --name, or remove that folder")
+    files.check_writable(run.folder / "evaluations")
+
+
+def _write(found: Judged, name: str | None, stem: str) -> Path:
+    """Write the tables to the folder `name`, or `stem` with the next free number, and return it.
+
+    What takes a name is the finished folder, moved there; another evaluation may be faster, then the next number is
+    tried.
+    """
+    stem = re.sub(r"[^\w.-]+", "-", stem)[:50].strip("-.") or "data"
+    numbers = itertools.count(1)
+    while True:
+        folder = found.run.folder / "evaluations" / (name or f"{stem}-{next(numbers)}")
+        if name is None and folder.exists():
+            continue
+        try:
+            _write_tables(folder, found)
+            return folder
+        except StorageError:
+            if name is not None or not folder.exists():
+                raise
+
+
+def _write_tables(folder: Path, found: Judged) -> None:
+    answers, part = found.answers, found.photos.part
+    with files.atomic_folder(folder) as temporary:
+        table = outputs.Judged(part, answers.samples, answers.probabilities, found.evaluation)
+        outputs.write_tables(temporary, found.run.classes, [table])
+        files.write_json(temporary / "metrics.json", {part: {**found.evaluation.to_json(), **_more(found)}})
+        if found.compared is not None:
+            write_csv(temporary / "flipped.csv", ("path", "true", "first", "second"), flipped(found, found.compared))
+
+
+def _more(found: Judged) -> dict[str, Any]:
+    """What metrics.json says beyond an `Evaluation`."""
+    return {
+        "run": found.run.name,
+        "source": found.photos.source,
+        "seen_in_training": found.seen,
+        "calibration": _calibration(found.calibration),
+        "bad_photos": [{"path": photo.name, "reason": photo.reason} for photo in found.bad],
+        "comparison": None
+        if found.compared is None
+        else {"run": found.compared.run.name, **found.compared.comparison.to_json()},
+    }
+
+
+def _calibration(calibration: Calibration | None) -> dict[str, Any] | None:
+    if calibration is None:
+        return None
+    return {
+        "before": calibration.before.to_json(),
+        "after": calibration.after.to_json(),
+        "cross_fitted": calibration.cross_fitted,
+        "left_out": calibration.left_out,
+    }
+
+
+def flipped(found: Judged, compared: Compared) -> Sequence[tuple[str, str, str, str]]:
+    """The photos that one run has right and the other has not: name, true class, first run's, second run's answer."""
+    rows = []
+    for row, theirs in zip(compared.rows, compared.answers.predicted, strict=True):
+        sample = found.answers.samples[row]
+        true = found.run.classes[sample.label]
+        first = found.run.classes[found.answers.predicted[row]]
+        second = compared.run.classes[theirs]
+        if (first == true) != (second == true):
+            rows.append((sample.name, true, first, second))
+    return rows

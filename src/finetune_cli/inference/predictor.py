@@ -1,0 +1,94 @@
+"""A finished run as something that answers for photos; neither TensorFlow nor Keras is imported."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_cli.errors import RunError
+from finetune_cli.inference import linear_end
+from finetune_cli.inference.runtimes import OpenVinoRuntime, read_ir
+from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.runs.run import Run
+
+if TYPE_CHECKING:
+    import openvino
+
+PHOTOS_A_CALL = 4
+
+
+class Predictor(Protocol):
+    """Anything that answers for photos: a run, or one of its exports."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """The class names, in the order of the outputs."""
+        ...
+
+    @property
+    def settings(self) -> ImageSettings:
+        """How photos are decoded."""
+        ...
+
+    def probabilities(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """``uint8 (n, H, W, 3)`` RGB -> ``float32 (n, C)``; may be called from several threads."""
+        ...
+
+
+class RunPredictor:
+    """A finished run, through its OpenVINO form, in float32 on the CPU.
+
+    `latency`: all cores work on one photo; otherwise photos are shared out among `workers` threads.
+    """
+
+    def __init__(self, run: Run, workers: int, latency: bool = False) -> None:
+        self.classes = run.classes
+        self.settings = run.image_settings
+        self._runtime = OpenVinoRuntime(_model(run), "float32", workers, latency)
+
+    def probabilities(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """``uint8 (n, H, W, 3)`` RGB -> ``float32 (n, C)``."""
+        return self._runtime.infer(photos)
+
+
+@dataclass(frozen=True, eq=False)
+class Insight:
+    """What a model makes of n photos: probabilities ``(n, C)``, features ``(n, D)`` that the head is applied to, and
+    the feature map ``(n, h, w, D)`` whose mean over positions those are, or None if the backbone has none.
+    """
+
+    probabilities: NDArray[np.float32]
+    features: NDArray[np.float32]
+    feature_map: NDArray[np.float32] | None
+
+
+class InsightfulPredictor:
+    """A finished run whose features and feature map can be seen, at the cost of `RunPredictor`.
+
+    Raises `RunError` when the run's model does not end in a linear head.
+    """
+
+    def __init__(self, run: Run, workers: int, latency: bool = False) -> None:
+        model = _model(run)
+        end = linear_end.read_end(model, run.temperature)
+        if end.kernel.shape[1] != len(run.classes):
+            problem = f"{run.folder}: the model has {end.kernel.shape[1]} outputs for {len(run.classes)} classes"
+            raise RunError(problem, "restore the run from a copy, or train again")
+        model.add_outputs([output for output in (end.features, end.feature_map) if output is not None])
+        self.classes = run.classes
+        self.settings = run.image_settings
+        self.end = end
+        self._runtime = OpenVinoRuntime(model, "float32", workers, latency)
+
+    def insight(self, photos: NDArray[np.uint8]) -> Insight:
+        """``uint8 (n, H, W, 3)`` RGB -> `Insight`; may be called from several threads."""
+        probabilities, features, *maps = self._runtime.infer_all(photos)
+        feature_map = linear_end.channels_last(maps[0], self.end) if maps else None
+        return Insight(probabilities, features.reshape(len(photos), -1), feature_map)
+
+
+def _model(run: Run) -> "openvino.Model":
+    run.file("inference/model.bin")
+    return read_ir(run.file("inference/model.xml"))

@@ -1,0 +1,239 @@
+"""Where a model is run: OpenVINO on the CPU, TensorFlow on a GPU, behind one small protocol.
+
+A runtime takes ``uint8 (n, H, W, 3)`` RGB photos and gives ``float32 (n, K)``: features, or probabilities. `infer`
+blocks and may be called from several threads at once; that is how decoding and inference overlap, see
+`training/extract.py`.
+"""
+
+import functools
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_cli import signals
+from finetune_cli.errors import FinetuneError, RunError, UsageError
+from finetune_cli.keras_setup import import_keras
+from finetune_cli.untrusted import openvino_ir
+
+if TYPE_CHECKING:
+    import openvino
+
+Precision = Literal["float32", "bfloat16", "mixed"]
+Device = Literal["cpu", "gpu"]
+
+
+class Runtime(Protocol):
+    """A compiled model."""
+
+    device: Device
+    precision: Precision
+
+    def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """``uint8 (n, H, W, 3)`` -> ``float32 (n, K)``."""
+        ...
+
+
+def import_openvino() -> Any:
+    """The `openvino` package, without its telemetry and, for a quick start, without its converter.
+
+    On import, OpenVINO's telemetry starts a process that writes to the home directory and posts to an analytics
+    server; without that package OpenVINO uses a stub of its own. The converter doubles the time of the import, and
+    OpenVINO goes on without it; `convert` imports it when it is needed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    if "openvino" in sys.modules:
+        return sys.modules["openvino"]
+    sys.modules["openvino.tools.ovc"] = None  # type: ignore[assignment]
+    try:
+        import openvino
+    finally:
+        del sys.modules["openvino.tools.ovc"]
+    return openvino
+
+
+@functools.cache
+def _core() -> Any:
+    """OpenVINO's core, one for the life of the process.
+
+    Its CPU plugin gives the thread that loads it a signal stack, and takes that away with itself without looking
+    whether it is still in use. When two such plugins end in the order in which they began, the thread is left with a
+    signal stack that is no longer mapped, and the next signal kills the process.
+    """
+    return import_openvino().Core()
+
+
+class OpenVinoRuntime:
+    """An OpenVINO model on the CPU.
+
+    `latency`: all cores work on one call (a single photo); otherwise each call runs on one core, and as many threads
+    as there are cores keep all of them busy, which is the fastest for many photos.
+    """
+
+    device: Device = "cpu"
+
+    def __init__(
+        self, model: "openvino.Model", precision: Precision = "float32", workers: int = 1, latency: bool = False
+    ) -> None:
+        ov = import_openvino()
+        self.precision: Precision = precision
+        # AUTO streams would leave the cores idle that the decoding threads do not need at that moment, and pinned
+        # streams would fight with those threads for the same cores.
+        settings: dict[str, Any] = {
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
+            "ENABLE_CPU_PINNING": False,
+        }
+        settings |= (
+            {"PERFORMANCE_HINT": "LATENCY"}
+            if latency
+            else {
+                "NUM_STREAMS": workers,
+                "INFERENCE_NUM_THREADS": workers,
+            }
+        )
+        try:
+            preprocess = ov.preprocess.PrePostProcessor(model)
+            preprocess.input().tensor().set_element_type(ov.Type.u8)
+            self._compiled = _core().compile_model(preprocess.build(), "CPU", settings)
+        except RuntimeError as exc:
+            raise RunError(f"OpenVINO cannot compile the model: {openvino_ir.reason(exc)}", openvino_ir.REMEDY) from exc
+        # OpenVINO makes its tables of NumPy types at their first use, and gives up the interpreter's lock meanwhile:
+        # two threads that come there together wait for each other for ever. So it is done before there are threads.
+        ov.Tensor(np.zeros(1, ov.Type.u8.to_dtype()), shared_memory=True)
+        self._local = threading.local()
+
+    def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """``uint8 (n, H, W, 3)`` -> ``float32 (n, K)``."""
+        return self.infer_all(photos)[0]
+
+    def infer_all(self, photos: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        """``uint8 (n, H, W, 3)`` -> every output of the model, for models that have more than one."""
+        request = getattr(self._local, "request", None)
+        if request is None:
+            request = self._local.request = self._compiled.create_infer_request()
+        try:
+            request.infer([photos], share_inputs=True)
+        except RuntimeError as exc:
+            raise RunError(f"OpenVINO cannot run the model: {openvino_ir.reason(exc)}", openvino_ir.REMEDY) from exc
+        return [
+            np.array(request.get_output_tensor(i).data, dtype=np.float32) for i in range(len(self._compiled.outputs))
+        ]
+
+
+class TensorFlowRuntime:
+    """A Keras model on the first GPU that TensorFlow sees.
+
+    With precision `mixed`, TensorFlow's graph rewriter runs convolutions and matrix products in float16 and keeps
+    the rest in float32 (https://www.tensorflow.org/guide/mixed_precision); the output is float32.
+    """
+
+    device: Device = "gpu"
+
+    def __init__(self, model: Any, precision: Precision = "float32") -> None:
+        import tensorflow as tf
+
+        self.precision: Precision = precision
+        tf.config.optimizer.set_experimental_options({"auto_mixed_precision": precision == "mixed"})
+        self._function = tf.function(
+            lambda photos: model(tf.cast(photos, tf.float32), training=False),
+            input_signature=[tf.TensorSpec((None, *model.input_shape[1:]), tf.uint8)],
+        )
+
+    def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """``uint8 (n, H, W, 3)`` -> ``float32 (n, K)``."""
+        return np.asarray(self._function(photos), dtype=np.float32)
+
+
+def choose_device(wanted: str) -> Device:
+    """Decide once where the backbone runs: `auto` takes a GPU when TensorFlow sees one.
+
+    Raises `UsageError` when `gpu` is demanded and there is none.
+    """
+    if wanted == "cpu":
+        return "cpu"
+    import_keras()  # which also makes TensorFlow keep quiet
+    import tensorflow as tf
+
+    if tf.config.list_physical_devices("GPU"):
+        return "gpu"
+    if wanted == "gpu":
+        raise UsageError(
+            "runtime.device is gpu, but TensorFlow sees no GPU",
+            "install the extra with: pip install 'finetune-cli[gpu]', or set runtime.device: auto",
+        )
+    return "cpu"
+
+
+def training_precision(device: str, wanted: str) -> Precision:
+    """The precision of training features for `runtime.feature_precision`; validation is always float32.
+
+    Raises `UsageError` when bfloat16 is demanded of a CPU that has no such arithmetic.
+    """
+    if wanted == "float32":
+        return "float32"
+    if device == "gpu":
+        return "mixed"
+    has_bfloat16 = "BF16" in _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if wanted == "bfloat16" and not has_bfloat16:
+        raise UsageError(
+            "runtime.feature_precision is bfloat16, but this CPU has no bfloat16 arithmetic",
+            "set runtime.feature_precision: auto",
+        )
+    return "bfloat16" if has_bfloat16 else "float32"
+
+
+@signals.deferred()
+def convert(model: Any) -> "openvino.Model":
+    """The OpenVINO form of a Keras model, in float32.
+
+    Raises `FinetuneError` when OpenVINO lacks an operation, or when the result is nothing that `read_ir` would read.
+    """
+    ov = import_openvino()
+    import tensorflow as tf
+    from openvino.frontend.tensorflow import utils
+    from openvino.tools.ovc import convert_model
+
+    ov.convert_model = convert_model  # where its own front end looks for it
+    # Its own way to find TensorFlow's version is an `exec` that sets a local variable, which Python 3.13 ended
+    # (PEP 667; https://github.com/openvinotoolkit/openvino/pull/32482).
+    utils.get_environment_setup = lambda _framework: {"tensorflow": tf.__version__}
+    try:
+        with warnings.catch_warnings():
+            # The converter calls the model with a tuple of one; Keras takes it, and grumbles.
+            warnings.filterwarnings("ignore", message="The structure of `inputs` doesn't match")
+            converted = convert_model(model)
+    except Exception as exc:  # the converter raises dozens of unrelated types
+        raise FinetuneError(
+            f"OpenVINO cannot convert this backbone: {openvino_ir.reason(exc)}", "choose another model.backbone"
+        ) from exc
+    if foreign := openvino_ir.foreign_operations(converted):
+        raise FinetuneError(
+            f"this backbone is no plain feed-forward network: it needs {', '.join(foreign)}",
+            "choose another model.backbone, without loops, branches or random numbers",
+        )
+    # Keras and OpenVINO number what has no name through the life of a process; equal models shall give equal files.
+    converted.output().get_tensor().set_names({model.layers[-1].name})
+    for i, node in enumerate(converted.get_ordered_ops()):
+        if node.get_type_name() != "Parameter":
+            node.set_friendly_name(f"{node.get_type_name()}_{i}")
+    return converted
+
+
+def read_ir(xml: Path) -> "openvino.Model":
+    """The OpenVINO model in `xml` and the `.bin` file beside it.
+
+    Raises `RunError` when it is damaged, or not such a model as `train` writes (see `ir.py`).
+    """
+    openvino_ir.check_ir(xml, xml.with_suffix(".bin"))
+    try:
+        model = _core().read_model(xml)
+    except RuntimeError as exc:
+        raise RunError(
+            f"{xml} cannot be read as an OpenVINO model: {openvino_ir.reason(exc)}", openvino_ir.REMEDY
+        ) from exc
+    openvino_ir.check_sizes(model, xml)
+    return model

@@ -1,0 +1,1 @@
+"""Numbers about answers, in NumPy: scores with intervals, calibration, folds."""

@@ -1,1 +1,0 @@
-"""What learns: backbones, their features, and the head on top of them."""

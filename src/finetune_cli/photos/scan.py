@@ -1,0 +1,154 @@
+"""Each photo's header and digest, before anything is built: names in, samples and bad photos out.
+
+What a decoder would find is not found here; the feature pass refuses it with the same `refuse_bad`.
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_cli.cache.digests import DigestMemory, Facts
+from finetune_cli.errors import BadImage, BadPhotos, DataError
+from finetune_cli.parallel import cores, ordered_map
+from finetune_cli.photos import codecs, decode
+from finetune_cli.photos.folders import Found, Listing
+from finetune_cli.text import counted, shown
+
+_MOST_BAD = 0.1
+# Photos that a thread takes at once: few enough to share the work out, many enough for one look into the memory.
+_CHUNK = 32
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A good photo. `name` is its posix path below its root, `digest` the SHA-256 of its bytes in hexadecimal."""
+
+    path: Path
+    name: str
+    label: int
+    digest: str
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BadPhoto:
+    """A photo that cannot be used, and why, in one line."""
+
+    path: Path
+    name: str
+    reason: str
+
+
+def may_skip(bad: Sequence[BadPhoto], total: int, on_bad: str) -> bool:
+    """Whether `bad` photos out of `total` may be left out; `on_bad`: ``error`` allows none, ``skip`` up to a tenth."""
+    return not bad or (on_bad == "skip" and len(bad) <= _MOST_BAD * total)
+
+
+def refuse_bad(bad: Sequence[BadPhoto], total: int, on_bad: str) -> None:
+    """Raise `DataError` that lists all `bad` photos out of `total`, unless `may_skip` lets them be left out.
+
+    It is a `BadPhotos` where ``skip`` would let them.
+    """
+    if may_skip(bad, total, on_bad):
+        return
+    problem = f"{len(bad)} of {counted(total, 'photo')} cannot be used"
+    if may_skip(bad, total, "skip"):
+        raise BadPhotos(problem + listed(bad), "repair or remove them, or leave them out: data.on_bad_image=skip")
+    raise DataError(
+        f"{problem}, which is more than the {_MOST_BAD:.0%} that could be skipped{listed(bad)}",
+        "repair or remove them; so many may mean that the wrong folder was named",
+    )
+
+
+def listed(bad: Sequence[BadPhoto]) -> str:
+    """A line for each photo, with its reason; each begins with a line break."""
+    return "".join(f"\n  {shown(photo.path)}: {shown(photo.reason)}" for photo in bad)
+
+
+def preflight(
+    listings: Mapping[str, Listing],
+    classes: Sequence[str],
+    group: Callable[[str], str | None],
+    max_pixels: int,
+    memory: DigestMemory,
+    progress: Progress,
+) -> tuple[dict[str, list[Sample]], list[BadPhoto]]:
+    """The samples of each listing, labelled by position in `classes`, and all photos that are bad.
+
+    Header and digest of a photo are remembered, or read in a few threads. `group` tells the group of a name that has
+    none from its table; `progress` is called with (photos done, photos in all).
+    """
+    labels = {name: i for i, name in enumerate(classes)}
+    total = sum(len(listing.photos) for listing in listings.values())
+    done = 0
+    bad: list[BadPhoto] = []
+    parts: dict[str, list[Sample]] = {}
+    for name, listing in listings.items():
+        samples = parts[name] = []
+        for photo, facts in _facts(listing.photos, memory):
+            done += 1
+            progress(done, total)
+            if isinstance(facts, str):
+                bad.append(BadPhoto(Path(photo.path), photo.name, facts))
+            elif facts.width * facts.height > max_pixels:
+                reason = codecs.too_large(facts.width, facts.height, max_pixels)
+                bad.append(BadPhoto(Path(photo.path), photo.name, reason))
+            else:
+                own_group = photo.group or group(photo.name) or None
+                samples.append(Sample(Path(photo.path), photo.name, labels[photo.label], facts.digest, own_group))
+    return parts, bad
+
+
+def examine(path: Path) -> Facts:
+    """Read the file at `path` once for its digest and header. Raises `BadImage` when it is no image or unreadable."""
+    header = decode.read_header(path, sys.maxsize)
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as exc:
+        raise BadImage(path, f"cannot be read: {exc.strerror}") from exc
+    return Facts(digest, header.width, header.height)
+
+
+def _facts(photos: Sequence[Found], memory: DigestMemory) -> Iterator[tuple[Found, Facts | str]]:
+    """Each photo with its facts, or with the reason why it is bad, in order."""
+    chunks = [photos[start : start + _CHUNK] for start in range(0, len(photos), _CHUNK)]
+    for known, answers in ordered_map(_read_unknown, (_look_up(chunk, memory) for chunk in chunks), cores()):
+        for (photo, status, before), facts in zip(known, answers, strict=True):
+            if before is None and status is not None and isinstance(facts, Facts):
+                memory.put(Path(photo.path), status, facts)
+            yield photo, facts
+
+
+_Known = list[tuple[Found, os.stat_result | None, Facts | None]]
+
+
+def _look_up(chunk: Sequence[Found], memory: DigestMemory) -> _Known:
+    """Each photo with its status, `None` if there is no file, and what is remembered of it."""
+    statuses: list[os.stat_result | None] = []
+    for photo in chunk:
+        try:
+            statuses.append(os.stat(photo.path))  # noqa: PTH116 - a Path would only be thrown away
+        except (OSError, ValueError):
+            statuses.append(None)
+    present = [(Path(photo.path), status) for photo, status in zip(chunk, statuses, strict=True) if status is not None]
+    remembered = iter(memory.get(present))
+    return [
+        (photo, status, next(remembered) if status is not None else None)
+        for photo, status in zip(chunk, statuses, strict=True)
+    ]
+
+
+def _read_unknown(known: _Known) -> tuple[_Known, list[Facts | str]]:
+    answers: list[Facts | str] = []
+    for photo, _status, facts in known:
+        try:
+            answers.append(facts or examine(Path(photo.path)))
+        except BadImage as exc:
+            answers.append(exc.reason)
+    return known, answers

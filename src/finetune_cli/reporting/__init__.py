@@ -1,1 +1,0 @@
-"""What `report.html` is made of: refits on cached features, pictures, charts and sentences."""

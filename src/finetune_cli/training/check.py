@@ -1,0 +1,44 @@
+"""`check`: decode every photo of a config and say all that is wrong; nothing is trained and nothing is written."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+
+from finetune_cli.config.schema import Config
+from finetune_cli.head.lbfgs import class_weights
+from finetune_cli.photos.dataset import BadPhoto, Dataset, refuse_bad, refuse_empty
+from finetune_cli.progress import Observer
+from finetune_cli.runs import run
+from finetune_cli.training.prepare import decode_all, index
+from finetune_cli.training.requirements import check_settings
+
+
+@dataclass(frozen=True)
+class Report:
+    """`counts[class][split]` is a number of good photos; `bad` are those that would be skipped."""
+
+    data: Dataset
+    counts: dict[str, dict[str, int]]
+    bad: tuple[BadPhoto, ...]
+
+
+def check(config: Config, observer: Observer) -> Report:
+    """Look at the settings, index and decode all photos of `config`.
+
+    Raises what `train` would stop with: `DataError` that lists the photos, `ConfigError`, `RunError`, `StorageError`.
+    """
+    run.check_target(config.output.directory, config.output.name)
+    check_settings(config)
+    data = index(config, observer)
+    class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
+    bad = [*data.bad, *decode_all(config, data, observer)]
+    refuse_bad(bad, data.photos, config.data.on_bad_image)
+    refused = {photo.path for photo in bad}
+    good = {split: [s for s in samples if s.path not in refused] for split, samples in data.splits.items()}
+    refuse_empty(data.classes, good, bad)
+    counts: dict[str, dict[str, int]] = {name: Counter() for name in data.classes}
+    for split, samples in good.items():
+        for sample in samples:
+            counts[data.classes[sample.label]][split] += 1
+    return Report(data, counts, tuple(bad))

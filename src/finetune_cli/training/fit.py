@@ -1,0 +1,118 @@
+"""The head of one run: the config's `training` section and the features in, a fitted `Head` and its history out.
+
+Chooses l2 and weights the rows. Keras reports every epoch, so that the caller can keep a checkpoint;
+L-BFGS takes a second or two and starts again.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_cli.config.schema import Config
+from finetune_cli.head import keras_fit
+from finetune_cli.head.keras_fit import EpochState
+from finetune_cli.head.lbfgs import Head, choose_l2, class_weights, fit_lbfgs, flatten_views
+from finetune_cli.metrics.folds import group_numbers
+from finetune_cli.photos.dataset import Sample
+from finetune_cli.progress import Observer
+from finetune_cli.training.extract import Features
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A head, the `l2` that it was fitted with, and a row of numbers an epoch (empty for L-BFGS)."""
+
+    head: Head
+    l2: float
+    history: Sequence[dict[str, float]]
+
+
+def labels_of(samples: Sequence[Sample]) -> NDArray[np.int64]:
+    """``int64 (n,)``: the class index of every sample."""
+    return np.array([sample.label for sample in samples], np.int64)
+
+
+def lbfgs(config: Config, train: Features, classes: Sequence[str], start: Head | None, observer: Observer) -> Fitted:
+    """The minimum of the objective over all views of the training photos."""
+    training = config.training
+    rows = _rows(config, train, classes)
+    l2 = chosen_l2(config, train, classes, observer)
+    with observer.stage("head (lbfgs)", None, "iterations") as advance:
+        fitted = fit_lbfgs(*rows[:3], len(classes), l2, training.label_smoothing, start, advance)
+    return Fitted(fitted, l2, ())
+
+
+def keras(
+    config: Config,
+    train: Features,
+    val: Features,
+    classes: Sequence[str],
+    start: Head | None,
+    resume: EpochState | None,
+    on_epoch: Callable[[EpochState, float], None],
+    observer: Observer,
+) -> Fitted:
+    """The head with the lowest validation loss on the way of a Keras optimizer; `on_epoch` gets every state, and l2."""
+    training = config.training
+    labels = labels_of(train.samples)
+    l2 = chosen_l2(config, train, classes, observer)
+    assert training.solver != "lbfgs"
+    settings = keras_fit.KerasSettings(
+        optimizer=training.solver,
+        epochs=training.epochs,
+        batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        patience=training.early_stopping_patience,
+        dropout=config.model.dropout,
+        label_smoothing=training.label_smoothing,
+        l2=l2,
+        seed=training.seed,
+    )
+    with observer.stage(f"head ({training.solver})", training.epochs, "epochs") as advance:
+
+        def epoch_ended(state: EpochState) -> None:
+            on_epoch(state, l2)
+            row = state.history[-1]
+            observer.note(
+                f"epoch {state.epoch}/{training.epochs}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.1%}, "
+                f"validation loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.1%}"
+                + (" (best)" if state.is_best else "")
+            )
+            advance(1)
+
+        state = keras_fit.fit_keras(
+            train.array,
+            labels,
+            class_weights(labels, training.class_weights, classes),
+            val.array[:, 0],
+            labels_of(val.samples),
+            len(classes),
+            settings,
+            start,
+            resume,
+            epoch_ended,
+        )
+    return Fitted(state.best, l2, state.history)
+
+
+def chosen_l2(config: Config, train: Features, classes: Sequence[str], observer: Observer) -> float:
+    """`training.l2`, for `auto` by cross-validation on the training features."""
+    training = config.training
+    if training.l2 != "auto":
+        return training.l2
+    rows = _rows(config, train, classes)
+    with observer.stage("l2 by cross-validation", None, "fits") as advance:
+        calibrated = config.calibration == "temperature"
+        return choose_l2(*rows, len(classes), training.label_smoothing, training.seed, calibrated, advance)[0]
+
+
+def _rows(
+    config: Config, train: Features, classes: Sequence[str]
+) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+    """Features, labels, weights and groups of every view."""
+    labels = labels_of(train.samples)
+    weights = class_weights(labels, config.training.class_weights, classes)
+    groups = group_numbers((sample.group, sample.digest) for sample in train.samples)
+    return flatten_views(train.array, labels, weights, groups)  # type: ignore[return-value]

@@ -1,0 +1,215 @@
+"""`train`: photos -> features -> head -> a finished run directory.
+
+The stages: preflight (headers and digests), the feature pass, the head, calibration, and the proof that the saved
+model gives the measured answers. Nothing exists under the output directory before all photos were decoded, and
+`run.json` is written last.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_cli import files
+from finetune_cli.config.schema import Config
+from finetune_cli.drawing import figures
+from finetune_cli.errors import Interrupted, RunError
+from finetune_cli.head import keras_fit
+from finetune_cli.head.keras_fit import EpochState
+from finetune_cli.head.lbfgs import Head
+from finetune_cli.metrics.folds import group_numbers
+from finetune_cli.metrics.scores import CalibrationScores, cross_fitted_calibration, evaluate, fit_temperature, softmax
+from finetune_cli.progress import Observer
+from finetune_cli.runs import checkpoints, run
+from finetune_cli.runs.run import Run
+from finetune_cli.tables import write_csv
+from finetune_cli.training import extract, fit, outputs
+from finetune_cli.training import resume as beginning
+from finetune_cli.training.extract import Features
+from finetune_cli.training.fit import Fitted, labels_of
+from finetune_cli.training.prepare import Prepared, image_settings, prepare, timed
+
+
+def train(config: Config, observer: Observer, stem: str = "run") -> Run:
+    """Train as `config` says and return the finished run, named `output.name` or `stem` with the next free number.
+
+    Raises any `FinetuneError`; whatever happens, no finished run is changed and computed features stay in the cache.
+    """
+    run.check_target(config.output.directory, config.output.name)
+    prepared = prepare(config, observer)
+    start = _start(prepared, observer)
+    folder = run.create(config.output.directory, config.output.name, stem)
+    with files.lock(folder), _resumable(folder):
+        beginning.begin(folder, prepared)
+        return _fit_and_finish(folder, prepared, start, observer)
+
+
+def resume(folder: Path, config: Config, observer: Observer) -> Run:
+    """Finish the unfinished run in `folder`, whose stored config (perhaps with more epochs) is `config`.
+
+    Raises `RunError` when the run is finished already, or when its photos, classes or settings are not what they were.
+    """
+    files.check_writable(folder)
+    with files.lock(folder), _resumable(folder):
+        beginning.check(folder)
+        files.remove_leftovers(folder)
+        prepared = prepare(config, observer)
+        beginning.go_on(folder, prepared, observer)
+        return _fit_and_finish(folder, prepared, _start(prepared, observer), observer)
+
+
+@contextlib.contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Tell how to go on when the block is interrupted."""
+    try:
+        yield
+    except Interrupted as exc:
+        exc.remedy = f"what was finished is saved; go on with: finetune train --resume {folder}"
+        raise
+
+
+def _fit_and_finish(folder: Path, prepared: Prepared, start: Head | None, observer: Observer) -> Run:
+    parts, classes = prepared.parts, prepared.data.classes
+    with timed(prepared.seconds, "head"):
+        fitted = _fit(folder, prepared, start, observer)
+    temperature = 1.0
+    if prepared.config.calibration == "temperature":
+        val = parts["val"]
+        temperature = fit_temperature(fitted.head.logits(val.array[:, 0]), labels_of(val.samples))
+    judged: list[outputs.Judged] = []
+    for split in ("val", "test"):
+        if split in parts:
+            probabilities = softmax(fitted.head.logits(parts[split].array[:, 0]), temperature).astype(np.float32)
+            evaluation = evaluate(probabilities, labels_of(parts[split].samples), classes)
+            if split == "val" and prepared.config.calibration == "temperature":
+                evaluation = replace(evaluation, calibration=_cross_fitted(fitted.head, parts[split]))
+            judged.append(outputs.Judged(split, parts[split].samples, probabilities, evaluation))
+    names = ["config.yaml", "environment.json", "split.csv", *outputs.write_tables(folder, classes, judged)]
+    names += _write_history(folder, fitted)
+    names += figures.write_figures(folder, judged[-1].evaluation, fitted.history)
+    with timed(prepared.seconds, "saving"), observer.stage("saving and comparing the model", None, "models"):
+        parity = _save_models(folder, prepared, fitted.head, temperature, judged[0].probabilities)
+    names += ["model.keras", "inference/model.xml", "inference/model.bin"]
+    finished = run.finish(folder, _facts(folder, prepared, fitted, temperature, parity, judged), names)
+    if (folder / "checkpoints").exists():
+        files.remove_folder(folder / "checkpoints")
+    return finished
+
+
+def _cross_fitted(fitted: Head, val: Features) -> CalibrationScores:
+    """The calibration of the photos that the model's temperature is fitted on, each with one fitted on others."""
+    groups = group_numbers((sample.group, sample.digest) for sample in val.samples)
+    return cross_fitted_calibration(fitted.logits(val.array[:, 0]), labels_of(val.samples), groups)[1]
+
+
+def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observer) -> Fitted:
+    """Fit the head; in Keras, from the last checkpoint if there is one."""
+    config, parts, classes = prepared.config, prepared.parts, prepared.data.classes
+    if config.training.solver == "lbfgs":
+        return fit.lbfgs(config, parts["train"], classes, start, observer)
+    begun = beginning.identity(folder)
+    last = checkpoints.load_latest(folder / "checkpoints")
+    resumed = None
+    if last is not None:
+        for warning in last.warnings:
+            observer.warn(warning)
+        if tuple(last.state["classes"]) != classes:
+            raise RunError(f"{last.path} has other classes: {', '.join(last.state['classes'])}", "train a new run")
+        if last.state["begun"] != begun:
+            raise RunError(f"{last.path} belongs to another training", f"remove {last.path}")
+        resumed = EpochState.restore(last.arrays, last.state)
+        observer.note(f"going on after epoch {last.epoch}")
+
+    def keep(state: EpochState, l2: float) -> None:
+        facts = {**state.info(), "classes": list(classes), "l2": l2, "begun": begun}
+        checkpoints.save(folder / "checkpoints", state.epoch, state.arrays(), facts, state.is_best)
+
+    return fit.keras(config, parts["train"], parts["val"], classes, start, resumed, keep, observer)
+
+
+def _write_history(folder: Path, fitted: Fitted) -> list[str]:
+    if not fitted.history:
+        return []
+    header = list(fitted.history[0])
+    write_csv(folder / "history.csv", header, [[row[key] for key in header] for row in fitted.history])
+    return ["history.csv"]
+
+
+def _start(prepared: Prepared, observer: Observer) -> Head | None:
+    """The head of `model.start_from`, grown to the classes of this run; `None` without one."""
+    source = prepared.config.model.start_from
+    if source is None:
+        return None
+    old = Run.load(source)
+    old_head = keras_fit.read(old.file("model.keras"))
+    grown, kept, new = keras_fit.grow(old_head, old.classes, prepared.data.classes, prepared.config.training.seed)
+    dropped = [name for name in old.classes if name not in prepared.data.classes]
+    tell = observer.note if kept else observer.warn
+    tell(
+        f"start from {old.name}: kept {', '.join(kept) or 'nothing'}; new {', '.join(new) or 'nothing'}"
+        + (f"; dropped {', '.join(dropped)}" if dropped else "")
+    )
+    if prepared.config.training.solver == "lbfgs":
+        observer.note("solver lbfgs finds the same head from any start; solvers adam and sgd train on from this one")
+    return grown
+
+
+def _save_models(
+    folder: Path, prepared: Prepared, fitted: Head, temperature: float, measured: NDArray[np.float32]
+) -> dict[str, float]:
+    model = keras_fit.build(prepared.backbone.model, fitted, temperature, prepared.data.classes)
+    val = prepared.parts["val"].samples
+    chosen = np.linspace(0, len(val) - 1, min(len(val), outputs.PARITY_PHOTOS)).astype(int)
+    settings = image_settings(prepared.config)
+    photos = np.stack([extract.decode_sample(val[i], settings) for i in chosen])
+    return outputs.save_models(folder, model, photos, measured[chosen])
+
+
+def _facts(
+    folder: Path,
+    prepared: Prepared,
+    fitted: Fitted,
+    temperature: float,
+    parity: dict[str, float],
+    judged: list[outputs.Judged],
+) -> dict[str, Any]:
+    """The content of run.json, but for the format and the hashes."""
+    config, backbone, settings = prepared.config, prepared.backbone, image_settings(prepared.config)
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "classes": list(prepared.data.classes),
+        "image": {"size": settings.size, "resize": settings.resize, "max_pixels": settings.max_pixels},
+        "backbone": {
+            "name": config.model.backbone if config.is_named_backbone else Path(config.model.backbone).name,
+            "width": backbone.width,
+            "fingerprint": backbone.fingerprint,
+            "weights_sha256": backbone.weights_sha256,
+            "feature_map": backbone.feature_map,
+        },
+        "start_from": prepared.start_from,
+        "solver": {"name": config.training.solver, "l2": fitted.l2},
+        "temperature": temperature,
+        "device": prepared.device,
+        "feature_precision": prepared.precision,
+        "photos": {split: len(part.samples) for split, part in prepared.parts.items()},
+        "views": {
+            "a_photo": prepared.parts["train"].array.shape[1],
+            "computed": sum(part.computed for part in prepared.parts.values()),
+            "cached": sum(part.cached for part in prepared.parts.values()),
+        },
+        "cache_bytes": prepared.cache_bytes,
+        "bad_photos": [
+            {"path": photo.name, "reason": photo.reason}
+            for photo in (*prepared.data.bad, *(bad for part in prepared.parts.values() for bad in part.bad))
+        ],
+        "roots": {split: os.path.relpath(root, folder) for split, root in prepared.data.roots.items()},
+        "parity": parity,
+        "seconds": prepared.seconds,
+        "metrics": {part.split: part.evaluation.to_json() for part in judged},
+    }

@@ -1,0 +1,97 @@
+"""`check --reproduce`: what differs here from where a run was made; nothing is trained and nothing is written."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from finetune_cli import files
+from finetune_cli.backbones import build
+from finetune_cli.config.schema import Config, load
+from finetune_cli.errors import DataError, RunError
+from finetune_cli.inference import runtimes
+from finetune_cli.progress import Observer
+from finetune_cli.runs import environment
+from finetune_cli.runs.environment import Difference
+from finetune_cli.runs.run import Run
+from finetune_cli.training import prepare, requirements
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """`surroundings`: what differs of them; `weights`: of the files that the model was begun with, a line each.
+
+    `photos`: what differs of the photos, by split and name; `photos_problem` says why they could not be compared, and
+    is empty when they were.
+    """
+
+    run: Run
+    surroundings: tuple[Difference, ...]
+    weights: tuple[str, ...]
+    photos: tuple[str, ...]
+    photos_problem: str = ""
+
+    @property
+    def same(self) -> bool:
+        """Whether training here again, by the run's config.yaml, can be expected to give the same weights."""
+        return not (self.surroundings or self.weights or self.photos or self.photos_problem)
+
+
+def reproduce(run: Run, observer: Observer) -> Reproduction:
+    """Compare packages, Python, processor, device, threads, seed, commit, weights and photos with those of `run`.
+
+    Raises `RunError` when a file of the run is damaged, `ConfigError` when its config cannot be used here.
+    """
+    config = load(run.file("config.yaml"))
+    before = environment.read_environment(run.file(environment.FILE))
+    device = runtimes.choose_device(config.runtime.device)
+    precision = runtimes.training_precision(device, config.runtime.feature_precision)
+    now = environment.environment(config, device, precision, prepare.worker_count(config))
+    differing = tuple(environment.differences(before, now))
+    weights = (*_backbone(run, config), *_start(run, config))
+    try:
+        data = prepare.index(config, observer)
+    except DataError as exc:
+        return Reproduction(run, differing, weights, (), exc.problem.splitlines()[0])
+    skipped = {str(photo["path"]) for photo in run.manifest["bad_photos"]}
+    here = {
+        (split, data.classes[sample.label], sample.digest, sample.name)
+        for split, samples in data.splits.items()
+        for sample in samples
+        if sample.name not in skipped
+    }
+    there = {(row.split, row.label, row.digest, row.path) for row in run.split()}
+    return Reproduction(
+        run, differing, weights, (*_listed("gone or changed", there - here), *_listed("new", here - there))
+    )
+
+
+def _backbone(run: Run, config: Config) -> Iterator[str]:
+    """What is wrong with the file that the backbone's weights came from; random ones come from the seed."""
+    expected = run.manifest["backbone"]["weights_sha256"]
+    path = build.weight_file(config.model.backbone, config.model.weights, config.image.size)
+    if path is None or expected is None:
+        return
+    if not path.is_file():
+        download = " and are downloaded when they are needed" if config.model.weights == "imagenet" else ""
+        yield f"the backbone's weights {path} are not here{download}"
+    elif (found := files.sha256(path)) != expected:
+        yield f"the backbone's weights {path} have the SHA-256 {found}, and had {expected}"
+
+
+def _start(run: Run, config: Config) -> Iterator[str]:
+    """What is wrong with the run that `model.start_from` names."""
+    try:
+        found = requirements.start_digest(config)
+    except RunError as exc:
+        yield f"model.start_from: {exc.problem}"
+    else:
+        if found != run.manifest.get("start_from"):
+            yield f"model.start_from: {config.model.start_from} is another run than it was; its model.keras differs"
+
+
+def _listed(what: str, rows: set[tuple[str, str, str, str]]) -> list[str]:
+    """A line for each of the first rows, and one that counts the others."""
+    lines = [f"{what}: {split}/{label}: {name}" for split, label, _digest, name in sorted(rows)]
+    rest = len(lines) - _SHOWN
+    return lines if rest <= 0 else [*lines[:_SHOWN], f"{what}: and {rest} more"]

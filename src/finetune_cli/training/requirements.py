@@ -1,0 +1,111 @@
+"""What stops a training before it begins: settings, files, folders and space, looked at before hours go into them.
+
+Nothing heavy is imported: a wrong setting is told at once.
+"""
+
+import difflib
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from finetune_cli import files
+from finetune_cli.backbones import build
+from finetune_cli.backbones.build import Backbone
+from finetune_cli.cache.features import default_folder
+from finetune_cli.config.schema import Config
+from finetune_cli.errors import ConfigError, RunError, StorageError
+from finetune_cli.photos.dataset import Dataset
+from finetune_cli.runs.run import Run
+
+_TABLES_AND_FIGURES = 1_000_000
+
+
+def check_settings(config: Config) -> None:
+    """Find out, before minutes of work and without TensorFlow, what is wrong besides the photos.
+
+    Raises `ConfigError` for an unknown backbone, too small an image, and files that are not there; `RunError` for a
+    `start_from` that is no finished run; `StorageError` when files cannot be made where the run and the features go.
+    """
+    check_places(config)
+    info = build.resolve(config.model.backbone)
+    problems = []
+    if config.image.size < info.min_size:
+        problems.append(f"image.size: {info.name} needs at least {info.min_size} pixels, not {config.image.size}")
+    for key, path in (("backbone", info.path), ("weights", config.model.weights)):
+        if path is None or path == "imagenet":
+            continue
+        try:
+            found = stat.S_ISREG(Path(path).stat().st_mode)
+        except PermissionError:
+            problems.append(f"model.{key}: no permission to read {path}")
+            continue
+        except OSError:
+            found = False
+        if not found:
+            problems.append(f"model.{key}: there is no file {path}{_meant(key, Path(path).name)}")
+    if problems:
+        raise ConfigError("\n".join(problems), "correct the model section of the config")
+    if config.model.start_from is not None:
+        Run.load(config.model.start_from)
+
+
+def _meant(key: str, name: str) -> str:
+    if key != "weights":
+        return ""
+    meant = "null" if name.lower() in {"none", "random"} else "imagenet"
+    alike = meant == "null" or difflib.get_close_matches(name.lower(), [meant], cutoff=0.7)
+    return f"; did you mean {meant}?" if alike else ""
+
+
+def check_start(config: Config, backbone: Backbone) -> None:
+    """Raise `RunError` when the run of `model.start_from` has features of another kind."""
+    if config.model.start_from is None:
+        return
+    old = Run.load(config.model.start_from).manifest["backbone"]
+    if old["fingerprint"] != backbone.fingerprint:
+        raise RunError(
+            f"model.start_from: {config.model.start_from} was trained on another backbone ({old['name']})",
+            "use the same model.backbone, model.weights and image.size, or drop model.start_from",
+        )
+
+
+def start_digest(config: Config) -> str | None:
+    """SHA-256 of the model of `model.start_from`; `None` without one. Raises `RunError` when it is damaged."""
+    source = config.model.start_from
+    return None if source is None else files.sha256(Run.load(source).file("model.keras"))
+
+
+def check_places(config: Config) -> None:
+    """Raise `StorageError` unless files can be made where the run and the features go."""
+    with _named("output.directory"):
+        files.check_writable(config.output.directory)
+    with _named("runtime.cache_dir"):
+        files.check_writable(cache_folder(config))
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Say which key of the config chooses another folder."""
+    try:
+        yield
+    except StorageError as exc:
+        exc.remedy = f"{exc.remedy}: {key}"
+        raise
+
+
+def check_room(config: Config, data: Dataset, views: int, backbone: Backbone) -> None:
+    """Raise `StorageError` unless there is room for the features and for the run, before hours go into them."""
+    rows = views * len(data.train) + len(data.val) + len(data.test)
+    with _named("runtime.cache_dir"):
+        files.free_space_check(cache_folder(config), 2 * 4 * backbone.width * rows)  # in the cache, and at hand
+    head = 4 * (backbone.width + 1) * len(data.classes)
+    model = 4 * backbone.model.count_params() + head
+    # The model in two forms; up to four checkpoints, each with the head, the best head and Adam's two moments.
+    with _named("output.directory"):
+        files.free_space_check(config.output.directory, 2 * model + 4 * 4 * head + _TABLES_AND_FIGURES)
+
+
+def cache_folder(config: Config) -> Path:
+    """`runtime.cache_dir`, by default the user's cache folder."""
+    return config.runtime.cache_dir or default_folder()

@@ -1,0 +1,135 @@
+"""`finetune init`: look at a folder of photos and write a commented config that trains as it is."""
+
+import os
+import re
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from finetune_cli.config.schema import Config, DataConfig
+from finetune_cli.errors import BadImage
+from finetune_cli.photos.dataset import Dataset, Sample, refuse_bad, refuse_empty
+from finetune_cli.photos.decode import read_header
+from finetune_cli.progress import Observer, Silent
+from finetune_cli.text import shown
+from finetune_cli.training import prepare
+
+_MAX_CLASSES, _MAX_HEADERS = 30, 300
+
+_TEMPLATE = """\
+{found}
+# Train with:                    finetune train {target}
+# See the augmented views with:  finetune preview {target}
+# Paths in this file are relative to this file. Keys that are left out have their defaults; the README lists them all.
+
+data:
+{data}
+
+image:
+  size: 224                       # the backbone was trained with squares of this many pixels
+  resize: crop                    # the middle of the photo; or pad (all of it, with borders), squash
+
+model:
+  backbone: efficientnet_lite0    # bundled, fast on a CPU; resnet50 downloads 95 MB and takes six times as long
+
+augmentation:
+  views: 4                        # each photo as it is and three transforms of it
+  horizontal_flip: true           # false for text, signs, number plates: mirrored, they are another thing
+  width_shift_range: 0.1          # sideways, up to a tenth of the width
+  height_shift_range: 0.1
+
+training:
+{training}
+"""
+
+
+def starter_config(data: Path, target: Path, observer: Observer | None = None) -> str:
+    """The text of a config for the photos in `data`, to be written to `target`; paths in it are relative to that.
+
+    Raises `DataError` for photos that could not be trained on, with the reason.
+    """
+    config = Config(data=DataConfig(train=data.absolute(), on_bad_image="skip"))
+    found = prepare.index(config, observer or Silent())
+    refuse_bad(found.bad, found.photos, "skip")
+    refuse_empty(found.classes, found.splits, found.bad)
+    folder = target.absolute().parent
+    return _TEMPLATE.format(
+        found="\n".join(f"# {line}".rstrip() for line in _description(data, found, config.image.max_pixels)),
+        target=shown(target),
+        data="\n".join(_data_section(_relative(data, folder), data.is_file())),
+        training="\n".join(_training_section(found)),
+    )
+
+
+def _description(data: Path, found: Dataset, max_pixels: int) -> Iterator[str]:
+    """What was found, for the head of the file."""
+    yield f"Written by `finetune init {shown(data)}`."
+    yield ""
+    splits = {"training": found.train, "validation": found.val, "test": found.test}
+    counts = [f"{len(samples)} for {name}" for name, samples in splits.items() if samples]
+    total = sum(map(len, splits.values()))
+    yield f"Found {total} photos of {len(found.classes)} classes: {', '.join(counts)}.{_sizes(found.train, max_pixels)}"
+    per_class = Counter(sample.label for samples in splits.values() for sample in samples)
+    width = max(len(shown(name)) for name in found.classes[:_MAX_CLASSES])
+    for label, name in enumerate(found.classes[:_MAX_CLASSES]):
+        yield f"  {shown(name):{width}}  {per_class[label]:>6}"
+    if len(found.classes) > _MAX_CLASSES:
+        yield f"  and {len(found.classes) - _MAX_CLASSES} more"
+    yield from map(shown, (*found.notes, *found.warnings))
+    if found.bad:
+        yield f"{len(found.bad)} cannot be read, such as {shown(found.bad[0].name)}: {shown(found.bad[0].reason)}"
+    yield ""
+
+
+def _sizes(samples: Sequence[Sample], max_pixels: int) -> str:
+    """The median size of some photos, spread over the set."""
+    sizes = []
+    for sample in samples[:: max(len(samples) // _MAX_HEADERS, 1)]:
+        try:
+            header = read_header(sample.path, max_pixels)
+        except BadImage:
+            continue
+        sizes.append((header.width, header.height))
+    if not sizes:
+        return ""
+    width, height = (round(statistics.median(sides)) for sides in zip(*sizes, strict=True))
+    return f" Typical size: {width} x {height} pixels."
+
+
+def _data_section(train: str, is_table: bool) -> Iterator[str]:
+    yield f"  train: {yaml_text(train)}"
+    yield "  on_bad_image: skip              # photos that cannot be decoded are left out and listed; or error"
+    given = "a column `split` is" if is_table else "val and test folders beside train are"
+    yield f"  # {given} used as they are; without, a part is kept for validation:"
+    yield "  # val_split: 0.2"
+
+
+def _training_section(found: Dataset) -> Iterator[str]:
+    counts = Counter(sample.label for sample in found.train).values()
+    yield "  seed: 0                         # the same seed gives the same model"
+    if max(counts) >= 3 * min(counts):
+        yield "  class_weights: balanced         # the largest class has at least 3 times the photos of the smallest"
+
+
+def _relative(path: Path, folder: Path) -> str:
+    """`path`, relative to the folder that the config will be in where that is possible."""
+    try:
+        return Path(os.path.relpath(path, folder)).as_posix()
+    except ValueError:  # another drive on Windows
+        return path.absolute().as_posix()
+
+
+def yaml_text(text: str) -> str:
+    """`text` as a YAML scalar: as it is where that is safe and means the same, else in double quotes with escapes."""
+    import yaml
+
+    if re.fullmatch(r"[\w/.-]+", text, re.ASCII) and yaml.safe_load(text) == text:
+        return text
+    return '"' + "".join(map(_escaped, text)) + '"'
+
+
+def _escaped(character: str) -> str:
+    if character in '"\\':
+        return f"\\{character}"
+    return character if character.isprintable() else f"\\U{ord(character):08x}"

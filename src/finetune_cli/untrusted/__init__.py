@@ -1,0 +1,1 @@
+"""Model files from strangers, checked before another library parses them."""

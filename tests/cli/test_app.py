@@ -1,0 +1,311 @@
+"""The command line: exit codes, formats, errors of one line, nothing sent to the terminal that a name hides."""
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from photo_files import write_photo
+from typer.testing import CliRunner
+
+from finetune_cli import __version__
+from finetune_cli.cli.main import app
+
+
+def run(*arguments, **options):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="finetune", **options)
+
+
+def test_version_and_help():
+    assert __version__ in run("--version").output
+    assert "predict" in run("--help").output
+    assert run("no-such-command").exit_code == 2
+    assert run("train", "--no-such-option").exit_code == 2
+
+
+def test_a_wrong_config_is_two_lines_and_exit_2(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: {train: x}\ntraining: {lr: 1}\n")
+    answer = run("train", tmp_path / "c.yaml")
+    assert answer.exit_code == 2
+    assert "c.yaml, line 2" in answer.stderr
+    assert "training.learning_rate" in answer.stderr
+    assert "Traceback" not in answer.output
+    assert run("check", tmp_path / "absent.yaml").exit_code == 2
+
+
+def test_missing_photos_are_exit_3(tmp_path):
+    answer = run("train", f"data.train={tmp_path / 'absent'}", "model.backbone=efficientnet_lite0")
+    assert answer.exit_code == 3
+    assert "absent" in answer.stderr
+
+
+@pytest.mark.parametrize("name", ["folder", "picture.jpg"])
+def test_a_picture_that_cannot_be_called_so_is_told_before_the_work(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    for arguments in (
+        ["preview", tmp_path / "absent.yaml", "--output"],
+        ["explain", tmp_path / "absent.jpg", "--output"],
+        ["inspect", tmp_path / "absent", "--filters", "x.jpg"],
+    ):
+        answer = run(*arguments, tmp_path / name)
+        assert answer.exit_code == 2
+        assert "is no name for a PNG picture" in answer.stderr
+
+
+def test_a_folder_that_was_never_a_run_is_told_so(tmp_path):
+    answer = run("predict", tmp_path / "x.jpg", "--run", tmp_path)
+    assert answer.exit_code == 1
+    assert f"{tmp_path} is no run directory" in answer.stderr
+    assert "resume" not in answer.stderr
+
+
+def test_bad_photos_come_with_the_command_that_skips_them(tmp_path):
+    photos = tmp_path / "my photos"
+    for i in range(30):
+        write_photo(photos / ("a" if i % 2 else "b") / f"{i}.png", str(i))
+    (photos / "a" / "bad.jpg").write_bytes(b"")
+    (tmp_path / "c.yaml").write_text("data: {train: my photos}\nmodel: {backbone: efficientnet_lite0}\n")
+    assert run("check", f"data.train={photos}", f"runtime.cache_dir={tmp_path}").exit_code == 3
+    for command in ("train", "check"):
+        answer = run(command, tmp_path / "c.yaml", "runtime.cache_dir=" + str(tmp_path), "data.val_split=0.3")
+        assert answer.exit_code == 3
+        assert f"{photos}/a/bad.jpg: the file is empty" in answer.stderr
+        words = f"finetune train {tmp_path}/c.yaml runtime.cache_dir={tmp_path} data.val_split=0.3"
+        assert f"leave them out: {words} data.on_bad_image=skip\n" in answer.stderr
+    assert not (tmp_path / "runs").exists()
+    again = run("check", *shlex.split(words)[2:], "data.on_bad_image=skip")
+    assert again.exit_code == 0
+
+
+def test_overrides_without_a_config(tmp_path):
+    answer = run("train", "training.seed=minus")
+    assert answer.exit_code == 2
+    assert "command line: `training.seed`" in answer.stderr
+    assert "`data.train` is required" in answer.stderr
+
+
+def test_a_name_that_leads_elsewhere_is_refused(tmp_path):
+    answer = run("train", f"data.train={tmp_path}", "--name", "../elsewhere")
+    assert answer.exit_code == 2
+    assert "output.name" in answer.stderr
+
+
+def test_no_run_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    answer = run("predict", "x.jpg")
+    assert answer.exit_code == 1
+    assert "finetune train" in answer.stderr
+    answer = run("train", "--resume")
+    assert answer.exit_code == 1
+    assert "no unfinished run in runs\n" in answer.stderr
+    assert "finetune train --resume DIR" in answer.stderr
+    (tmp_path / "config.yaml").write_text("data: {train: x}")
+    for name in ("nowhere", "config.yaml"):
+        answer = run("train", "--resume", name)
+        assert answer.exit_code == 2
+        assert f"{name} is no run directory" in answer.stderr
+
+
+def test_resume_finds_the_newest_in_a_named_folder(tmp_path):
+    for i, name in enumerate(("new", "old", "done")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("data: {train: x}")
+        (tmp_path / name / "split.csv").write_text("")
+        os.utime(tmp_path / name / "split.csv", (9 - i, 9 - i))
+    (tmp_path / "done" / "run.json").write_text("{}")
+    assert f"resuming {tmp_path / 'new'}\n" in run("train", "--resume", tmp_path).stderr
+    assert f"resuming {tmp_path / 'old'}\n" in run("train", "--resume", tmp_path / "old").stderr
+
+
+def test_resume_refuses_other_settings(tmp_path):
+    (tmp_path / "config.yaml").write_text("data: {train: x}")
+    answer = run("train", "--resume", tmp_path, "training.learning_rate=1")
+    assert answer.exit_code == 2
+    assert "cannot change" in answer.stderr
+
+
+@pytest.fixture
+def photos(tiny_run, tmp_path):
+    source = min((tiny_run.photos / "test").rglob("*.*"))
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in ("a" + source.suffix, "b" + source.suffix):
+        shutil.copy(source, folder / name)
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 nothing more")
+    return folder
+
+
+def test_predict_answers_in_every_form(tiny_run, photos):
+    classes = set(tiny_run.run.classes)
+    common = ("--run", tiny_run.run.folder, "--quiet")
+    answer = run("predict", photos, *common, "--format", "jsonl")
+    assert answer.exit_code == 3, answer.output
+    rows = [json.loads(line) for line in answer.stdout.splitlines()]
+    assert [row["error"] is None for row in rows] == [True, True, False]
+    assert rows[0]["label"] in classes
+    assert rows[0]["top"][0] == {"label": rows[0]["label"], "probability": rows[0]["probability"]}
+    assert {**rows[0], "path": ""} == {**rows[1], "path": ""}
+    assert "could not be read" in answer.stderr
+
+    answer = run("predict", photos, *common, "--format", "csv", "--top-k", 2)
+    lines = answer.stdout.splitlines()
+    assert lines[0] == "path,label,probability,label_2,probability_2,error"
+    assert len(lines) == 4
+
+    answer = run("predict", *sorted(photos.glob("[ab].*")), *common)
+    assert answer.exit_code == 0
+    assert all("%" in line for line in answer.stdout.splitlines())
+
+
+def test_predict_writes_a_file(tiny_run, photos, tmp_path):
+    answer = run("predict", photos, "--run", tiny_run.run.folder, "--format", "jsonl", "--output", tmp_path / "o.jsonl")
+    assert answer.exit_code == 3
+    assert len((tmp_path / "o.jsonl").read_text().splitlines()) == 3
+
+
+def test_predict_reads_paths_from_standard_input(tiny_run, photos):
+    paths = "\n".join(str(path) for path in sorted(photos.glob("[ab].*"))) + "\n"
+    answer = run("predict", "-", "--run", tiny_run.run.folder, "--format", "jsonl", input=paths)
+    assert answer.exit_code == 0, answer.output
+    assert len(answer.stdout.splitlines()) == 2
+
+
+def test_predict_is_unsure_below_the_wanted_confidence(tiny_run, photos):
+    photo = next(photos.glob("a.*"))
+    answer = run("predict", photo, "--run", tiny_run.run.folder, "--min-confidence", 1, "--format", "jsonl")
+    row = json.loads(answer.stdout)
+    assert row["label"] == ("unsure" if row["probability"] < 1 else row["top"][0]["label"])
+
+
+def test_predict_without_a_photo(tiny_run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    answer = run("predict", tmp_path / "empty", "--run", tiny_run.run.folder)
+    assert answer.exit_code == 3
+    assert "no photo" in answer.stderr
+    answer = run("predict", tmp_path / "absent.jpg", "--run", tiny_run.run.folder)
+    assert answer.exit_code == 3
+
+
+def test_names_cannot_drive_the_terminal(tiny_run, photos):
+    evil = photos / "\x1b[31mred\nline.jpg"
+    next(photos.glob("a.*")).rename(evil)
+    answer = run("predict", evil, "--run", tiny_run.run.folder)
+    assert answer.exit_code == 0
+    assert "\x1b" not in answer.output
+    assert len(answer.stdout.splitlines()) == 1
+
+
+def test_a_reader_that_goes_away_is_no_error(tiny_run, photos):
+    command = (
+        f"{sys.executable} -m finetune_cli predict {photos} --run {tiny_run.run.folder} --format jsonl | head -n 1"
+    )
+    answer = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=True)
+    assert "Broken" not in answer.stderr
+    assert "Traceback" not in answer.stderr
+
+
+def test_a_bug_is_told_in_a_line(monkeypatch, tmp_path):
+    def broken(*_args):
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("finetune_cli.practice.sample.draw", broken)
+    answer = run("sample", tmp_path / "x")
+    assert answer.exit_code == 1
+    assert "unexpected ZeroDivisionError: oops" in answer.stderr
+    assert "Traceback" not in answer.output
+    assert "Traceback" in run("sample", tmp_path / "x", "--debug").output
+
+
+def test_want_of_memory_is_told_in_two_lines(monkeypatch, tmp_path):
+    def hungry(*_args):
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr("finetune_cli.practice.sample.draw", hungry)
+    answer = run("sample", tmp_path / "x")
+    assert answer.exit_code == 1
+    assert answer.stderr.splitlines()[0] == "error: out of memory: Unable to allocate 9 TiB"
+    assert "Traceback" in run("sample", tmp_path / "x", "--debug").output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_first_imports_is_told_in_a_line(number):
+    script = f"""
+import os, sys
+class Kill:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), {int(number)})
+sys.meta_path.insert(0, Kill())
+from finetune_cli.__main__ import main
+main()
+"""
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert answer.returncode == 128 + number
+    assert answer.stderr == "error: interrupted\n"
+
+
+def test_a_bare_except_cannot_swallow_a_signal():
+    script = """
+import os, signal, sys, time
+from finetune_cli.cli import app as cli_app
+from finetune_cli import signals
+
+@cli_app.command(cli_app.app)
+def victim() -> None:
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    except BaseException:
+        print("swallowed")
+    cli_app.new_console().note("a sign of life")
+    print("not stopped")
+
+cli_app.app(["victim"])
+"""
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert answer.returncode == 143
+    assert answer.stdout == "swallowed\n"
+    assert "interrupted" in answer.stderr
+
+
+def test_sample_init_check_preview(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("sample", "photos", "--photos", 6).exit_code == 0
+    assert run("init", "photos").exit_code == 0
+    assert run("init", "photos").exit_code == 2  # the config exists
+    answer = run("check", "config.yaml", f"runtime.cache_dir={tmp_path / 'cache'}")
+    assert answer.exit_code == 0, answer.output
+    assert "every photo was decoded" in answer.stdout
+    answer = run("preview", "config.yaml", f"runtime.cache_dir={tmp_path / 'cache'}", "--photos", 2)
+    assert answer.exit_code == 0, answer.output
+    assert (tmp_path / "preview.png").is_file()
+
+
+def test_inspect_shows_a_run_and_a_config(tiny_run, tmp_path, monkeypatch):
+    photo = next((tiny_run.photos / "test").rglob("*.*"))
+    answer = run("inspect", tiny_run.run.folder, "--filters", photo, tmp_path / "filters.png")
+    assert answer.exit_code == 0, answer.output
+    assert "the gradient stops at" in answer.stdout
+    assert (tmp_path / "filters.png").is_file()
+    answer = run("inspect", tiny_run.run.folder, "--full", "--format", "json", "--batch", 3)
+    told = json.loads(answer.stdout)
+    with_picture = run(
+        "inspect",
+        tiny_run.run.folder,
+        "--full",
+        "--format",
+        "json",
+        "--batch",
+        3,
+        "--filters",
+        photo,
+        tmp_path / "f.png",
+    )
+    assert json.loads(with_picture.stdout) == told
+    assert told["batch"] == 3
+    assert told["parameters"] == sum(node["parameters"] for node in told["nodes"])
+    assert run("inspect", tmp_path / "absent.yaml").exit_code == 2

@@ -1,0 +1,221 @@
+"""The configuration: defaults, errors with lines, paths, overrides."""
+
+import re
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+from finetune_cli.config import schema
+from finetune_cli.errors import ConfigError
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def problem(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        schema.load(write(folder, text), overrides)
+    return caught.value.problem
+
+
+def test_the_smallest_config(tmp_path):
+    loaded = schema.load(write(tmp_path, "data: {train: photos}"))
+    assert loaded.data.train == tmp_path / "photos"
+    assert loaded.model.backbone == "resnet50"
+    assert loaded.output.directory == Path.cwd() / "runs"
+
+
+def test_every_shipped_config_is_listed():
+    assert [path.name for path in CONFIGS] == ["quickstart.yaml", "resnet50.yaml", "text-and-signs.yaml"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configs_load(path):
+    loaded = schema.load(path)
+    assert loaded.data.train.is_absolute()
+
+
+def test_mirroring_is_off_for_text_and_signs():
+    path = next(path for path in CONFIGS if path.name == "text-and-signs.yaml")
+    augmentation = schema.load(path).augmentation
+    assert augmentation is not None
+    assert not augmentation.horizontal_flip
+    assert not augmentation.vertical_flip
+    assert augmentation.width_shift_range
+
+
+def test_all_problems_at_once_with_their_lines(tmp_path):
+    text = problem(
+        tmp_path,
+        """data:
+  train: photos
+  val_split: 2
+image:
+  imgsz: 224
+training:
+  solver: adam
+  learning_rat: 0.1
+  batch: 3
+augmentation:
+  rescale: 0.1
+colour: 3
+""",
+    )
+    assert text.startswith("6 problems")
+    for line, part in [
+        (3, "val_split"),
+        (5, "its name is `image.size`"),
+        (8, "did you mean `training.learning_rate`"),
+        (9, "its name is `training.batch_size`"),
+        (11, "`augmentation.rescale` is refused"),
+        (12, "`colour` is unknown"),
+    ]:
+        assert any(f"line {line}:" in row and part in row for row in text.splitlines()), (line, part, text)
+
+
+def test_duplicate_keys_are_refused(tmp_path):
+    assert "line 2: `data.train` is given twice" in problem(
+        tmp_path, "data:\n  {train: a,\n train: b}".replace(",\n", ",\n  ")
+    ).replace("line 3", "line 2")
+
+
+@pytest.mark.parametrize("key", ["epochs", "batch_size", "learning_rate", "early_stopping_patience"])
+def test_a_key_that_lbfgs_ignores_is_refused(tmp_path, key):
+    text = problem(tmp_path, f"data: {{train: a}}\ntraining: {{solver: lbfgs, {key}: 1}}")
+    assert f"`training.{key}` has no effect with solver lbfgs" in text
+
+
+def test_val_and_val_split_exclude_each_other(tmp_path):
+    assert "exclude each other" in problem(tmp_path, "data: {train: a, val: b, val_split: 0.1}")
+
+
+def test_overrides_are_relative_to_the_current_folder(tmp_path, monkeypatch):
+    path = write(tmp_path, "data: {train: photos}")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    loaded = schema.load(path, ["data.val=held-out", "training.seed=3"])
+    assert loaded.data.train == tmp_path / "photos"
+    assert loaded.data.val == tmp_path / "elsewhere" / "held-out"
+    assert loaded.training.seed == 3
+
+
+def test_a_whole_section_on_the_command_line_is_relative_to_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    path = write(tmp_path / "elsewhere", "data: {train: a}")
+    monkeypatch.chdir(tmp_path)
+    loaded = schema.load(path, ["data={train: b, val: c}"])
+    assert (loaded.data.train, loaded.data.val) == (tmp_path / "b", tmp_path / "c")
+    assert "command line: `data.trian` is unknown" in problem(tmp_path, "data: {train: a}", "data={train: b, trian: c}")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("data: {train: a}\naugmentation: none", "`augmentation` is 'none': write its keys below it, or null"),
+        ("data: photos", "`data` is 'photos': write its keys below it"),
+        ("data: {train: [a]}", "`data.train` is ['a']: write a path"),
+        ("data: {train: a}\noutput: {name: ../x}", "`output.name` is '../x': write letters, digits"),
+        (
+            "data: {train: a}\ntraining: {class_weights: {ants: 0}}",
+            "`training.class_weights` is 0: write none, balanced, or class names",
+        ),
+        ("data: {train: a}\naugmentation: {width_shift_range: true}", "`augmentation.width_shift_range` is True: "),
+        ("data: {train: a}\naugmentation: {shear_range: 1.0e+9}", "`augmentation.shear_range` is 1000000000.0: "),
+        ("data: {train: a}\n  x: [", "line 2, column 3: "),
+    ],
+)
+def test_problems_are_told_in_the_words_of_a_config(tmp_path, text, told):
+    found = problem(tmp_path, text)
+    assert told in found
+    assert "DataConfig" not in found
+    assert not re.search("<(class|unicode)", found)
+
+
+def test_wrong_overrides_name_the_command_line(tmp_path):
+    text = problem(tmp_path, "data: {train: photos}", "training.lr=3", "nonsense", "image.size=huge")
+    assert "command line: `training.lr` is not a key here" in text
+    assert "command line: 'nonsense' is not of the form" in text
+    assert "command line: `image.size` is 'huge'" in text
+
+
+def test_numbers_in_exponent_notation(tmp_path):
+    # YAML 1.1 reads 1e-3 as text; people do not.
+    loaded = schema.load(write(tmp_path, "data: {train: a}\ntraining: {solver: adam, learning_rate: 1e-3}"))
+    assert loaded.training.learning_rate == 0.001
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data: {train: a}\nmodel: {backbone: resnet50, dropout: 0.2}\ntraining: {solver: adam, epochs: 3}",
+        "data: {train: a, val: /absolute/b}\nmodel: {backbone: my.keras, weights: w.h5}",
+        "data: {train: a}\naugmentation: null\ncalibration: none\nruntime: {cache_dir: c}",
+        "data: {train: a}\naugmentation: {fill_mode: constant, cval: 3, zoom_range: [0.9, 1.1]}",
+        "data: {train: a}\ntraining: {class_weights: {ant: 2, bee: 1}, l2: 0.1}",
+    ],
+)
+def test_a_dumped_config_loads_to_the_same_values(tmp_path, text):
+    import yaml
+
+    loaded = schema.load(write(tmp_path, text))
+    folder = tmp_path / "runs" / "x"
+    folder.mkdir(parents=True)
+    again = schema.load(write(folder, yaml.safe_dump(loaded.dump(folder))))
+    assert again == loaded
+    assert str(tmp_path) not in (folder / "config.yaml").read_text()
+    assert ("/absolute/b" in (folder / "config.yaml").read_text()) == ("/absolute/b" in text)
+
+
+def test_a_folder_is_not_a_config(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder") as caught:
+        schema.load(tmp_path)
+    assert "finetune init" in caught.value.remedy
+
+
+def test_billion_laughs(tmp_path):
+    lines = ["a: &a [x, x]"] + [f"{b}: &{b} [*{a}, *{a}, *{a}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
+    assert "anchors and aliases" in problem(tmp_path, "\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- a\n- b",
+        "data: [",
+        "data: !!python/object:os.system x",
+        "\x00",
+        "[" * 5000,
+        "a: " + "1:" * 100_000,
+        "\n".join(" " * i + "a:" for i in range(600)),
+    ],
+)
+def test_malformed_yaml(tmp_path, text):
+    assert "config.yaml" in problem(tmp_path, text)
+
+
+def test_oversized_yaml(tmp_path):
+    assert "larger than" in problem(tmp_path, "#" * 300_000)
+
+
+def test_senseless_augmentation_is_refused_with_its_line(tmp_path):
+    text = problem(tmp_path, "data: {train: photos}\naugmentation:\n  zoom_range: 1.5\n  brightness_range: [-1, 1]\n")
+    assert "line 3: `augmentation.zoom_range` is 1.5: the smallest factor, -0.5, must be above 0" in text
+    assert "line 4: `augmentation.brightness_range` is [-1.0, 1.0]: factors below 0 have no meaning" in text
+
+
+@pytest.mark.parametrize("value", ["30", "30.0", "[10, 20]", "[0.1, 0.2]"])
+def test_shifts_in_whole_pixels_stay_whole(tmp_path, value):
+    loaded = schema.load(write(tmp_path, f"data: {{train: photos}}\naugmentation: {{width_shift_range: {value}}}"))
+    assert loaded.augmentation is not None
+    assert repr(loaded.augmentation.arguments()["width_shift_range"]) == value
+
+
+def test_a_runs_name_is_not_dumped(tmp_path):
+    loaded = schema.load(write(tmp_path, "data: {train: a}\noutput: {name: mine}"))
+    assert "name" not in loaded.dump(tmp_path)["output"]

@@ -1,0 +1,45 @@
+"""Ends an export at every one of its steps on the file system; `test_export_place.py` looks at what is left.
+
+python export_kills.py START WORK exchange|renames    prints how many steps there were
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from exit_injection import exit_at
+
+from finetune_cli.exports import manifest, place
+from finetune_cli.exports.openvino import OpenVino
+
+RUN = SimpleNamespace(name="r-2", manifest={"files": {"model.keras": "cd"}})
+
+
+def export(folder: Path) -> None:
+    with place.placed(folder / "out", force=True) as new:
+        (new / "model.xml").write_bytes(b"new")
+        manifest.write(new, OpenVino(), RUN)
+
+
+def main(start: Path, work: Path, way: str) -> int:
+    if way == "renames":
+        place._exchange = lambda one, other: False
+    for last in range(1, 1000):
+        folder = work / str(last)
+        shutil.copytree(start, folder)
+        child = os.fork()
+        if child == 0:
+            exit_at(last)
+            export(folder)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if code == 0:
+            return last - 1
+        assert code == 9, f"step {last} ended with {code}"
+    raise AssertionError("the export never ends")
+
+
+if __name__ == "__main__":
+    print(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]))
