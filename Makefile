@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test test-slow lint format readme bad-images clean
+.PHONY: help quickstart test test-slow lint format docs bad-images clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,8 +43,8 @@ format: $(VENV)/.installed-dev  ## let ruff format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-readme: $(VENV)/.installed-dev  ## renew the help texts in README.md
-	$(BIN)/python tools/update_readme.py
+docs: $(VENV)/.installed-dev  ## renew the help texts in docs/commands.md
+	$(BIN)/python tools/update_docs.py
 
 bad-images: $(VENV)/.installed-dev  ## fetch the odd, broken and hostile pictures that the tests use when present
 	$(BIN)/python tools/fetch_bad_images.py

@@ -1,14 +1,14 @@
-"""Renews the help texts in README.md: what stands between `<!-- help NAME -->` and `<!-- end -->`.
+"""Renews the help texts in docs/commands.md: what stands between `<!-- help NAME -->` and `<!-- end -->`.
 
-    python tools/update_readme.py
+    python tools/update_docs.py
 
-`tests/test_docs.py` compares them, so that the README cannot fall behind.
+`tests/test_docs.py` compares them with the program.
 """
 
 import re
 from pathlib import Path
 
-README = Path(__file__).parents[1] / "README.md"
+PAGE = Path(__file__).parents[1] / "docs" / "commands.md"
 BLOCK = re.compile(r"<!-- help (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -31,4 +31,4 @@ def renewed(text: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(renewed(README.read_text("utf-8")), "utf-8")
+    PAGE.write_text(renewed(PAGE.read_text("utf-8")), "utf-8")
