@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune_cli.config import schema
-from finetune_cli.head.keras_fit import KerasSettings, fit_keras
+from finetune_cli.head.keras_fit import KerasSettings, fit_epochs
 from finetune_cli.head.lbfgs import Head, choose_l2, fit_lbfgs, flatten_views
 from finetune_cli.metrics import scores
 from finetune_cli.metrics.folds import group_folds
@@ -70,7 +70,7 @@ def keras(optimizer: str, l2: float | str = 0.0, **settings: float | None) -> Fi
         kept = ~held_out
         x, y = photos.features[kept], photos.labels[kept]
         penalty = chosen(photos, kept, classes) if l2 == "auto" else l2
-        state = fit_keras(
+        states = fit_epochs(
             x,
             y,
             np.ones(len(y)),
@@ -79,6 +79,7 @@ def keras(optimizer: str, l2: float | str = 0.0, **settings: float | None) -> Fi
             classes,
             KerasSettings(optimizer, l2=penalty, seed=seed, **settings),
         )
+        *_, state = states
         return state.best
 
     return fit

@@ -314,7 +314,8 @@ def fit_synthetic(folder: Path, solver: str) -> None:
     config = Config.model_validate({"data": {"train": folder}, "training": {"solver": solver, "l2": 1e-4}})
     classes = tuple("0123456789")
     if solver == "adam":
-        fit.keras(config, parts["train"], parts["val"], classes, None, None, lambda _state, _l2: None, Silent())
+        for _state in fit.keras(config, parts["train"], parts["val"], classes, 1e-4, None, None):
+            pass
     else:
         fit.lbfgs(config, parts["train"], classes, None, Silent())
     print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MB")

@@ -11,8 +11,9 @@ import pytest
 
 import finetune_cli
 from finetune_cli.errors import FinetuneError, RunError
-from finetune_cli.head import keras_fit as heads
-from finetune_cli.head.keras_fit import EpochState, KerasSettings, build, fit_keras, glorot, grow, read
+from finetune_cli.head import keras_fit
+from finetune_cli.head.classifier import build, glorot, grow, read
+from finetune_cli.head.keras_fit import EpochState, KerasSettings, fit_epochs
 from finetune_cli.head.lbfgs import Head, fit_lbfgs
 from finetune_cli.keras_setup import import_keras
 
@@ -28,11 +29,20 @@ def views(seed=0, photos=60, count=3, width=12, classes=3, spread=0.7):
     return x.astype(np.float32), labels
 
 
-def train(settings, data=None, val=None, weights=None, **options):
+def states(settings, data=None, val=None, weights=None, **options):
+    """The states of a training, epoch by epoch."""
     x, y = data or views()
     val_x, val_y = val or views(seed=1, photos=30)
     weights = np.ones(len(y)) if weights is None else weights
-    return fit_keras(x, y, weights, val_x[:, 0], val_y, int(y.max()) + 1, settings, **options)
+    return fit_epochs(x, y, weights, val_x[:, 0], val_y, int(y.max()) + 1, settings, **options)
+
+
+def train(settings, **options):
+    """The last state of a training, or the one that it was to be resumed from."""
+    last = options.get("resume")
+    for state in states(settings, **options):
+        last = state
+    return last
 
 
 def objective(head, x, y, weights, l2, smoothing):
@@ -67,22 +77,10 @@ def through_files(state: EpochState) -> EpochState:
     return EpochState.restore(arrays, json.loads(json.dumps(state.info(), allow_nan=False)))
 
 
-class Killed(Exception):
-    pass
-
-
 def killed_after(epoch, settings, **options) -> EpochState:
     """The state that a run had left when it was killed after `epoch`."""
-    kept = []
-
-    def on_epoch(state):
-        kept.append(state)
-        if state.epoch == epoch:
-            raise Killed
-
-    with pytest.raises(Killed):
-        train(settings, on_epoch=on_epoch, **options)
-    return through_files(kept[-1])
+    state = next(state for state in states(settings, **options) if state.epoch == epoch)
+    return through_files(state)
 
 
 def test_the_loss_is_the_documented_objective():
@@ -121,10 +119,10 @@ def test_every_epoch_visits_each_photo_once_and_all_views_in_turn():
     x = np.stack(np.meshgrid(np.arange(photos), np.arange(count), indexing="ij"), axis=-1).astype(np.float32)
     settings = KerasSettings(batch_size=5)
     weights = np.linspace(1, 3, photos)
-    batches = heads._batches(import_keras(), x, np.arange(photos) % 2, weights, 2, settings, 0)
+    batches = keras_fit._batches(x, np.arange(photos) % 2, weights, 2, settings)
     epochs = []
     for epoch in range(6):
-        chosen = [batches[epoch * 5 + i] for i in range(5)]
+        chosen = list(batches(epoch))
         assert sorted(len(rows) for rows, _, _ in chosen) == [4, 4, 5, 5, 5]
         seen = np.concatenate([rows for rows, _, _ in chosen]).astype(int)
         assert sorted(seen[:, 0]) == list(range(photos))
@@ -134,8 +132,6 @@ def test_every_epoch_visits_each_photo_once_and_all_views_in_turn():
         epochs.append(dict(seen.tolist()))
     assert all(sorted(epoch[photo] for epoch in epochs) == [0, 0, 1, 1, 2, 2] for photo in range(photos))
     assert len({tuple(epoch) for epoch in epochs}) == 6  # the order changes
-    later = heads._batches(import_keras(), x, np.arange(photos) % 2, weights, 2, settings, 4)
-    assert np.array_equal(later[3][0], batches[4 * 5 + 3][0])
 
 
 DROPOUT = KerasSettings(epochs=8, batch_size=16, learning_rate=0.01, dropout=0.3, patience=None, l2=1e-4, seed=3)
@@ -167,15 +163,15 @@ def test_resuming_keeps_the_patience_that_has_begun():
     settings = KerasSettings(epochs=30, batch_size=16, learning_rate=0.02, patience=4, dropout=0.2)
     val_x, val_y = views(seed=1, photos=30)
     val = val_x, (val_y + 1) % 3
-    states = []
-    whole = train(settings, val=val, on_epoch=states.append)
+    seen = list(states(settings, val=val))
+    whole = seen[-1]
     assert whole.epoch == whole.best_epoch + 4 < 30
     assert whole.wait == 4
     losses = [row["val_loss"] for row in whole.history]
     assert whole.best_loss == min(losses) == losses[whole.best_epoch - 1]
-    assert np.array_equal(whole.best.kernel, states[whole.best_epoch - 1].head.kernel)
-    assert [state.is_best for state in states].count(True) >= 1
-    assert states[whole.best_epoch - 1].is_best
+    assert np.array_equal(whole.best.kernel, seen[whole.best_epoch - 1].head.kernel)
+    assert [state.is_best for state in seen].count(True) >= 1
+    assert seen[whole.best_epoch - 1].is_best
     stopped = killed_after(whole.best_epoch + 2, settings, val=val)
     assert stopped.wait == 2
     assert_same(train(settings, val=val, resume=stopped), whole)

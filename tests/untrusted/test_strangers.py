@@ -23,7 +23,7 @@ from finetune_cli.backbones import build
 from finetune_cli.backbones.weights import load_into
 from finetune_cli.config import schema
 from finetune_cli.errors import FinetuneError
-from finetune_cli.head import keras_fit
+from finetune_cli.head import classifier
 from finetune_cli.inference.predictor import RunPredictor
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.runs import checkpoints
@@ -82,7 +82,7 @@ def lambda_layer_in_a_run_to_start_from(stranger: Stranger):
     layer = keras.layers.Lambda(lambda x: (os.mkdir(canary), x)[1], name="logits", output_shape=(3,))  # noqa: PTH102
     keras.Sequential([keras.Input((3,)), layer]).save(stranger.home / "model.keras")
     assert not stranger.canary.exists()
-    return lambda: keras_fit.read(stranger.seal().file("model.keras"))
+    return lambda: classifier.read(stranger.seal().file("model.keras"))
 
 
 @case
@@ -97,13 +97,13 @@ def lambda_layer_in_a_backbone(stranger: Stranger):
 def function_gadget_in_a_run_to_start_from(stranger: Stranger):
     gadget = {"module": "os", "class_name": "function", "config": "system", "registered_name": "system"}
     stranger.describe(lambda layer: layer["config"].update(activation=gadget))
-    return lambda: keras_fit.read(stranger.seal().file("model.keras"))
+    return lambda: classifier.read(stranger.seal().file("model.keras"))
 
 
 @case
 def shape_bomb_in_a_run_to_start_from(stranger: Stranger):
     stranger.describe(lambda layer: layer["config"].update(units=10**14))
-    return lambda: keras_fit.read(stranger.seal().file("model.keras"))
+    return lambda: classifier.read(stranger.seal().file("model.keras"))
 
 
 @case
@@ -229,4 +229,4 @@ def test_it_is_refused(tiny_run, tmp_path, name, record_property):
 def test_what_a_stranger_did_not_change_still_works(tiny_run, tmp_path):
     run = Stranger(tmp_path, tiny_run.run).seal()
     assert RunPredictor(run, 1).classes == run.classes
-    assert keras_fit.read(run.file("model.keras")).kernel.shape[1] == len(run.classes)
+    assert classifier.read(run.file("model.keras")).kernel.shape[1] == len(run.classes)

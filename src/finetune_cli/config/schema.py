@@ -188,7 +188,7 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(
             f"{len(problems)} problem{'s' if len(problems) > 1 else ''} in the configuration\n"
             + "\n".join(f"  {problem}" for problem in problems),
-            "the README lists every key, and `finetune init PHOTOS` writes a config that works",
+            "docs/config.md lists every key, and `finetune init PHOTOS` writes a config that works",
         )
     config._typed_absolute = absolute
     return config

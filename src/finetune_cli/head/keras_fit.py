@@ -1,29 +1,28 @@
-"""The softmax head in Keras: its fit epoch by epoch, its growth to new classes, and the finished model around it.
+"""The fit of the softmax head in Keras, by Adam or SGD, an epoch at a time.
 
-Features (photos, views, D) and labels (photos,) go in, a `Head` comes out; the objective is that of
-`finetune_cli.head.lbfgs`. `build` puts a head on a backbone: raw pixels (N, H, W, 3) in, probabilities (N, C) out.
+Features (photos, views, D) and labels (photos,) go in, a state comes out after each epoch; the objective is that of
+`finetune_cli.head.lbfgs`.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli import signals
-from finetune_cli.errors import FinetuneError, RunError
+from finetune_cli.errors import FinetuneError
+from finetune_cli.head.classifier import glorot
 from finetune_cli.head.lbfgs import Floats, Head, Ints, Rows, one_blas_thread
 from finetune_cli.keras_setup import import_keras
-from finetune_cli.untrusted.keras_archive import load_keras_file
 
 
 @dataclass(frozen=True, slots=True)
 class KerasSettings:
-    """What `fit_keras` is told; `patience` None trains all epochs. The best weights are kept either way."""
+    """How `fit_epochs` trains; `patience` None trains all epochs. The best weights are kept either way."""
 
     optimizer: Literal["adam", "sgd"] = "adam"
     epochs: int = 30
@@ -102,7 +101,7 @@ class EpochState:
         )
 
 
-def fit_keras(
+def fit_epochs(
     features: Rows,
     labels: Ints,
     weights: Floats,
@@ -112,29 +111,31 @@ def fit_keras(
     settings: KerasSettings,
     start: Head | None = None,
     resume: EpochState | None = None,
-    on_epoch: Callable[[EpochState], None] = lambda _state: None,
-) -> EpochState:
-    """Fit a head in Keras, by Adam or SGD, and return the last epoch's state, whose `best` is the head to use.
+) -> Iterator[EpochState]:
+    """Fit a head in Keras, by Adam or SGD, and yield the state after each epoch; the last one's `best` is the result.
 
     features: float32 (photos, views, D), read batch by batch, so it may be a memory map; labels and weights: (photos,);
     val_features: (n, D), n >= 1. An epoch visits each photo once, in an order drawn from (seed, epoch) and in its next
     view. Training stops after `patience` epochs without a lower validation loss (the objective on the validation
-    photos, all of weight 1). `on_epoch` gets every epoch's state; given as `resume`, it leads to bit-identical ends.
-    Raises `FinetuneError` when the loss is no longer finite, `Interrupted` after a batch in which a signal came.
+    photos, all of weight 1). Given as `resume`, any state leads to bit-identical ends; after a last one nothing is
+    yielded. Raises `FinetuneError` when the loss is no longer finite, `Interrupted` after a batch in which a signal
+    came.
     """
     state = resume
-    if state is not None and (state.epoch >= settings.epochs or _has_stopped(state, settings)):
-        return state
+    if state is not None and _is_last(state, settings):
+        return
     keras = import_keras()
-    # On a GPU so small a model is slower, and not the same twice.
-    with signals.deferred(), keras.device("cpu:0"), one_blas_thread():
-        trainer = _Trainer(keras, features.shape[2], n_classes, settings)
-        trainer.set(state, start or glorot(features.shape[2], n_classes, settings.seed))
+    trainer = None
+    while state is None or not _is_last(state, settings):
         began = time.perf_counter()
-
-        def epoch_ended(epoch: int, logs: Mapping[str, float]) -> None:
-            nonlocal state, began
-            row = {"epoch": epoch + 1, "loss": float(logs["loss"]), "accuracy": float(logs["accuracy"])}
+        epoch = state.epoch if state is not None else 0
+        # On a GPU so small a model is slower, and not the same twice. Nothing is held while the caller has the state.
+        with signals.deferred(), keras.device("cpu:0"), one_blas_thread():
+            if trainer is None:
+                trainer = _Trainer(keras, features.shape[2], n_classes, settings)
+                trainer.set(state, start or glorot(features.shape[2], n_classes, settings.seed))
+                batches = _batches(features, np.asarray(labels), np.asarray(weights), n_classes, settings)
+            row = {"epoch": epoch + 1, **trainer.epoch(batches(epoch))}
             with np.errstate(over="ignore", invalid="ignore"):  # of weights that have blown up; told below
                 row |= _validate(trainer.head(), val_features, val_labels, settings)
             row["seconds"] = round(time.perf_counter() - began, 3)
@@ -144,90 +145,11 @@ def fit_keras(
                     f"choose a smaller training.learning_rate than {settings.learning_rate:g}",
                 )
             state = trainer.state(row, state)
-            on_epoch(state)
-            trainer.model.stop_training = _has_stopped(state, settings)
-            began = time.perf_counter()
-
-        first = state.epoch if state is not None else 0
-        batches = _batches(keras, features, np.asarray(labels), np.asarray(weights), n_classes, settings, first)
-        trainer.model.fit(
-            batches,
-            initial_epoch=first,
-            epochs=settings.epochs,
-            steps_per_epoch=_steps(len(features), settings),
-            shuffle=False,
-            verbose=0,
-            callbacks=[
-                keras.callbacks.LambdaCallback(
-                    on_epoch_end=epoch_ended, on_train_batch_end=lambda _batch, **_logs: signals.check()
-                )
-            ],
-        )
-    assert state is not None
-    return state
-
-
-def glorot(width: int, n_classes: int, seed: int) -> Head:
-    """A head to start from: kernel uniform in +-sqrt(6 / (D + C)) (Glorot and Bengio 2010), bias zero."""
-    limit = math.sqrt(6 / (width + n_classes))
-    kernel = np.random.default_rng(seed).uniform(-limit, limit, (width, n_classes))
-    return Head(kernel.astype(np.float32), np.zeros(n_classes, np.float32))
-
-
-def grow(
-    head: Head, old_classes: Sequence[str], new_classes: Sequence[str], seed: int
-) -> tuple[Head, tuple[str, ...], tuple[str, ...]]:
-    """`head` for `new_classes`, which of them were kept, and which are new; the other old columns are left out.
-
-    Kept columns are copied bit for bit. A new one is the mean of the kept ones plus a Glorot draw: adding the same
-    vector to all columns of a softmax head changes no probability, so only relative to the kept columns is there a
-    neutral place, where a new class wins neither everywhere nor nowhere.
-    """
-    kept = tuple(name for name in new_classes if name in old_classes)
-    grown = glorot(len(head.kernel), len(new_classes), seed)
-    kernel, bias = grown.kernel.copy(), grown.bias.copy()
-    columns = [list(old_classes).index(name) for name in kept]
-    if kept:
-        kernel += head.kernel[:, columns].mean(axis=1, keepdims=True)
-        bias += head.bias[columns].mean()
-    places = [list(new_classes).index(name) for name in kept]
-    kernel[:, places], bias[places] = head.kernel[:, columns], head.bias[columns]
-    return Head(kernel, bias), kept, tuple(name for name in new_classes if name not in old_classes)
-
-
-@signals.deferred()
-def build(backbone_model: Any, head: Head, temperature: float, classes: Sequence[str]) -> Any:
-    """A `keras.Model` from raw pixels 0..255 RGB (N, H, W, 3) to probabilities (N, C) of `classes`.
-
-    The backbone is called with ``training=False``; after it come Dense `logits`, Rescaling `temperature` (1/T) and
-    Softmax `probabilities`, in float32: stock layers only, so the file loads without this package.
-    """
-    if head.kernel.shape != (backbone_model.output_shape[-1], len(classes)):
-        raise ValueError(f"a head of shape {head.kernel.shape} does not fit {len(classes)} classes on this backbone")
-    keras = import_keras()
-    pixels = keras.Input(backbone_model.input_shape[1:], name="pixels")
-    dense = keras.layers.Dense(len(classes), name="logits", dtype="float32")
-    values = dense(backbone_model(pixels, training=False))
-    values = keras.layers.Rescaling(1 / temperature, name="temperature", dtype="float32")(values)
-    values = keras.layers.Softmax(name="probabilities", dtype="float32")(values)
-    dense.set_weights([head.kernel, head.bias])
-    model = keras.Model(pixels, values, name="classifier")
-    model.trainable = False
-    return model
-
-
-def read(path: Path) -> Head:
-    """The head inside a `model.keras` that `build` made. Raises `WeightsError` or `RunError` for any other file."""
-    model = load_keras_file(path)
-    try:
-        kernel, bias = model.get_layer("logits").get_weights()
-    except ValueError as exc:
-        raise RunError(f"{path} has no head to start from", "give a run that `finetune train` made") from exc
-    return Head(kernel, bias)
+        yield state
 
 
 class _Trainer:
-    """The Keras side of `fit_keras`: a model on features, its optimizer, and their variables."""
+    """The Keras side of `fit_epochs`: a model on features, its optimizer, and their variables."""
 
     def __init__(self, keras: Any, width: int, n_classes: int, settings: KerasSettings) -> None:
         dropout = [keras.layers.Dropout(settings.dropout, seed=settings.seed)] if settings.dropout else []
@@ -253,6 +175,18 @@ class _Trainer:
                 variable.assign(value)
             for variable, value in zip(self.dropout, state.dropout, strict=True):
                 variable.assign(value)
+
+    def epoch(self, batches: Any) -> dict[str, float]:
+        """Train one epoch; its mean loss and accuracy."""
+        self.model.reset_metrics()
+        # `fit` does the same, but takes 45 ms to set up, more than an epoch of a small set; `train_on_batch` resets the
+        # metrics at every batch.
+        step = self.model.make_train_function() or self.model.train_function
+        logs: dict[str, Any] = {}
+        for batch in batches:
+            logs = step(iter([batch]))
+            signals.check()
+        return {name: float(logs[name]) for name in ("loss", "accuracy")}
 
     def head(self) -> Head:
         """The current weights."""
@@ -281,45 +215,32 @@ def _optimizer(keras: Any, settings: KerasSettings) -> Any:
     return keras.optimizers.SGD(settings.learning_rate, momentum=0.9, nesterov=True)
 
 
-def _has_stopped(state: EpochState, settings: KerasSettings) -> bool:
-    return settings.patience is not None and state.wait >= settings.patience
-
-
-def _steps(photos: int, settings: KerasSettings) -> int:
-    return math.ceil(photos / settings.batch_size)
+def _is_last(state: EpochState, settings: KerasSettings) -> bool:
+    stopped = settings.patience is not None and state.wait >= settings.patience
+    return stopped or state.epoch >= settings.epochs
 
 
 def _batches(
-    keras: Any, features: Rows, labels: Ints, weights: Floats, n_classes: int, settings: KerasSettings, first: int
-) -> Any:
-    """A `PyDataset` of all batches of all epochs from epoch `first`, without end: batch i is always the same one.
+    features: Rows, labels: Ints, weights: Floats, n_classes: int, settings: KerasSettings
+) -> Callable[[int], Iterator[tuple[Rows, Rows, Rows]]]:
+    """Epoch (the first is 0) -> its batches, which depend on the seed and on that number only.
 
-    The batch's number says which epoch it belongs to, so it does not matter how far ahead Keras reads. Batches of an
-    epoch differ by at most one photo in size, and weights have the mean 1: then the mean loss of the batches is the
-    objective.
+    A batch is features (n, D), targets (n, C), weights (n,). Batches of an epoch differ by at most one photo in size,
+    and weights have the mean 1: then the mean loss of the batches is the objective.
     """
     photos, views = features.shape[:2]
-    steps = _steps(photos, settings)
     targets = np.eye(n_classes, dtype=np.float32)[labels]
     scaled = (weights / weights.mean()).astype(np.float32)
     first_views = np.random.default_rng(settings.seed).integers(0, views, size=(photos,))
-    orders: dict[int, list[NDArray[np.int64]]] = {}
 
-    class Batches(keras.utils.PyDataset):  # type: ignore[misc]
-        num_batches = None
+    def batches(epoch: int) -> Iterator[tuple[Rows, Rows, Rows]]:
+        order = np.random.default_rng((settings.seed, epoch)).permutation(photos)
+        # Each photo takes its views in turn, from a random first one, so all are seen equally often.
+        turn = (first_views + epoch) % views
+        for chosen in np.array_split(order, math.ceil(photos / settings.batch_size)):
+            yield np.asarray(features[chosen, turn[chosen]]), targets[chosen], scaled[chosen]
 
-        def __getitem__(self, index: int) -> tuple[Rows, Rows, Rows]:
-            epoch = first + index // steps
-            if epoch not in orders:
-                orders.clear()
-                order = np.random.default_rng((settings.seed, epoch)).permutation(photos)
-                orders[epoch] = np.array_split(order, steps)
-            chosen = orders[epoch][index % steps]
-            # Each photo takes its views in turn, from a random first one, so all are seen equally often.
-            rows = np.asarray(features[chosen, (first_views[chosen] + epoch) % views])
-            return rows, targets[chosen], scaled[chosen]
-
-    return Batches()
+    return batches
 
 
 def _validate(head: Head, features: Rows, labels: Ints, settings: KerasSettings) -> dict[str, float]:

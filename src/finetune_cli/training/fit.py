@@ -1,10 +1,10 @@
 """The head of one run: the config's `training` section and the features in, a fitted `Head` and its history out.
 
-Chooses l2 and weights the rows. Keras reports every epoch, so that the caller can keep a checkpoint;
+Chooses l2 and weights the rows. Keras yields the state of every epoch, so that the caller can save a checkpoint;
 L-BFGS takes a second or two and starts again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,16 +49,14 @@ def keras(
     train: Features,
     val: Features,
     classes: Sequence[str],
+    l2: float,
     start: Head | None,
     resume: EpochState | None,
-    on_epoch: Callable[[EpochState, float], None],
-    observer: Observer,
-) -> Fitted:
-    """The head with the lowest validation loss on the way of a Keras optimizer; `on_epoch` gets every state, and l2."""
+) -> Iterator[EpochState]:
+    """The states of a Keras optimizer, epoch by epoch; the last one's `best` has the lowest validation loss."""
     training = config.training
-    labels = labels_of(train.samples)
-    l2 = chosen_l2(config, train, classes, observer)
     assert training.solver != "lbfgs"
+    labels = labels_of(train.samples)
     settings = keras_fit.KerasSettings(
         optimizer=training.solver,
         epochs=training.epochs,
@@ -70,31 +68,11 @@ def keras(
         l2=l2,
         seed=training.seed,
     )
-    with observer.stage(f"head ({training.solver})", training.epochs, "epochs") as advance:
-
-        def epoch_ended(state: EpochState) -> None:
-            on_epoch(state, l2)
-            row = state.history[-1]
-            observer.note(
-                f"epoch {state.epoch}/{training.epochs}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.1%}, "
-                f"validation loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.1%}"
-                + (" (best)" if state.is_best else "")
-            )
-            advance(1)
-
-        state = keras_fit.fit_keras(
-            train.array,
-            labels,
-            class_weights(labels, training.class_weights, classes),
-            val.array[:, 0],
-            labels_of(val.samples),
-            len(classes),
-            settings,
-            start,
-            resume,
-            epoch_ended,
-        )
-    return Fitted(state.best, l2, state.history)
+    weights = class_weights(labels, training.class_weights, classes)
+    val_rows, val_labels = val.array[:, 0], labels_of(val.samples)
+    return keras_fit.fit_epochs(
+        train.array, labels, weights, val_rows, val_labels, len(classes), settings, start, resume
+    )
 
 
 def chosen_l2(config: Config, train: Features, classes: Sequence[str], observer: Observer) -> float:

@@ -20,7 +20,7 @@ from finetune_cli import files
 from finetune_cli.config.schema import Config
 from finetune_cli.drawing import figures
 from finetune_cli.errors import Interrupted, RunError
-from finetune_cli.head import keras_fit
+from finetune_cli.head import classifier
 from finetune_cli.head.keras_fit import EpochState
 from finetune_cli.head.lbfgs import Head
 from finetune_cli.metrics.folds import group_numbers
@@ -30,7 +30,7 @@ from finetune_cli.runs import checkpoints, run
 from finetune_cli.runs.run import Run
 from finetune_cli.tables import write_csv
 from finetune_cli.training import extract, fit, outputs
-from finetune_cli.training import resume as beginning
+from finetune_cli.training import resume as resume_record
 from finetune_cli.training.extract import Features
 from finetune_cli.training.fit import Fitted, labels_of
 from finetune_cli.training.prepare import Prepared, image_settings, prepare, timed
@@ -46,7 +46,7 @@ def train(config: Config, observer: Observer, stem: str = "run") -> Run:
     start = _start(prepared, observer)
     folder = run.create(config.output.directory, config.output.name, stem)
     with files.lock(folder), _resumable(folder):
-        beginning.begin(folder, prepared)
+        resume_record.begin(folder, prepared)
         return _fit_and_finish(folder, prepared, start, observer)
 
 
@@ -57,10 +57,10 @@ def resume(folder: Path, config: Config, observer: Observer) -> Run:
     """
     files.check_writable(folder)
     with files.lock(folder), _resumable(folder):
-        beginning.check(folder)
+        resume_record.check(folder)
         files.remove_leftovers(folder)
         prepared = prepare(config, observer)
-        beginning.go_on(folder, prepared, observer)
+        resume_record.go_on(folder, prepared, observer)
         return _fit_and_finish(folder, prepared, _start(prepared, observer), observer)
 
 
@@ -109,28 +109,46 @@ def _cross_fitted(fitted: Head, val: Features) -> CalibrationScores:
 
 
 def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observer) -> Fitted:
-    """Fit the head; in Keras, from the last checkpoint if there is one."""
+    """Fit the head; in Keras, from the last checkpoint if there is one, with a new one after every epoch."""
     config, parts, classes = prepared.config, prepared.parts, prepared.data.classes
-    if config.training.solver == "lbfgs":
+    training = config.training
+    if training.solver == "lbfgs":
         return fit.lbfgs(config, parts["train"], classes, start, observer)
-    begun = beginning.identity(folder)
+    begun = resume_record.identity(folder)
+    resumed = state = _last_epoch(folder, classes, begun, observer)
+    l2 = fit.chosen_l2(config, parts["train"], classes, observer)
+    with observer.stage(f"head ({training.solver})", training.epochs, "epochs") as advance:
+        for state in fit.keras(config, parts["train"], parts["val"], classes, l2, start, resumed):
+            facts = {**state.info(), "classes": list(classes), "l2": l2, "begun": begun}
+            checkpoints.save(folder / "checkpoints", state.epoch, state.arrays(), facts, state.is_best)
+            observer.note(_epoch_line(state, training.epochs))
+            advance(1)
+    assert state is not None
+    return Fitted(state.best, l2, state.history)
+
+
+def _last_epoch(folder: Path, classes: tuple[str, ...], begun: str, observer: Observer) -> EpochState | None:
+    """The state in the last whole checkpoint. Raises `RunError` when it is that of another training."""
     last = checkpoints.load_latest(folder / "checkpoints")
-    resumed = None
-    if last is not None:
-        for warning in last.warnings:
-            observer.warn(warning)
-        if tuple(last.state["classes"]) != classes:
-            raise RunError(f"{last.path} has other classes: {', '.join(last.state['classes'])}", "train a new run")
-        if last.state["begun"] != begun:
-            raise RunError(f"{last.path} belongs to another training", f"remove {last.path}")
-        resumed = EpochState.restore(last.arrays, last.state)
-        observer.note(f"going on after epoch {last.epoch}")
+    if last is None:
+        return None
+    for warning in last.warnings:
+        observer.warn(warning)
+    if tuple(last.state["classes"]) != classes:
+        raise RunError(f"{last.path} has other classes: {', '.join(last.state['classes'])}", "train a new run")
+    if last.state["begun"] != begun:
+        raise RunError(f"{last.path} belongs to another training", f"remove {last.path}")
+    observer.note(f"going on after epoch {last.epoch}")
+    return EpochState.restore(last.arrays, last.state)
 
-    def keep(state: EpochState, l2: float) -> None:
-        facts = {**state.info(), "classes": list(classes), "l2": l2, "begun": begun}
-        checkpoints.save(folder / "checkpoints", state.epoch, state.arrays(), facts, state.is_best)
 
-    return fit.keras(config, parts["train"], parts["val"], classes, start, resumed, keep, observer)
+def _epoch_line(state: EpochState, epochs: int) -> str:
+    row = state.history[-1]
+    return (
+        f"epoch {state.epoch}/{epochs}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.1%}, "
+        f"validation loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.1%}"
+        + (" (best)" if state.is_best else "")
+    )
 
 
 def _write_history(folder: Path, fitted: Fitted) -> list[str]:
@@ -147,8 +165,8 @@ def _start(prepared: Prepared, observer: Observer) -> Head | None:
     if source is None:
         return None
     old = Run.load(source)
-    old_head = keras_fit.read(old.file("model.keras"))
-    grown, kept, new = keras_fit.grow(old_head, old.classes, prepared.data.classes, prepared.config.training.seed)
+    old_head = classifier.read(old.file("model.keras"))
+    grown, kept, new = classifier.grow(old_head, old.classes, prepared.data.classes, prepared.config.training.seed)
     dropped = [name for name in old.classes if name not in prepared.data.classes]
     tell = observer.note if kept else observer.warn
     tell(
@@ -163,7 +181,7 @@ def _start(prepared: Prepared, observer: Observer) -> Head | None:
 def _save_models(
     folder: Path, prepared: Prepared, fitted: Head, temperature: float, measured: NDArray[np.float32]
 ) -> dict[str, float]:
-    model = keras_fit.build(prepared.backbone.model, fitted, temperature, prepared.data.classes)
+    model = classifier.build(prepared.backbone.model, fitted, temperature, prepared.data.classes)
     val = prepared.parts["val"].samples
     chosen = np.linspace(0, len(val) - 1, min(len(val), outputs.PARITY_PHOTOS)).astype(int)
     settings = image_settings(prepared.config)

@@ -21,7 +21,7 @@ _TEMPLATE = """\
 {found}
 # Train with:                    finetune train {target}
 # See the augmented views with:  finetune preview {target}
-# Paths in this file are relative to this file. Keys that are left out have their defaults; the README lists them all.
+# Paths in this file are relative to this file. Keys that are left out have their defaults; docs/config.md lists them.
 
 data:
 {data}
