@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageFile, ImageOps
 
 from finetune_cli.errors import BadImage
-from finetune_cli.photos.decode import EXTENSIONS, Header, ImageSettings, _PixelBudget, decode, read_header
+from finetune_cli.photos.decode import EXTENSIONS, Header, ImageSettings, _PixelBudget, decode, from_image, read_header
 
 LIMIT = 10**8
 WHITE = [255, 255, 255]
@@ -534,3 +534,67 @@ def test_pixels_may_be_written_to():
 def test_importing_the_decoder_imports_no_pillow():
     code = "import sys, finetune_cli.photos.decode; sys.exit('PIL' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# Pillow images that a program has opened itself
+
+
+@pytest.mark.parametrize("resize", ["crop", "squash", "pad"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        encode(smooth(), "PNG"),
+        encode(smooth(60, 40), "JPEG"),  # too small to be decoded at a fraction
+        encode(smooth().convert("L"), "PNG"),
+        encode(smooth().convert("1"), "PNG"),
+        encode(smooth().convert("CMYK"), "TIFF"),
+        encode(smooth().convert("P"), "GIF"),
+        encode(smooth().convert("P"), "PNG", transparency=3),
+        encode(Image.merge("RGBA", (*smooth().split(), smooth().convert("L"))), "PNG"),
+        encode(Image.fromarray(np.arange(0, 60000, 50, np.uint16).reshape(30, 40)), "PNG"),
+        png(
+            40, 30, 16, 2, [struct.pack(">HHH", 40000, 300, 9) * 40] * 30, (b"tRNS", struct.pack(">HHH", 40000, 300, 9))
+        ),
+    ],
+    ids=["png", "jpeg", "gray", "bits", "cmyk", "gif", "palette", "rgba", "gray 16", "transparent 16"],
+)
+def test_an_opened_image_becomes_what_its_file_does(data, resize):
+    with Image.open(io.BytesIO(data)) as image:
+        np.testing.assert_array_equal(from_image(image, ImageSettings(32, resize)), decoded(data, resize=resize))
+
+
+def test_an_opened_image_is_left_as_it_is():
+    colour = struct.pack(">HHH", 40000, 300, 9)
+    data = png(40, 30, 16, 2, [colour * 40] * 30, (b"tRNS", colour))
+    with Image.open(io.BytesIO(data)) as image:
+        info = dict(image.info)
+        from_image(image, ImageSettings(32))
+        assert (image.size, image.mode, image.info) == ((40, 30), "RGB", info)
+
+
+def test_a_large_opened_jpeg_stays_close_to_its_file():
+    data = encode(smooth(1200, 800), "JPEG", quality=95)
+    with Image.open(io.BytesIO(data)) as image:
+        assert 0 < difference(from_image(image, ImageSettings(32)), decoded(data)) < 0.5
+
+
+def test_the_current_frame_of_an_opened_animation_counts():
+    data = encode(flat("RGB", "red"), "GIF", save_all=True, append_images=[flat("RGB", "blue")])
+    with Image.open(io.BytesIO(data)) as image:
+        image.seek(1)
+        assert from_image(image, ImageSettings(32))[0, 0].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (Image.new("F", (40, 30)), "floating-point"),
+        (Image.new("RGB", (0, 30)), "0 x 30"),
+        (Image.new("RGB", (101, 100)), "101 x 100 pixels, more than image.max_pixels = 10000"),
+    ],
+)
+def test_opened_images_that_are_refused(image, words):
+    with pytest.raises(BadImage) as caught:
+        from_image(image, ImageSettings(32, max_pixels=10_000))
+    assert words in caught.value.reason
+    assert "\n" not in caught.value.reason

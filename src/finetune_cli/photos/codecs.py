@@ -86,7 +86,7 @@ def opened(source: Path | bytes, max_pixels: int) -> Iterator["ImageFile"]:
             yield image
     # Pillow raises a dozen unrelated types for files that it cannot read, and promises none of them.
     except Exception as exc:
-        raise BadImage("image" if isinstance(source, bytes) else source, _reason(exc, kind)) from exc
+        raise BadImage("image" if isinstance(source, bytes) else source, reason(exc, kind)) from exc
 
 
 def too_large(width: int, height: int, max_pixels: int, kind: str = "") -> str:
@@ -184,7 +184,7 @@ def _limit_scans(image: "ImageFile", stream: BinaryIO) -> None:
     stream.seek(position)
 
 
-def _reason(exc: Exception, kind: str | None) -> str:
+def reason(exc: Exception, kind: str | None) -> str:
     """One line for what went wrong, with what to do about it where that is known."""
     if isinstance(exc, Refused):
         return str(exc)

@@ -1,4 +1,4 @@
-"""An image file in, ``uint8 (size, size, 3)`` RGB pixels out: the only decoder of the package.
+"""An image in, ``uint8 (size, size, 3)`` RGB pixels out: the only decoder of the package.
 
     bytes -> format by content -> size from the header -> (reduced) decode -> 8 bits -> resize -> upright -> RGB
 
@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli.photos.codecs import Refused, opened
+from finetune_cli.errors import BadImage
+from finetune_cli.photos.codecs import Refused, opened, reason, too_large
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -109,6 +110,27 @@ def decode(source: Path | bytes, settings: ImageSettings) -> NDArray[np.uint8]:
         return np.array(_padded(picture, settings.size))
 
 
+def from_image(image: "Image", settings: ImageSettings) -> NDArray[np.uint8]:
+    """A Pillow image as ``uint8 (size, size, 3)`` RGB: what `decode` makes of a file with the same pixels.
+
+    `image` itself is not changed, but for being loaded. Of an animation, its current frame counts. Exif data that it
+    carries turn it upright. `decode` reads large JPEG files at a fraction of their size, so these differ by 0.2 grey
+    levels on average. Raises `BadImage`.
+    """
+    try:
+        if not (image.width and image.height):
+            raise Refused(f"{image.width} x {image.height} pixels")
+        if image.width * image.height > settings.max_pixels:
+            raise Refused(too_large(*image.size, settings.max_pixels))
+        with _BUDGET.spend(image.width * image.height):
+            image.load()
+            picture = _resized(_eight_bits(image), image.size, settings)
+        return np.array(_padded(_on_white(_upright(picture, image)), settings.size))
+    # As in `opened`: an image that was opened and not loaded can raise anything.
+    except Exception as exc:
+        raise BadImage("image", reason(exc, image.format)) from exc
+
+
 def decode_whole(source: Path | bytes, max_pixels: int) -> NDArray[np.uint8]:
     """The photo at its own size, ``uint8 (h, w, 3)`` RGB: upright, first frame, 8 bits, on white. Raises `BadImage`."""
     with opened(source, max_pixels) as image, _BUDGET.spend(image.width * image.height):
@@ -178,6 +200,7 @@ def _eight_bits(image: "Image") -> "Image":
 def _transparent_to_alpha(image: "Image") -> "Image":
     colour = image.info.get("transparency")
     if isinstance(colour, tuple) and max(colour) > 255:  # of a PNG with 16 bits, of which Pillow kept the upper 8
+        image = image.copy()  # `from_image` must leave its argument as it is
         image.info["transparency"] = tuple(value >> 8 for value in colour)
     return image.convert("RGBA")
 
@@ -207,7 +230,7 @@ def _resized(picture: "Image", extent: tuple[float, float], settings: ImageSetti
     return picture.resize(target, method, box, reducing_gap=3.0)
 
 
-def _upright(picture: "Image", image: "ImageFile") -> "Image":
+def _upright(picture: "Image", image: "Image") -> "Image":
     """`picture`, turned as the Exif data of `image` say."""
     from PIL.Image import Transpose
 
