@@ -1,5 +1,8 @@
 """The ordered parallel map: order, bounded memory, errors, clean-up."""
 
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -47,7 +50,22 @@ def test_no_thread_is_left_behind():
     assert threading.active_count() == before
 
 
-def test_cores_is_what_this_process_may_use():
-    import os
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot bind a process to cores")
+def test_a_process_that_is_bound_to_one_core_has_one():
+    """As in a container or under taskset, where counting the machine's cores would start too many threads."""
+    code = """
+import os
+from finetune_cli.parallel import cores
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+print(cores())
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert answer.stdout == "1\n"
 
-    assert cores() == len(os.sched_getaffinity(0))
+
+def test_where_a_process_cannot_be_bound_all_cores_count(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    assert cores() == 7
+    monkeypatch.setattr(os, "cpu_count", lambda: None)  # unknown
+    assert cores() == 1
