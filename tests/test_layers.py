@@ -13,7 +13,7 @@ FLOORS = [
     *("metrics", "config", "untrusted", "cache", "photos", "practice"),
     *("runs", "backbones", "inference", "head", "drawing"),
     *("training", "evaluation", "report", "inspection", "exports"),
-    *("cli", "__main__"),
+    *("cli", "api", "__main__"),
 ]
 
 

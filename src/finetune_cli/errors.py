@@ -19,6 +19,7 @@ where they enter the package, with ``raise ... from exc``.
 """
 
 from pathlib import Path
+from typing import Any
 
 
 class FinetuneError(Exception):
@@ -34,6 +35,16 @@ class FinetuneError(Exception):
     def __str__(self) -> str:
         """Problem and remedy, a line each."""
         return f"{self.problem}\n{self.remedy}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """How it is pickled: `Exception` would call the class with `args`, which are not what a constructor takes."""
+        return _restored, (type(self), self.args, vars(self))
+
+
+def _restored(kind: type[FinetuneError], args: tuple[Any, ...], state: dict[str, Any]) -> FinetuneError:
+    error = kind.__new__(kind, *args)
+    vars(error).update(state)
+    return error
 
 
 class UsageError(FinetuneError):

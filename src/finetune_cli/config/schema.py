@@ -1,13 +1,13 @@
 """The configuration: every key, its default and its limits, in one place.
 
-A YAML file and ``key=value`` overrides go in, a frozen `Config` comes out, or one `ConfigError` that lists every
-problem with its line. Paths in a file are relative to that file, on the command line to the current folder; in a
-`Config` they are absolute. `Config.dump` writes them back for another folder.
+A YAML file and overrides (``key=value`` text or Python values) go in, a frozen `Config` comes out, or one `ConfigError`
+that lists every problem with its line. Paths in a file are relative to that file, in overrides to the current folder;
+in a `Config` they are absolute. `Config.dump` writes them back for another folder.
 """
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -153,10 +153,12 @@ class Config(Section):
         return values
 
 
-def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a YAML file with ``section.key=value`` overrides on top.
+def load(path: Path | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+    """The configuration of a YAML file with overrides on top.
 
-    Raises `ConfigError` that lists all problems at once, each with file and line.
+    overrides: ``section.key=value`` text as on the command line, or plain values by section, such as
+    ``{"training": {"seed": 1}, "calibration": "none"}``. Raises `ConfigError` that lists all problems at once, each
+    with file and line.
     """
     document = yaml_file.read(path) if path is not None else yaml_file.Document()
     values: dict[str, Any] = document.values
@@ -164,16 +166,19 @@ def load(path: Path | None, overrides: Sequence[str] = ()) -> Config:
     problems = [
         f"{path}, line {line}: `{'.'.join(map(str, keys))}` is given twice" for keys, line in document.duplicates
     ]
-    overridden = _apply_overrides(values, overrides, problems)
+    if isinstance(overrides, Mapping):
+        origin, overridden = "arguments", merge(values, overrides)
+    else:
+        origin, overridden = "command line", _apply_overrides(values, overrides, problems)
     absolute = _resolve_paths(values, path.parent if path is not None else Path(), overridden)
 
     def place(keys: yaml_file.Keys) -> str:
         if overridden & {str(keys[0]), ".".join(map(str, keys[:2]))}:
-            return "command line"
+            return origin
         for end in range(len(keys), 0, -1):
             if keys[:end] in document.lines:
                 return f"{path}, line {document.lines[keys[:end]]}"
-        return str(path) if path is not None else "command line"
+        return str(path) if path is not None else origin
 
     config = None
     try:
@@ -215,6 +220,20 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str], problems:
                 section = {}
             values[keys[0]] = {**section, keys[1]: value}
         names.add(name)
+    return frozenset(names)
+
+
+def merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> frozenset[str]:
+    """Put `overrides`, by section, into `values`, key by key; return the dotted names of what was given."""
+    names: set[str] = set()
+    for section, given in overrides.items():
+        if isinstance(given, Mapping):
+            before = values.get(section)
+            values[section] = {**(before if isinstance(before, dict) else {}), **given}
+            names |= {f"{section}.{key}" for key in given}
+        else:
+            values[section] = given
+            names.add(section)
     return frozenset(names)
 
 

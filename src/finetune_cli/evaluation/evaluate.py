@@ -13,7 +13,7 @@ from typing import Any
 from finetune_cli import files
 from finetune_cli.cache.digests import DigestMemory
 from finetune_cli.errors import GateError, StorageError, UsageError
-from finetune_cli.evaluation import judge
+from finetune_cli.evaluation import judge as judged
 from finetune_cli.evaluation.judge import Calibration, Compared, Judged, Photos
 from finetune_cli.parallel import cores
 from finetune_cli.photos import dataset
@@ -41,35 +41,46 @@ def evaluate(
     name: str | None = None,
     other: Run | None = None,
 ) -> Result:
-    """Judge `run` by the labelled photos in `data`, else by its own test or validation photos (moved to `root`).
+    """`judge`, and write what was found.
 
     Writes metrics.json, per_class.csv and predictions.csv to `evaluations/<name>` of the run, and flipped.csv when the
-    run is compared with an `other`. Photos that cannot be used are left out and listed in the result. Raises
-    `UsageError` for a name that is taken, `DataError` when there is nothing to judge.
+    run is compared with an `other`. Raises `UsageError` for a name that is taken, and what `judge` raises.
+    """
+    _check_target(run, name)
+    found = judge(run, observer, data, root, other)
+    return Result(found, _write(found, name, found.photos.part if data is None else data.stem))
+
+
+def judge(
+    run: Run, observer: Observer, data: Path | None = None, root: Path | None = None, other: Run | None = None
+) -> Judged:
+    """Judge `run` by the labelled photos in `data`, else by its own test or validation photos (moved to `root`).
+
+    Writes nothing. Photos that cannot be used are left out and listed in the result. Raises `DataError` when there is
+    nothing to judge.
     """
     workers = cores()
-    _check_target(run, name)
     photos = _photos(run, data, root, workers, observer)
     if other is not None:
-        judge.check_comparable(run, other, photos.samples)
+        judged.check_comparable(run, other, photos.samples)
     observer.note(f"evaluating on {len(photos.samples)} {photos.source}")
     for note in photos.notes:
         observer.note(note)
     with observer.stage("evaluating", len(photos.samples)) as advance:
-        found = judge.judge(run, photos, workers, advance)
+        found = judged.judge(run, photos, workers, advance)
     if other is not None:
         with observer.stage(f"evaluating {other.name}", len(found.answers.samples)) as advance:
-            found = judge.compare(found, other, workers, advance)
+            found = judged.compare(found, other, workers, advance)
     seen = [(run, found.seen)]
     if other is not None:
-        seen.append((other, judge.seen_in_training(other, found.answers.samples)))
+        seen.append((other, judged.seen_in_training(other, found.answers.samples)))
     for one, count in seen:
         if count:
             observer.warn(f"{one.name} was trained on {count} of these photos: its result is too good")
     if found.calibration is not None and found.calibration.left_out:
         left_out = found.calibration.left_out
         observer.note(f"calibration leaves out {left_out} of these photos, on which the temperature was fitted")
-    return Result(found, _write(found, name, photos.part if data is None else data.stem))
+    return found
 
 
 def gate(result: Result, least: float) -> None:
@@ -87,10 +98,10 @@ def _photos(run: Run, data: Path | None, root: Path | None, workers: int, observ
             "DATA and --data exclude each other", "DATA: other labelled photos; --data: where the run's own photos are"
         )
     if data is None and root is None:
-        return judge.photos_of_run(run, None, workers, lambda _n: None)
+        return judged.photos_of_run(run, None, workers, lambda _n: None)
     if data is None:
         with observer.stage("looking for the photos", None, "files") as advance:
-            return judge.photos_of_run(run, root, workers, advance)
+            return judged.photos_of_run(run, root, workers, advance)
     with observer.stage("preflight", None) as advance, DigestMemory(None) as memory:
         progress = prepare.advance_to(advance)
         labelled = dataset.load_labelled(data, run.classes, run.image_settings.max_pixels, memory, progress)

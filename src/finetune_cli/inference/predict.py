@@ -1,6 +1,5 @@
 """`predict`: photos in, one `Prediction` a photo out, streaming; neither TensorFlow nor Keras is imported."""
 
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli.errors import BadImage
-from finetune_cli.inference.predictor import PHOTOS_A_CALL, Predictor, RunPredictor
-from finetune_cli.parallel import cores, ordered_map
-from finetune_cli.photos import decode
+from finetune_cli.inference.predictor import Predictor, RunPredictor, answers, best, chunks
+from finetune_cli.parallel import cores
+from finetune_cli.photos import decode as images
 
 __all__ = ["UNSURE", "Prediction", "Predictor", "RunPredictor", "predict"]
 
@@ -47,38 +46,21 @@ def predict(
     predictor: Predictor, paths: Iterable[Path], top_k: int, workers: int | None = None, min_confidence: float = 0.0
 ) -> Iterator[Prediction]:
     """One `Prediction` a path, in order; memory does not grow with the number of paths."""
-    workers = workers or cores()
     top_k = min(top_k, len(predictor.classes))
 
-    def work(chunk: tuple[Path, ...]) -> list[Prediction]:
-        answers: dict[int, Prediction] = {}
-        photos: list[NDArray[np.uint8]] = []
-        decoded: list[int] = []
-        for i, path in enumerate(chunk):
-            try:
-                photos.append(decode.decode(path, predictor.settings))
-                decoded.append(i)
-            except BadImage as exc:
-                answers[i] = Prediction(str(path), None, None, (), exc.reason)
-        if photos:
-            for i, row in zip(decoded, predictor.probabilities(np.stack(photos)), strict=True):
-                answers[i] = _answer(str(chunk[i]), row, predictor.classes, top_k, min_confidence)
-        return [answers[i] for i in range(len(chunk))]
+    def decode(path: Path) -> NDArray[np.uint8]:
+        return images.decode(path, predictor.settings)
 
-    for predictions in ordered_map(work, _chunks(paths), workers):
-        yield from predictions
+    for path, answer in answers(predictor, chunks(paths), decode, workers or cores()):
+        if isinstance(answer, BadImage):
+            yield Prediction(str(path), None, None, (), answer.reason)
+        else:
+            yield _prediction(str(path), answer, predictor.classes, top_k, min_confidence)
 
 
-def _answer(
+def _prediction(
     path: str, probabilities: NDArray[np.float32], classes: Sequence[str], top_k: int, min_confidence: float
 ) -> Prediction:
-    order = np.argsort(-probabilities, kind="stable")[:top_k]
-    top = tuple((classes[i], float(probabilities[i])) for i in order)
+    top = best(probabilities, classes, top_k)
     label, probability = top[0]
     return Prediction(path, label if probability >= min_confidence else UNSURE, probability, top, None)
-
-
-def _chunks(paths: Iterable[Path]) -> Iterator[tuple[Path, ...]]:
-    iterator = iter(paths)
-    while chunk := tuple(itertools.islice(iterator, PHOTOS_A_CALL)):
-        yield chunk

@@ -1,15 +1,17 @@
 """A finished run as something that answers for photos; neither TensorFlow nor Keras is imported."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli.errors import RunError
+from finetune_cli.errors import BadImage, RunError
 from finetune_cli.inference import linear_end
 from finetune_cli.inference.runtimes import OpenVinoRuntime, read_ir
+from finetune_cli.parallel import ordered_map
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.runs.run import Run
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     import openvino
 
 PHOTOS_A_CALL = 4
+Photo = TypeVar("Photo")
 
 
 class Predictor(Protocol):
@@ -51,6 +54,49 @@ class RunPredictor:
     def probabilities(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         """``uint8 (n, H, W, 3)`` RGB -> ``float32 (n, C)``."""
         return self._runtime.infer(photos)
+
+
+def answers(
+    predictor: Predictor,
+    groups: Iterable[tuple[Photo, ...]],
+    decode: Callable[[Photo], NDArray[np.uint8]],
+    workers: int,
+) -> Iterator[tuple[Photo, NDArray[np.float32] | BadImage]]:
+    """Each photo with its probabilities ``float32 (C,)``, or with the reason why it has none; in order.
+
+    groups: the photos in the portions that a thread takes, see `chunks`. decode: photo -> ``uint8 (size, size, 3)``, or
+    it raises `BadImage`. Memory does not grow with the number of photos.
+    """
+
+    def work(chunk: tuple[Photo, ...]) -> list[tuple[Photo, NDArray[np.float32] | BadImage]]:
+        found: list[NDArray[np.uint8] | BadImage] = []
+        for photo in chunk:
+            try:
+                found.append(decode(photo))
+            except BadImage as exc:
+                found.append(exc)
+        pixels = [item for item in found if not isinstance(item, BadImage)]
+        rows = iter(predictor.probabilities(np.stack(pixels)) if pixels else ())
+        return [
+            (photo, item if isinstance(item, BadImage) else next(rows))
+            for photo, item in zip(chunk, found, strict=True)
+        ]
+
+    for answered in ordered_map(work, groups, workers):
+        yield from answered
+
+
+def best(probabilities: NDArray[np.float32], classes: Sequence[str], top_k: int) -> tuple[tuple[str, float], ...]:
+    """The `top_k` most probable classes of one photo with their probabilities, best first; of equals, the first."""
+    order = np.argsort(-probabilities, kind="stable")[:top_k]
+    return tuple((classes[i], float(probabilities[i])) for i in order)
+
+
+def chunks(photos: Iterable[Photo]) -> Iterator[tuple[Photo, ...]]:
+    """`photos` in the portions that are the fastest on a CPU."""
+    iterator = iter(photos)
+    while chunk := tuple(itertools.islice(iterator, PHOTOS_A_CALL)):
+        yield chunk
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ blocks and may be called from several threads at once; that is how decoding and 
 """
 
 import functools
+import os
 import sys
 import threading
 import warnings
@@ -56,15 +57,31 @@ def import_openvino() -> Any:
     return openvino
 
 
-@functools.cache
 def _core() -> Any:
-    """OpenVINO's core, one for the life of the process.
+    """OpenVINO's core. Raises `UsageError` in a process that was forked off one that has it."""
+    core, process = _first_core()
+    _check_process(process)
+    return core
+
+
+def _check_process(process: int) -> None:
+    # OpenVINO would wait for ever for its threads, which a fork does not copy.
+    if process != os.getpid():
+        raise UsageError(
+            "OpenVINO was in use before this process was forked, and cannot run in it",
+            "load the run in each process and in none before the fork, or start processes by `spawn` instead of `fork`",
+        )
+
+
+@functools.cache
+def _first_core() -> tuple[Any, int]:
+    """OpenVINO's core, one for the life of the process, and that process.
 
     Its CPU plugin gives the thread that loads it a signal stack, and takes that away with itself without looking
     whether it is still in use. When two such plugins end in the order in which they began, the thread is left with a
     signal stack that is no longer mapped, and the next signal kills the process.
     """
-    return import_openvino().Core()
+    return import_openvino().Core(), os.getpid()
 
 
 class OpenVinoRuntime:
@@ -105,6 +122,7 @@ class OpenVinoRuntime:
         # two threads that come there together wait for each other for ever. So it is done before there are threads.
         ov.Tensor(np.zeros(1, ov.Type.u8.to_dtype()), shared_memory=True)
         self._local = threading.local()
+        self._process = os.getpid()
 
     def infer(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         """``uint8 (n, H, W, 3)`` -> ``float32 (n, K)``."""
@@ -112,6 +130,7 @@ class OpenVinoRuntime:
 
     def infer_all(self, photos: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
         """``uint8 (n, H, W, 3)`` -> every output of the model, for models that have more than one."""
+        _check_process(self._process)
         request = getattr(self._local, "request", None)
         if request is None:
             request = self._local.request = self._compiled.create_infer_request()

@@ -1,0 +1,318 @@
+"""The Python API: `train` a run, `load` it, and let it answer. docs/python.md is its guide.
+
+`finetune_cli` itself offers these names and imports this module when one of them is first used. Everything here is a
+thin front of what the command line calls, too. TensorFlow is imported by `train` and by some exports alone.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Union, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_cli.config.schema import Config, merge
+from finetune_cli.config.schema import load as load_config
+from finetune_cli.errors import BadImage, BadPhotos, UsageError
+from finetune_cli.inference.predictor import RunPredictor, answers, best, chunks
+from finetune_cli.metrics.scores import Evaluation
+from finetune_cli.parallel import cores
+from finetune_cli.photos import decode as images
+from finetune_cli.progress import Observer, Silent
+from finetune_cli.runs.run import Run, stem
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Classifier", "Evaluation", "Observer", "Prediction", "Run", "load", "train"]
+
+# A path, the bytes of an image file, a Pillow image, or pixels: uint8 (height, width, 3), RGB.
+Photo: TypeAlias = Union[str, os.PathLike[str], bytes, "Image", NDArray[np.uint8]]
+_P = TypeVar("_P", bound=Photo)
+
+_log = logging.getLogger("finetune_cli")
+
+
+class _LogObserver(Silent):
+    """The default `Observer`: progress is not shown; notes and warnings go to the logger `finetune_cli`."""
+
+    def note(self, text: str) -> None:
+        """Log at level INFO, which Python does not show by default."""
+        _log.info(text)
+
+    def warn(self, text: str) -> None:
+        """Log at level WARNING, which Python shows on stderr by default."""
+        _log.warning(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The answer for one photo.
+
+    label: the most probable class. probability: its probability, from 0 to 1. top: the most probable classes as
+    (name, probability), best first. probabilities: ``float32 (C,)`` of all classes, in the order of
+    `Classifier.classes`; read-only, and not looked at when predictions are compared.
+    """
+
+    label: str
+    probability: float
+    top: tuple[tuple[str, float], ...]
+    probabilities: NDArray[np.float32] = field(repr=False, compare=False)
+
+
+def train(
+    config: str | os.PathLike[str] | Mapping[str, Any] | Config | None = None,
+    /,
+    *,
+    observer: Observer | None = None,
+    **sections: Any,
+) -> Run:
+    """Train a classifier and return the finished run.
+
+    config: a YAML file; or the same as a dict of sections, for programs that have no file; or a loaded `Config`. Left
+    out, `sections` are the whole configuration. Relative paths in a file are relative to the file, others to the
+    current folder.
+
+    sections: changes for this run, by section as in the YAML file: ``training={"seed": 1}, calibration="none"``. They
+    are merged key by key. (The command line's ``training.seed=1`` cannot be a Python keyword.) NumPy numbers and paths
+    are welcome as values.
+
+    observer: is told progress, notes and warnings. By default nothing is shown but warnings, through the logger
+    ``finetune_cli``; ``observer=finetune_cli.Console()`` shows what the command line shows.
+
+    Raises `ConfigError` for a wrong key or value, `DataError` for unusable photos, `WeightsError`, `StorageError`,
+    `GateError` when the saved model does not give the measured answers, or another `FinetuneError`. Computed features
+    stay in the cache whatever happens. An interrupted run is finished with ``finetune train --resume runs/NAME``.
+    """
+    path: Path | None = None
+    values: dict[str, Any] = {}
+    if isinstance(config, str | os.PathLike):
+        path = Path(config)
+    else:
+        merge(values, _plain(_sections(config)))
+    merge(values, _plain(sections))
+    for name in values:
+        if "." in str(name):
+            section, key = str(name).split(".", 1)
+            raise UsageError(f"{name!r} is not a section of the configuration", f"write {section}={{{key!r}: ...}}")
+    settings = load_config(path, values)
+    from finetune_cli.training import pipeline as command_train  # after the config is known to be good
+
+    try:
+        return command_train.train(settings, observer or _LogObserver(), stem(path))
+    except BadPhotos as exc:
+        exc.remedy = 'repair or remove them, or leave them out: data={"on_bad_image": "skip"}'
+        raise
+
+
+def load(run: str | os.PathLike[str] | Run) -> "Classifier":
+    """The classifier of a finished run: its directory, or what `train` returned.
+
+    Raises `RunError` when the run is missing, unfinished or damaged. Neither TensorFlow nor Keras is imported.
+    """
+    return Classifier(run if isinstance(run, Run) else Run.load(Path(run)))
+
+
+class Classifier:
+    """A finished run that answers for photos.
+
+    The model is in memory, compiled for the CPU, and no file stays open: there is nothing to close. One `Classifier`
+    serves any number of threads; a call of `predict` for one photo uses one core, for a list all of them.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._predictor = RunPredictor(run, cores())
+
+    def __repr__(self) -> str:
+        """The run and its classes."""
+        return f"<Classifier {str(self.run.folder)!r}: {', '.join(self.classes)}>"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, in the order of `Prediction.probabilities`."""
+        return self.run.classes
+
+    @overload
+    def predict(self, photos: Photo, *, top_k: int = 3) -> Prediction: ...
+    @overload
+    def predict(
+        self, photos: list[_P] | tuple[_P, ...], *, top_k: int = 3, on_bad_image: Literal["error"] = "error"
+    ) -> list[Prediction]: ...
+    @overload
+    def predict(
+        self, photos: list[_P] | tuple[_P, ...], *, top_k: int = 3, on_bad_image: Literal["skip"]
+    ) -> list[Prediction | None]: ...
+    def predict(
+        self,
+        photos: Photo | list[Any] | tuple[Any, ...],
+        *,
+        top_k: int = 3,
+        on_bad_image: Literal["error", "skip"] = "error",
+    ) -> Prediction | list[Prediction] | list[Prediction | None]:
+        """Say what is on a photo, or on each photo of a list, on all cores.
+
+        A photo is a path, the bytes of an image file, a Pillow image, or its pixels: a uint8 array
+        ``(height, width, 3)``, RGB from 0 to 255. Any size will do: all are resized as the photos of the training were,
+        so they have the same answer as the file with these pixels; of a large JPEG file, which is decoded at a fraction
+        of its size, nearly the same. A Pillow image is turned upright by its Exif data; an array holds none.
+
+        top_k: how many classes `Prediction.top` holds. on_bad_image: with ``skip``, a list's photo that cannot be
+        decoded is answered with None and a warning in the log, instead of an exception for the whole list.
+
+        May be called from several threads at once, but not in a process that was forked off after `load`, because the
+        threads that compute are not copied: that is an error.
+
+        Raises `BadImage` (its `path` names the photo) when a photo cannot be decoded, `UsageError` for what is no
+        photo, such as an array of another type or shape.
+        """
+        if top_k < 1:
+            raise UsageError(f"top_k is {top_k}, which is not a positive number", "choose 1 or more")
+        if on_bad_image not in {"error", "skip"}:
+            raise UsageError(f"on_bad_image is {on_bad_image!r}", "choose error or skip")
+        if not isinstance(photos, list | tuple):
+            rows = self._predictor.probabilities(_pixels(photos, self._predictor.settings)[None])
+            return self._prediction(rows[0], top_k)
+        for i, photo in enumerate(photos):
+            _check(photo, f"photos[{i}]")
+        found: list[Prediction | None] = []
+        decode = partial(_pixels, settings=self._predictor.settings)
+        for photo, answer in answers(self._predictor, chunks(photos), decode, cores()):
+            if not isinstance(answer, BadImage):
+                found.append(self._prediction(answer, top_k))
+                continue
+            name = photo if isinstance(photo, str | os.PathLike) else f"photos[{len(found)}]"
+            if on_bad_image == "error":
+                raise BadImage(os.fspath(name), answer.reason) from answer
+            _log.warning("no answer for %s: %s", name, answer.reason)
+            found.append(None)
+        return found
+
+    def _prediction(self, probabilities: NDArray[np.float32], top_k: int) -> Prediction:
+        probabilities.flags.writeable = False
+        top = best(probabilities, self.classes, top_k)
+        return Prediction(*top[0], top, probabilities)
+
+    def evaluate(
+        self,
+        data: str | os.PathLike[str] | None = None,
+        *,
+        root: str | os.PathLike[str] | None = None,
+        observer: Observer | None = None,
+    ) -> Evaluation:
+        """How good the run is on labelled photos. Nothing is written; ``finetune evaluate`` writes tables and a report.
+
+        data: a folder of class folders, or a CSV file; by default the run's test photos, else its validation photos,
+        by which the run was also selected. root: where the run's own photos are now, if they were moved (the command
+        line's ``--data``). Photos that cannot be used are left out, and each is logged as a warning.
+
+        Raises `DataError` when there is nothing to judge.
+        """
+        from finetune_cli.evaluation import evaluate as command_evaluate
+
+        observer = observer or _LogObserver()
+        judged = command_evaluate.judge(self.run, observer, _path(data), _path(root))
+        for photo in judged.bad:
+            observer.warn(f"left out {photo.path}: {photo.reason}")
+        return judged.evaluation
+
+    def export(
+        self,
+        format: str,  # noqa: A002
+        output: str | os.PathLike[str],
+        *,
+        version: int | None = None,
+        quantize: Literal["none", "float16", "int8"] | None = None,
+        precision: Literal["float32", "float16"] | None = None,
+        root: str | os.PathLike[str] | None = None,
+        force: bool = False,
+        observer: Observer | None = None,
+    ) -> Path:
+        """Write the run for other programs, after proving on validation photos that it answers the same.
+
+        format: savedmodel, keras, onnx, litert or openvino. output: a new or empty folder; the result is the folder
+        with the model, which for savedmodel is ``output/VERSION``. The options are those of ``finetune export``:
+        `version` for savedmodel, `quantize` for litert, `precision` for openvino; `root`: where the run's own photos
+        are now (``--data``); `force` replaces an export that is there.
+
+        Raises `UsageError` for an unknown format, a stray option or a used folder, `MissingExtra` when the format needs
+        a package, `DataError` when the validation photos are gone, `GateError` when the answers differ. Then nothing
+        was written.
+        """
+        from finetune_cli.exports import export as command_export
+
+        request = command_export.Request(
+            [format], Path(output), version, quantize, precision, root=_path(root), force=force
+        )
+        (exported,) = command_export.export(self.run, request, observer or _LogObserver()).exports
+        return exported.folder
+
+
+def _path(path: str | os.PathLike[str] | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def _sections(config: Mapping[str, Any] | Config | None) -> Mapping[str, Any]:
+    """`config` as values by section, with paths relative to the current folder."""
+    if not isinstance(config, Config):
+        if config is None or isinstance(config, Mapping):
+            return config or {}
+        raise UsageError(f"config is a {type(config).__name__}", "give a path, a dict of sections, or a Config")
+    values = config.dump(Path())
+    values["output"]["name"] = config.output.name
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """`value` as a YAML file could hold it: paths as text, NumPy's numbers and arrays as Python's."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+
+
+def _pixels(photo: Photo, settings: images.ImageSettings) -> NDArray[np.uint8]:
+    """``uint8 (size, size, 3)``. Raises `BadImage` and, for what is no photo, `UsageError`."""
+    _check(photo, "the photo")
+    if isinstance(photo, bytes):
+        return images.decode(photo, settings)
+    if isinstance(photo, str | os.PathLike):
+        return images.decode(Path(photo), settings)
+    if isinstance(photo, np.ndarray):
+        from PIL import Image
+
+        photo = Image.fromarray(photo)
+    return images.from_image(photo, settings)
+
+
+def _check(photo: object, name: str) -> None:
+    """Raise `UsageError` unless `photo`, which is called `name`, is of a kind that `Classifier.predict` takes."""
+    if isinstance(photo, str | os.PathLike | bytes):
+        return
+    if isinstance(photo, np.ndarray):
+        if photo.dtype != np.uint8:
+            raise UsageError(
+                f"{name} is an array of {photo.dtype}", "give RGB values from 0 to 255 as uint8, without any scaling"
+            )
+        if photo.ndim == 4:
+            raise UsageError(f"{name} is an array of several photos", "give a list: list(photos)")
+        if photo.ndim != 3 or photo.shape[2] != 3 or not photo.size:
+            raise UsageError(
+                f"{name} is an array of the shape {photo.shape}, not (height, width, 3)",
+                "reorder its axes, or give a Pillow image, which may also be gray or have transparency",
+            )
+        return
+    from PIL.Image import Image
+
+    if not isinstance(photo, Image):
+        raise UsageError(
+            f"{name} is a {type(photo).__name__}",
+            "give a path, bytes, a Pillow image or a uint8 array (height, width, 3); of an open file, file.read()",
+        )
