@@ -1,7 +1,11 @@
 """A finished run that takes seconds to make: real photos of colours, a tiny real network, every file that a run has.
 
-The network is built here, layer by layer, and not by the package, so that tests of what reads a run do not depend on
-what writes one. Two of its photos are odd on purpose: one is labelled wrongly, one lies in train and in test.
+Made here, without the package: the photos, the network with its head and temperature layer by layer, history.csv, and
+the facts in run.json. Made by the package, but not by `train`: the features and their cache, the fit of the head, the
+predictions and metrics, the saved models and their comparison, config.yaml, environment.json, split.csv, and run.json
+with its hashes. A test that reads this run proves nothing about how these are made.
+
+Two of the photos are odd on purpose: one is labelled wrongly, one lies in train and in test.
 """
 
 import hashlib
