@@ -4,7 +4,6 @@ What this cannot show is told in docs/reliability.md: another processor, other v
 """
 
 import pytest
-
 import runs_fixture
 import trainings
 from trainings import SAME, Command, contents
