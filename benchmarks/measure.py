@@ -293,6 +293,40 @@ def memory(photos: Path, folder: Path) -> None:  # noqa: ARG001
         say(f"20,000 photos x 4 views x 1280, {solver}", f"{taken:.1f} s", printed.strip())
 
 
+def classes(photos: Path, folder: Path) -> None:  # noqa: ARG001
+    """1,000 classes x 20 photos of drawn features: the search for l2, the fit, and their peak memory."""
+    command = [sys.executable, __file__, str(folder), "--fit=classes"]
+    say("1,000 classes x 20 photos x 1280, lbfgs", seconds(command)[1].strip())
+
+
+def fit_classes() -> None:
+    import numpy as np
+
+    from finetune_cli.head.lbfgs import choose_l2, fit_lbfgs
+
+    count, each = 1000, 20
+    rng = np.random.default_rng(0)
+    centres = rng.normal(0, 0.15, (count, 1280)).astype(np.float32)
+
+    def draw(photos: int) -> tuple[np.ndarray, np.ndarray]:
+        labels = np.arange(photos) % count
+        return centres[labels] + rng.standard_normal((photos, 1280), np.float32), labels
+
+    (x, y), (test_x, test_y) = draw(count * each), draw(5 * count)
+    weights = np.ones(len(y))
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    l2, _ = choose_l2(x, y, weights, np.arange(len(y)), count)
+    chosen = time.perf_counter()
+    head = fit_lbfgs(x, y, weights, count, l2)
+    fitted = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    right = (head.logits(test_x).argmax(axis=1) == test_y).mean()
+    print(
+        f"search {chosen - started:.1f} s | fit {fitted - chosen:.1f} s | accuracy {right:.1%} | "
+        f"peak memory {peak / 1024:.0f} MB above the features"
+    )
+
+
 def fit_synthetic(folder: Path, solver: str) -> None:
     import numpy as np
 
@@ -323,14 +357,15 @@ def fit_synthetic(folder: Path, solver: str) -> None:
 
 PARTS = {
     part.__name__: part
-    for part in (predict, quickstart, extraction, views, textbook, textbook_resnet50, again, growth, memory)
+    for part in (predict, quickstart, extraction, views, textbook, textbook_resnet50, again, growth, memory, classes)
 }
 
 
 def main() -> None:
     photos, *names = sys.argv[1:]
     if names and names[0].startswith("--fit="):
-        fit_synthetic(Path(photos), names[0].partition("=")[2])
+        solver = names[0].partition("=")[2]
+        fit_classes() if solver == "classes" else fit_synthetic(Path(photos), solver)
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")

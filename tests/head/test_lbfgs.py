@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from paths import SOURCE
 
-from finetune_cli.errors import ConfigError
+from finetune_cli import signals
+from finetune_cli.errors import ConfigError, Interrupted
 from finetune_cli.head import lbfgs
 from finetune_cli.head.lbfgs import Head, choose_l2, class_weights, fit_lbfgs, flatten_views
 
@@ -275,3 +276,81 @@ def test_balanced_weights_move_the_border_towards_the_large_class():
     plain = fit_lbfgs(x, y, class_weights(y, "none", ["a", "b"]), 2, 1e-2)
     even = fit_lbfgs(x, y, class_weights(y, "balanced", ["a", "b"]), 2, 1e-2)
     assert (even.logits(x).argmax(axis=1) == 1).sum() > 2 * (plain.logits(x).argmax(axis=1) == 1).sum()
+
+
+def many_classes(classes=60, each=8, width=40):
+    x, y = blobs(photos=classes * each, width=width, classes=classes, spread=0.6)
+    return x, y, np.ones(len(y)), np.arange(len(y)), classes
+
+
+def test_choose_l2_takes_fewer_of_many_classes_and_says_so(monkeypatch):
+    problem = many_classes()
+    notes, fits = [], []
+    whole, _ = choose_l2(*problem, note=notes.append)
+    assert notes == []
+    monkeypatch.setattr(lbfgs, "_CV_CLASSES", 10)
+    monkeypatch.setattr(lbfgs, "CV_WORK", 160 * 20 * 40 * lbfgs.FOLDS * (lbfgs._WEAKER + lbfgs._STRONGER))
+    part, tried = choose_l2(*problem, note=notes.append, progress=fits.append)
+    assert notes == ["l2 is chosen on 160 of 480 views of 20 of the 60 classes, to bound the time of the search"]
+    assert len(fits) == lbfgs.FOLDS * len(tried)
+    assert 160 * 20 * 40 * len(fits) <= lbfgs.CV_WORK
+    assert whole / 4 < part < whole * 4
+    assert choose_l2(*problem) == (part, tried)  # whatever the time of day
+
+
+@pytest.mark.parametrize(("rows", "classes", "width"), [(4000, 200, 2048), (30_000, 200, 2048), (3_000, 470, 1280)])
+def test_ordinary_sets_are_searched_with_all_their_classes(rows, classes, width):
+    labels = np.arange(rows) % classes
+    mask, searched = lbfgs._searched(labels, np.arange(rows), width, 0)
+    assert searched is None
+    assert mask.sum() == pytest.approx(min(rows, lbfgs.CV_ROWS), rel=0.1)
+
+
+@pytest.mark.parametrize("photos", [2, 20, 1000])
+@pytest.mark.parametrize("width", [1280, 100_000])
+@pytest.mark.parametrize("views", [1, 4])
+def test_the_work_of_the_search_is_bounded(photos, width, views):
+    labels = np.repeat(np.arange(1000), photos * views)
+    mask, searched = lbfgs._searched(labels, np.arange(len(labels)) // views, width, 0)
+    fits = lbfgs.FOLDS * (lbfgs._WEAKER + lbfgs._STRONGER)
+    assert searched is not None
+    assert len(searched) >= lbfgs._CV_CLASSES
+    assert set(labels[mask]) <= set(searched.tolist())
+    assert mask.sum() * width * len(searched) * fits <= 1.2 * lbfgs.CV_WORK  # whole groups are not cut
+    assert mask.sum() <= 1.2 * lbfgs.CV_ROWS
+
+
+@pytest.mark.parametrize("fit", [lambda *a: fit_lbfgs(*a[:3], a[4], 1e-3), choose_l2], ids=["fit", "search"])
+def test_a_signal_is_answered_inside_a_fit(monkeypatch, fit):
+    problem = many_classes()
+    plain, evaluations = lbfgs._Problem._block, []
+
+    def counted(self, *arguments):
+        evaluations.append(1)
+        if len(evaluations) == 4:
+            signals._received.append(15)
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(lbfgs._Problem, "_block", counted)
+    monkeypatch.setattr(signals, "_received", [])
+    with pytest.raises(Interrupted):
+        fit(*problem)
+    assert len(evaluations) <= 4 + 2 * lbfgs.cores()  # a fit takes more than a dozen
+
+
+def test_blocks_of_many_classes_have_fewer_rows():
+    x, y = np.zeros((9000, 2), np.float32), np.arange(9000) % 5000
+    few = lbfgs._Problem(x, y, np.ones(9000), 1024, 0.0)
+    many = lbfgs._Problem(x, y, np.ones(9000), 5000, 0.0)
+    assert {b.stop - b.start for b in few.blocks} == {4096}
+    assert {(b.stop - b.start) * 5000 <= lbfgs._BLOCK_NUMBERS for b in many.blocks} == {True}
+    assert [b.start for b in many.blocks[1:]] == [b.stop for b in many.blocks[:-1]]
+
+
+def test_a_shorter_history_of_lbfgs_finds_the_same_head(monkeypatch):
+    x, y = blobs()
+    whole = fit_lbfgs(x, y, np.ones(len(y)), 3, 1e-2)
+    monkeypatch.setattr(lbfgs, "_HISTORY_BYTES", 1)
+    short = fit_lbfgs(x, y, np.ones(len(y)), 3, 1e-2)
+    assert np.abs(whole.kernel - short.kernel).max() < 1e-3
+    assert (whole.kernel != short.kernel).any()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from finetune_cli.errors import DataError, FinetuneError
+from finetune_cli.metrics import calibration
 from finetune_cli.metrics import scores as metrics
 
 CASES = [(seed, photos, classes) for seed, photos, classes in [(0, 400, 2), (1, 300, 7), (2, 57, 12), (3, 1000, 4)]]
@@ -307,7 +308,7 @@ def test_cross_fitting_never_uses_a_photo_for_its_own_temperature():
     assert np.allclose(before.sum(axis=1), 1)
 
 
-def test_cross_fitted_calibration_mends_overconfidence():
+def test_cross_fitted_calibration_corrects_overconfidence():
     _, y, logits = random_case(9, 600, 4)
     before, after = metrics.cross_fitted_calibration(3 * logits, y)
     assert after.log_loss < before.log_loss
@@ -348,3 +349,37 @@ def test_importing_metrics_brings_numpy_only():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"scipy", "tensorflow", "keras", "openvino", "pydantic", "cv2", "matplotlib", "PIL", "sklearn", "rich"}
     assert not heavy & set(done.stdout.split())
+
+
+def test_blocks_change_no_bit(monkeypatch):
+    _, y, logits = random_case(5, 200, 7)
+    groups = np.arange(200) // 2
+
+    def everything(z):
+        p = metrics.softmax32(z, 1.3)
+        return (
+            metrics.fit_temperature(z, y),
+            p.tobytes(),
+            metrics.calibration_scores(p, y),
+            metrics.cross_fitted_calibration(z, y, groups),
+            metrics.cross_fitted(z, y, groups).tobytes(),
+        )
+
+    whole = everything(logits), everything(logits.astype(np.float32))
+    assert whole[0][1] == metrics.softmax(logits, 1.3).astype(np.float32).tobytes()
+    monkeypatch.setattr(calibration, "_BLOCK_NUMBERS", 7 * 13)  # 16 blocks, the last of 5 rows
+    assert (everything(logits), everything(logits.astype(np.float32))) == whole
+
+
+def test_all_rows_are_never_in_float64_at_once():
+    import tracemalloc
+
+    rng = np.random.default_rng(0)
+    z, y = rng.normal(size=(30_000, 500)).astype(np.float32), rng.integers(0, 500, 30_000)
+    tracemalloc.start()
+    temperature = metrics.fit_temperature(z, y)
+    metrics.calibration_scores(z, y)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.05 <= temperature <= 20
+    assert peak < 0.6 * 8 * z.size

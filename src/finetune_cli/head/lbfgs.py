@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_cli import signals
 from finetune_cli.errors import ConfigError
 from finetune_cli.metrics.calibration import fit_temperature, softmax
 from finetune_cli.metrics.folds import group_folds
@@ -29,8 +30,14 @@ _Part = tuple[float, Rows, Floats]
 
 FOLDS = 5
 CV_ROWS = 4000  # `choose_l2` looks at no more rows than about this
+CV_WORK = 2e11  # and does no more work than this, in rows x features x classes x fits
+_CV_CLASSES = 50  # before it looks at fewer classes than this, it looks at fewer rows
+_WEAKER, _STRONGER = 14, 8  # so many values of l2 at most, half a decade apart, on either side of the first
 _BLOCK_ROWS = 4096
+_BLOCK_NUMBERS = 1 << 22  # a block has no more logits than this: fewer rows of more than 1,024 classes
 _ITERATIONS = 1000
+_CORRECTIONS = 10  # SciPy's default: L-BFGS keeps so many pairs of vectors as long as the unknowns ...
+_HISTORY_BYTES = 512_000_000  # ... and fewer pairs where they would take more than this
 _GAIN = 0.005  # a weaker penalty must lower the log loss by this share; the curve is flat and strong is stable
 
 
@@ -94,9 +101,11 @@ def fit_lbfgs(
 ) -> Head:
     """The head that minimises the objective on features (N, D), labels (N,) and row weights (N,).
 
-    Memory does not grow with N: `features` may be a memory map and is read in blocks. The answer is the same,
-    bit for bit, for any number of threads. `start` only saves iterations, because the objective has one minimum
-    (with l2 > 0). `progress` is told of every iteration.
+    Memory does not grow with N: `features` may be a memory map and is read in blocks. It grows with the unknowns, U =
+    (D + 1) * C: about 20 arrays of U float64, of which the history of L-BFGS takes 512 MB at most, and for each core
+    a few arrays of D * C and of 4 million float32. The answer is the same, bit for bit, for any number of threads.
+    `start` only saves iterations, because the objective has one minimum (with l2 > 0). `progress` gets 1 after every
+    iteration. Raises `Interrupted` within a block of rows after a signal.
     """
     with one_blas_thread():
         problem = _Problem(features, labels, weights, n_classes, label_smoothing)
@@ -113,24 +122,34 @@ def choose_l2(
     seed: int = 0,
     calibrated: bool = True,
     progress: Callable[[int], None] = lambda _n: None,
+    note: Callable[[str], None] = lambda _text: None,
 ) -> tuple[float, list[tuple[float, float]]]:
     """The `l2` with the least log loss in 5-fold cross-validation, and all (l2, log loss) tried, weakest first.
 
     `calibrated` takes the log loss after the best temperature, for models that get one: then a strong penalty is not
-    blamed for the modest probabilities that the temperature will mend. Rows of one group (N,) stay on one side. The
+    blamed for modest probabilities, which the temperature will correct. Rows of one group (N,) stay on one side. The
     values are half a decade apart; they go from strong to weak, each fit starting from the one before, until two in a
-    row gain less than `_GAIN`, and then to stronger ones if the first was the best. Of more than `CV_ROWS` rows a part
-    is taken, whole groups and all classes evenly, and the answer is scaled down in proportion, so that `l2` times the
-    number of rows, the strength of the prior, is what was validated. `progress` is told of every fit.
+    row gain less than `_GAIN`, and then to stronger ones if the first was the best.
+
+    Of large sets a part is taken: at most about `CV_ROWS` rows, whole groups and all classes evenly, and of many
+    classes as many, drawn by `seed`, as keep the whole search below `CV_WORK`, however long it takes. The answer is
+    scaled down in proportion, so that `l2` times the number of rows, the strength of the prior, is what was
+    validated. `progress` gets 1 after every fit; `note` gets a line about what was left out. Raises `Interrupted`
+    within a block of rows after a signal.
     """
-    part = group_folds(labels, groups, math.ceil(len(labels) / CV_ROWS), seed) == 0
+    part, searched = _searched(labels, groups, features.shape[1], seed)
     x, y, w, g = features[part], labels[part], weights[part], groups[part]
+    if searched is not None:
+        y, n_classes = np.searchsorted(searched, y), len(searched)
+    if not part.all():
+        fewer = f" of {n_classes:,} of the {len(np.unique(labels)):,} classes" if searched is not None else ""
+        note(f"l2 is chosen on {len(y):,} of {len(labels):,} views{fewer}, to bound the time of the search")
     first = _first_exponent(x, len(np.unique(g)))
     tried: dict[int, float] = {}
     best = first
     with one_blas_thread():
         validation = _CrossValidation(x, y, w, _validation_folds(y, g, seed), n_classes, label_smoothing)
-        for exponents in (range(first, first - 14, -1), range(first + 1, first + 9)):
+        for exponents in (range(first, first - _WEAKER, -1), range(first + 1, first + 1 + _STRONGER)):
             for exponent in exponents if best == first else ():
                 tried[exponent] = validation.log_loss(10.0 ** (exponent / 2), calibrated, progress)
                 if tried[exponent] < tried[best] * (1 - _GAIN):
@@ -139,6 +158,32 @@ def choose_l2(
                     break
     pairs = {exponent: 10.0 ** (exponent / 2) * float(part.mean()) for exponent in sorted(tried)}
     return pairs[best], [(l2, tried[exponent]) for exponent, l2 in pairs.items()]
+
+
+def _searched(
+    labels: Ints, groups: Ints, width: int, seed: int
+) -> tuple[NDArray[np.bool_], NDArray[np.integer[Any]] | None]:
+    """The rows that `choose_l2` looks at, ``bool (N,)``, and their classes, ascending, if not all are among them.
+
+    They depend on counts and `seed` alone, never on the clock. All are searched, with at most `CV_ROWS` rows, if
+
+        rows * width * classes * (the most fits there can be) <= CV_WORK,
+
+    and otherwise as many as can be with all their rows, because the best l2 depends on how many photos a class has
+    more than on how many classes there are.
+    """
+    work = CV_WORK / (FOLDS * (_WEAKER + _STRONGER) * width)  # rows * classes of one fit
+    present = np.unique(labels)
+    count, rows_each, searched = len(present), len(labels) / len(present), None
+    if count > _CV_CLASSES and min(CV_ROWS, len(labels)) * count > work:
+        count = max(_CV_CLASSES, int(min(math.sqrt(work / rows_each), CV_ROWS / rows_each)))
+        searched = np.sort(np.random.default_rng(seed).permutation(present)[:count])
+    part = np.flatnonzero(np.isin(labels, searched)) if searched is not None else np.arange(len(labels))
+    rows = min(CV_ROWS, max(1.0, work / count))
+    chosen = group_folds(labels[part], groups[part], math.ceil(len(part) / rows), seed) == 0
+    mask = np.zeros(len(labels), np.bool_)
+    mask[part[chosen]] = True
+    return mask, searched
 
 
 def _first_exponent(features: Rows, groups: int) -> int:
@@ -207,7 +252,8 @@ class _Problem:
         self.n_classes, self.smoothing = n_classes, smoothing
         exact = features.dtype == np.float64
         self.dtype: np.dtype[np.floating[Any]] = np.dtype(np.float64 if exact else np.float32)
-        self.blocks = [slice(i, i + _BLOCK_ROWS) for i in range(0, len(features), _BLOCK_ROWS)]
+        step = min(_BLOCK_ROWS, max(1, _BLOCK_NUMBERS // n_classes))
+        self.blocks = [slice(i, i + step) for i in range(0, len(features), step)]
         self.mean = np.zeros(features.shape[1])
         for block in self.blocks:
             self.mean += self.weights[block].astype(self.dtype) @ self._rows(block)
@@ -221,7 +267,13 @@ class _Problem:
         if start is not None:
             unknowns[:-1] = start.kernel
             unknowns[-1] = start.bias + self.mean @ unknowns[:-1]
-        limits: Any = {"maxiter": _ITERATIONS, "maxfun": 2 * _ITERATIONS, "gtol": 1e-7, "ftol": tolerance}
+        limits: Any = {
+            "maxiter": _ITERATIONS,
+            "maxfun": 2 * _ITERATIONS,
+            "gtol": 1e-7,
+            "ftol": tolerance,
+            "maxcor": max(3, min(_CORRECTIONS, _HISTORY_BYTES // (2 * unknowns.nbytes))),
+        }
         found = minimize(  # type: ignore[call-overload]  # the stubs want a one-dimensional gradient by its type
             lambda flat: self._loss_and_gradient(flat, l2),
             unknowns.ravel(),
@@ -249,6 +301,7 @@ class _Problem:
 
     def _block(self, block: slice, kernel: Rows, bias: Rows) -> _Part:
         """A block's part of the loss and of its derivatives by W and b."""
+        signals.check()  # here, because folds and blocks are computed in threads, which no signal reaches
         rows, labels, weights = self._rows(block), self.labels[block], self.weights[block]
         z = rows @ kernel
         z += bias

@@ -1,9 +1,11 @@
-"""How far a probability can be believed, and the one number that mends it.
+"""How far a probability can be believed, and the temperature that corrects it.
 
 Logits or probabilities (N, C) and labels (N,) go in; scores of the calibration and a temperature come out. NumPy only,
-because `predict` and `evaluate` come through here.
+because `predict` and `evaluate` come through here. Scores and temperatures are computed in float64, block by block of
+rows: N x C numbers in float64 are never in memory at once. What is computed for a row does not depend on its block.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +17,11 @@ from finetune_cli.metrics.folds import group_folds
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]
+Numbers = NDArray[np.floating[Any]]
 
 BINS = 15
 COOLEST, HOTTEST = 0.05, 20.0
+_BLOCK_NUMBERS = 1 << 20  # 8 MB in float64
 _SMALLEST = 1e-15  # a probability below this counts as this in the log loss, so that one photo cannot make it infinite
 
 
@@ -60,20 +64,32 @@ class CalibrationScores:
         }
 
 
-def softmax(logits: ArrayLike, temperature: float = 1.0) -> Floats:
-    """Probabilities (N, C) of logits (N, C) divided by `temperature`."""
-    scaled = np.asarray(logits, np.float64) / temperature
-    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    return np.asarray(powers / powers.sum(axis=1, keepdims=True), np.float64)
+def softmax(logits: ArrayLike, temperature: float | Floats = 1.0) -> Floats:
+    """Probabilities (N, C) of logits (N, C) divided by `temperature`, one for all rows or (N, 1)."""
+    p = np.asarray(logits, np.float64) / temperature
+    p -= p.max(axis=1, keepdims=True)
+    np.exp(p, out=p)
+    p /= p.sum(axis=1, keepdims=True)
+    return p
 
 
-def checked(values: ArrayLike, labels: ArrayLike) -> tuple[Floats, Ints]:
-    """`values` (N, C) as float64 and `labels` (N,) as integers, after a look at both.
+def softmax32(logits: Numbers, temperature: float = 1.0) -> NDArray[np.float32]:
+    """`softmax` rounded to float32, block by block."""
+    p = np.empty(logits.shape, np.float32)
+    for rows in _blocks(*logits.shape):
+        p[rows] = softmax(logits[rows], temperature)
+    return p
+
+
+def checked(values: ArrayLike, labels: ArrayLike) -> tuple[Numbers, Ints]:
+    """`values` (N, C) as floating-point numbers and `labels` (N,) as integers, after a look at both.
 
     Raises `DataError` without photos, `FinetuneError` for values that are not finite (a broken model), `ValueError`
     for shapes that do not fit.
     """
-    values, labels = np.asarray(values, np.float64), np.asarray(labels, np.intp)
+    values, labels = np.asarray(values), np.asarray(labels, np.intp)
+    if not np.issubdtype(values.dtype, np.floating):
+        values = values.astype(np.float64)
     if len(labels) == 0:
         raise DataError("there are no labelled photos to evaluate", "give a folder that holds some")
     if values.ndim != 2 or labels.shape != values.shape[:1] or not 0 <= labels.min() <= labels.max() < values.shape[1]:
@@ -86,19 +102,7 @@ def checked(values: ArrayLike, labels: ArrayLike) -> tuple[Floats, Ints]:
 def calibration_scores(probabilities: ArrayLike, labels: ArrayLike) -> CalibrationScores:
     """Log loss, Brier score and expected calibration error of probabilities (N, C). Raises as `checked` does."""
     p, y = checked(probabilities, labels)
-    truth = np.eye(p.shape[1])[y]
-    reliability = _reliability(p.max(axis=1), p.argmax(axis=1) == y)
-    gaps = [
-        b.photos * abs(b.accuracy - b.confidence)
-        for b in reliability
-        if b.accuracy is not None and b.confidence is not None
-    ]
-    return CalibrationScores(
-        log_loss=float(-np.log(np.maximum(p[np.arange(len(y)), y], _SMALLEST)).mean()),
-        brier_score=float(((p - truth) ** 2).sum(axis=1).mean()),
-        expected_calibration_error=float(sum(gaps) / len(y)),
-        reliability=reliability,
-    )
+    return _scores((p[rows].astype(np.float64) for rows in _blocks(*p.shape)), y)
 
 
 def fit_temperature(logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None) -> float:
@@ -112,13 +116,11 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | N
     """
     z, y = checked(logits, labels)
     w = np.ones(len(y)) if weights is None else np.asarray(weights, np.float64)
-    z = z - z[np.arange(len(y)), y][:, None]  # relative to the true class: the log loss is ln sum exp(b z)
     low, high, b = 1 / HOTTEST, 1 / COOLEST, 1.0
     for _ in range(100):
-        p = softmax(z, 1 / b)
-        mean = (p * z).sum(axis=1)
-        slope = w @ mean + 1 - 1 / b
-        curvature = w @ ((p * z**2).sum(axis=1) - mean**2) + 1 / b**2
+        mean, variance = _moments(z, y, b)
+        slope = float(w @ mean) + 1 - 1 / b
+        curvature = float(w @ variance) + 1 / b**2
         low, high = (b, high) if slope < 0 else (low, b)
         step = b - slope / curvature
         following = step if low <= step <= high else (low + high) / 2
@@ -128,6 +130,18 @@ def fit_temperature(logits: ArrayLike, labels: ArrayLike, weights: ArrayLike | N
     return float(np.clip(1 / b, COOLEST, HOTTEST))
 
 
+def _moments(logits: Numbers, labels: Ints, b: float) -> tuple[Floats, Floats]:
+    """Mean and variance ``(N,)`` of the logits relative to the true class's, under softmax(b logits)."""
+    mean, variance = np.empty(len(labels)), np.empty(len(labels))
+    for rows in _blocks(*logits.shape):
+        z = logits[rows].astype(np.float64)
+        z -= z[np.arange(len(z)), labels[rows]][:, None]  # then the log loss is ln sum exp(b z)
+        p = softmax(z, 1 / b)
+        mean[rows] = (p * z).sum(axis=1)
+        variance[rows] = (p * z**2).sum(axis=1) - mean[rows] ** 2
+    return mean, variance
+
+
 def cross_fitted(logits: ArrayLike, labels: ArrayLike, groups: ArrayLike | None = None, folds: int = 5) -> Floats:
     """Calibrated probabilities (N, C) in which no photo took part in fitting the temperature that scales it.
 
@@ -135,21 +149,59 @@ def cross_fitted(logits: ArrayLike, labels: ArrayLike, groups: ArrayLike | None 
     the temperature is 1. Raises as `checked` does.
     """
     z, y = checked(logits, labels)
-    fold = group_folds(y, np.arange(len(y)) if groups is None else groups, folds)
-    p = softmax(z)
-    for k in np.unique(fold):
-        rest = fold != k
-        if rest.any():
-            p[~rest] = softmax(z[~rest], fit_temperature(z[rest], y[rest]))
-    return p
+    return softmax(z, _cross_fitted_temperatures(z, y, groups, folds))
 
 
 def cross_fitted_calibration(
     logits: ArrayLike, labels: ArrayLike, groups: ArrayLike | None = None, folds: int = 5
 ) -> tuple[CalibrationScores, CalibrationScores]:
     """The calibration before (T = 1) and after a temperature, the latter never on photos that it was fitted on."""
-    after = calibration_scores(cross_fitted(logits, labels, groups, folds), labels)
-    return calibration_scores(softmax(logits), labels), after
+    z, y = checked(logits, labels)
+    temperatures = _cross_fitted_temperatures(z, y, groups, folds)
+    before = _scores((softmax(z[rows]) for rows in _blocks(*z.shape)), y)
+    return before, _scores((softmax(z[rows], temperatures[rows]) for rows in _blocks(*z.shape)), y)
+
+
+def _cross_fitted_temperatures(z: Numbers, y: Ints, groups: ArrayLike | None, folds: int) -> Floats:
+    """For each row the temperature ``(N, 1)`` that was fitted on the other folds."""
+    fold = group_folds(y, np.arange(len(y)) if groups is None else groups, folds)
+    temperatures = np.ones((len(y), 1))
+    for k in np.unique(fold):
+        rest = fold != k
+        if rest.any():
+            temperatures[~rest] = fit_temperature(z[rest], y[rest])
+    return temperatures
+
+
+def _blocks(rows: int, classes: int) -> Iterator[slice]:
+    """Slices that cover `rows` rows, `_BLOCK_NUMBERS` numbers or one row at a time."""
+    step = max(1, _BLOCK_NUMBERS // max(1, classes))
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def _scores(blocks: Iterator[Floats], y: Ints) -> CalibrationScores:
+    """The scores of probabilities that come as blocks ``(n, C)`` of all rows in order."""
+    own, squares, confidence, right = np.empty(len(y)), np.empty(len(y)), np.empty(len(y)), np.empty(len(y), bool)
+    start = 0
+    for p in blocks:
+        rows = slice(start, start + len(p))
+        start = rows.stop
+        label = np.arange(len(p)), y[rows]
+        own[rows], confidence[rows], right[rows] = p[label], p.max(axis=1), p.argmax(axis=1) == y[rows]
+        p[label] -= 1
+        squares[rows] = (p**2).sum(axis=1)
+    reliability = _reliability(confidence, right)
+    gaps = [
+        b.photos * abs(b.accuracy - b.confidence)
+        for b in reliability
+        if b.accuracy is not None and b.confidence is not None
+    ]
+    return CalibrationScores(
+        log_loss=float(-np.log(np.maximum(own, _SMALLEST)).mean()),
+        brier_score=float(squares.mean()),
+        expected_calibration_error=float(sum(gaps) / len(y)),
+        reliability=reliability,
+    )
 
 
 def _reliability(confidence: Floats, right: NDArray[np.bool_]) -> tuple[ReliabilityBin, ...]:

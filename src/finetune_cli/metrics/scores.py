@@ -19,6 +19,7 @@ from finetune_cli.metrics.calibration import (
     cross_fitted_calibration,
     fit_temperature,
     softmax,
+    softmax32,
 )
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "fit_temperature",
     "mcnemar",
     "softmax",
+    "softmax32",
     "wilson",
 ]
 
@@ -285,7 +287,7 @@ def _class_scores(name: str, confusion: NDArray[np.int64], i: int) -> ClassScore
     )
 
 
-def _rank(p: NDArray[np.float64], y: NDArray[np.intp]) -> NDArray[np.intp]:
+def _rank(p: NDArray[np.floating[Any]], y: NDArray[np.intp]) -> NDArray[np.intp]:
     """How many classes come before the true one; of equals the first comes first, as in the prediction."""
     own = p[np.arange(len(y)), y][:, None]
     before = np.arange(p.shape[1]) < y[:, None]

@@ -83,7 +83,8 @@ def chosen_l2(config: Config, train: Features, classes: Sequence[str], observer:
     rows = _rows(config, train, classes)
     with observer.stage("l2 by cross-validation", None, "fits") as advance:
         calibrated = config.calibration == "temperature"
-        return choose_l2(*rows, len(classes), training.label_smoothing, training.seed, calibrated, advance)[0]
+        settings = training.label_smoothing, training.seed, calibrated
+        return choose_l2(*rows, len(classes), *settings, advance, observer.note)[0]
 
 
 def _rows(

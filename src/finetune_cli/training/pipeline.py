@@ -24,7 +24,13 @@ from finetune_cli.head import classifier
 from finetune_cli.head.keras_fit import EpochState
 from finetune_cli.head.lbfgs import Head
 from finetune_cli.metrics.folds import group_numbers
-from finetune_cli.metrics.scores import CalibrationScores, cross_fitted_calibration, evaluate, fit_temperature, softmax
+from finetune_cli.metrics.scores import (
+    CalibrationScores,
+    cross_fitted_calibration,
+    evaluate,
+    fit_temperature,
+    softmax32,
+)
 from finetune_cli.progress import Observer
 from finetune_cli.runs import checkpoints, run
 from finetune_cli.runs.run import Run
@@ -85,7 +91,7 @@ def _fit_and_finish(folder: Path, prepared: Prepared, start: Head | None, observ
     judged: list[outputs.Judged] = []
     for split in ("val", "test"):
         if split in parts:
-            probabilities = softmax(fitted.head.logits(parts[split].array[:, 0]), temperature).astype(np.float32)
+            probabilities = softmax32(fitted.head.logits(parts[split].array[:, 0]), temperature)
             evaluation = evaluate(probabilities, labels_of(parts[split].samples), classes)
             if split == "val" and prepared.config.calibration == "temperature":
                 evaluation = replace(evaluation, calibration=_cross_fitted(fitted.head, parts[split]))
