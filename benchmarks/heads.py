@@ -20,9 +20,9 @@ from finetune_cli.config import schema
 from finetune_cli.head.keras_fit import KerasSettings, fit_epochs
 from finetune_cli.head.lbfgs import Head, choose_l2, fit_lbfgs, flatten_views
 from finetune_cli.metrics import scores
-from finetune_cli.metrics.folds import group_folds
+from finetune_cli.metrics.folds import group_folds, group_numbers
 from finetune_cli.progress import Silent
-from finetune_cli.training.fit import groups_of, labels_of
+from finetune_cli.training.fit import labels_of
 from finetune_cli.training.prepare import prepare
 
 SETS = {"hymenoptera": ("train", "val"), "scenes": ("train", "test")}
@@ -59,7 +59,7 @@ def load(folder: Path, name: str) -> Photos:
     return Photos(
         np.array(parts["train"].array),
         labels_of(parts["train"].samples),
-        groups_of(parts["train"].samples),
+        group_numbers((sample.group, sample.digest) for sample in parts["train"].samples),
         np.array(parts["val"].array[:, 0]),
         labels_of(parts["val"].samples),
     )

@@ -101,8 +101,9 @@ class StorageError(FinetuneError):
 class MissingExtra(FinetuneError):
     """An optional package that a feature needs is not installed."""
 
-    def __init__(self, feature: str, extra: str) -> None:
-        super().__init__(f"{feature} needs packages that are not installed", f"pip install 'finetune-cli[{extra}]'")
+    def __init__(self, features: str, *extras: str) -> None:
+        wanted = f"'finetune-cli[{','.join(extras)}]'" if extras else "--force-reinstall finetune-cli"
+        super().__init__(f"packages are not installed that are needed for {features}", f"pip install {wanted}")
 
 
 class Interrupted(KeyboardInterrupt):

@@ -309,3 +309,18 @@ def test_inspect_shows_a_run_and_a_config(tiny_run, tmp_path, monkeypatch):
     assert told["batch"] == 3
     assert told["parameters"] == sum(node["parameters"] for node in told["nodes"])
     assert run("inspect", tmp_path / "absent.yaml").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["predict", "x", "--format", "xml"], "Invalid value for '--format': 'xml' is not one of 'table'"),
+        (["predict", "x", "--top-k", "a"], "Invalid value for '--top-k': Input should be a valid integer"),
+        (["export", "--output", "x", "--format", "tflit"], "did you mean tflite?"),
+    ],
+)
+def test_a_wrong_value_is_refused_without_pydantics_words(arguments, words):
+    answer = CliRunner().invoke(app, arguments)
+    assert answer.exit_code == 2
+    assert words in answer.stderr
+    assert "alue error" not in answer.stderr

@@ -19,6 +19,18 @@ def console(terminal: bool, quiet: bool = False) -> tuple[Console, io.StringIO, 
     return made, out, err
 
 
+def test_a_slow_stage_has_no_rate_of_zero(monkeypatch):
+    made, _, err = console(terminal=False)
+    clock = iter(range(0, 1000, 30))
+    monkeypatch.setattr("finetune_cli.cli.console.time.monotonic", lambda: next(clock))
+    with made.stage("head", None, "iterations") as advance:
+        advance(1)
+    with made.stage("openvino: converting", None):
+        pass
+    lines = err.getvalue().splitlines()
+    assert lines == ["head: 1 iterations", "head: 1 iterations in 60.0 s", "openvino: converting: 30.0 s"]
+
+
 def test_plain_lines_without_a_terminal(monkeypatch):
     made, out, err = console(terminal=False)
     clock = iter(range(0, 1000, 6))
@@ -32,8 +44,8 @@ def test_plain_lines_without_a_terminal(monkeypatch):
     assert "\x1b" not in text
     assert "\r" not in text
     assert text.splitlines() == [
-        "features: 20/100 photos, 2/s, 48 s left",
-        "features: 30 photos in 24.0 s (1/s)",
+        "features: 20/100 photos, 1.7/s, 48 s left",
+        "features: 30 photos in 24.0 s (1.2/s)",
     ]
     assert out.getvalue() == "result\n"
 

@@ -343,7 +343,7 @@ def test_what_is_no_export(folders, tmp_path, tiny_run):
     for path, words in (
         (tmp_path / "absent", "there is no model"),
         (tmp_path, "not made by finetune export"),
-        (tmp_path / "x.pkl", "is no exported model"),
+        (tmp_path / "x.pkl", "is not an exported model"),
         (folders["savedmodel"] / "saved_model.pb", "a part of a SavedModel"),
         (folders["onnx"].parent, "holds several models"),
         (tiny_run.run.folder / "inference" / "model.xml", "names no classes"),
@@ -555,13 +555,15 @@ def test_odd_class_names_come_through(tmp_path):
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (Request(("tflite",), Path("x")), "unknown format 'tflite'"),
+        (Request(("coreml",), Path("x")), "unknown format 'coreml'"),
+        (Request((" , ",), Path("x")), "no format is named"),
+        (Request(("litert",), Path("x"), quantize="int4"), "--quantize int4 is unknown"),
         (Request(("onnx",), Path("x"), version=2), "--version belongs to the format savedmodel"),
         (Request(("onnx",), Path("x"), quantize="int8"), "--quantize belongs to the format litert"),
         (Request(("onnx",), Path("x"), precision="float16"), "--precision belongs to the format openvino"),
         (Request(("savedmodel",), Path("x"), version=0), "not a positive number"),
     ],
-    ids=["format", "version", "quantize", "precision", "zero"],
+    ids=["format", "none", "value", "version", "quantize", "precision", "zero"],
 )
 def test_wrong_options(request_, words, tiny_run):
     with pytest.raises(UsageError, match=words):
@@ -569,10 +571,10 @@ def test_wrong_options(request_, words, tiny_run):
 
 
 def test_an_unknown_format_lists_the_known_ones(tiny_run):
-    answer = command("export", "--run", tiny_run.run.folder, "--format", "tflite", "--output", "x")
+    answer = command("export", "--run", tiny_run.run.folder, "--format", "coreml", "--output", "x")
     assert answer.exit_code == 2
     for name in ALL:
-        assert f"'{name}'" in answer.stderr
+        assert name in answer.stderr
 
 
 @pytest.mark.parametrize(("form", "package"), [("onnx", "onnxruntime"), ("litert", "ai_edge_litert")])
@@ -585,6 +587,47 @@ def test_a_missing_extra_is_named(form, package, tiny_run, tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, f"{package}.interpreter", None)
     assert list(tmp_path.iterdir()) == []
+
+
+def without(monkeypatch, *packages):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name in packages else find(name, *rest)
+    )
+
+
+def test_all_missing_extras_are_named_at_once(tiny_run, tmp_path, monkeypatch):
+    without(monkeypatch, "tf2onnx", "ai_edge_litert")
+    answer = command("export", "--run", tiny_run.run.folder, "--format", "litert,onnx", "--output", tmp_path / "out")
+    assert answer.exit_code == 1
+    assert "onnx and litert" in answer.stderr
+    assert "pip install 'finetune-cli[onnx,litert]'" in answer.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_possible_is_exported_although_an_extra_is_missing(tiny_run, tmp_path, monkeypatch):
+    without(monkeypatch, "tf2onnx", "ai_edge_litert", "tensorflow")
+    out = tmp_path / "out"
+    answer = command("export", "--run", tiny_run.run.folder, "--format", "all", "--output", out)
+    assert answer.exit_code == 1
+    assert f"finetune predict PHOTO --model {out / 'openvino'}" in answer.stdout
+    assert "savedmodel and onnx and litert" in answer.stderr
+    assert {path.name for path in out.iterdir()} == {"keras", "openvino"}
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="is not empty"):  # adding the others names them, not all
+        export(tiny_run.run, Request(("all",), out), Silent())
+    without(monkeypatch, "tf2onnx")
+    again = command("export", "--run", tiny_run.run.folder, "--format", "onnx,openvino", "--output", tmp_path / "one")
+    assert again.exit_code == 1
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {"openvino"}
+
+
+def test_progress_names_the_steps(tiny_run, tmp_path):
+    answer = command("export", "--run", tiny_run.run.folder, "--format", "openvino", "--output", tmp_path / "out")
+    for step in ("converting and writing", "loading what was written", "replaying photos", "timing"):
+        assert f"openvino: {step}: " in answer.stderr
+    assert "(0/s)" not in answer.stderr
+    assert "openvino: replaying photos: 30 photos in" in answer.stderr
 
 
 @pytest.mark.parametrize(("form", "package"), [("onnx", "onnxruntime"), ("litert", "ai_edge_litert.interpreter")])
@@ -716,12 +759,12 @@ import resource, sys
 from pathlib import Path
 from finetune_cli.exports.export import Request, export
 from finetune_cli.errors import StorageError
-from finetune_cli.exports.forms import NAMES
+from finetune_cli.exports.registry import FORMS
 from finetune_cli.progress import Silent
 from finetune_cli.runs.run import Run
 run, work = Run.load(Path(sys.argv[1])), Path(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
-for name in NAMES:
+for name in FORMS:
     try:
         export(run, Request((name,), work / "out"), Silent())
     except StorageError as exc:

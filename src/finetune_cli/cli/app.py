@@ -11,9 +11,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import typer
+from typer.core import TyperCommand
 
 from finetune_cli import __version__, signals
 from finetune_cli.errors import BadPhotos, FinetuneError, Interrupted, UsageError
@@ -34,6 +35,17 @@ app = typer.Typer(
 )
 
 P = ParamSpec("P")
+
+
+class _Command(TyperCommand):
+    """A command whose complaints about options begin with what is wrong."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as exc:
+            exc.message = exc.message.removeprefix("Value error, ")  # pydantic's words, which Typer passes on
+            raise
 
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
@@ -88,7 +100,7 @@ def command(group: typer.Typer) -> Callable[[Callable[P, None]], Callable[P, Non
                 error.__cause__ = exc
                 _fail(error, bool(kwargs.get("debug")))
 
-        return group.command()(guarded)
+        return group.command(cls=_Command)(guarded)
 
     return register
 

@@ -105,7 +105,7 @@ class Console:
             def render(self, task: Any) -> Text:
                 speed = task.finished_speed or task.speed
                 known = speed and task.elapsed > 1  # what was found in the cache makes the first moments absurd
-                return Text(f"{speed:.0f} {unit}/s" if known else "", style="dim")
+                return Text(_rate(speed, f" {unit}") if known else "", style="dim")
 
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -141,11 +141,18 @@ class Console:
                 rate = done / (now - started)
                 left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
                 of = f"/{total}" if total else ""
-                self.note(f"{name}: {done}{of} {unit}, {rate:.0f}/s{left}")
+                speed = f", {_rate(rate)}" if _rate(rate) else ""
+                self.note(f"{name}: {done}{of} {unit}{speed}{left}")
 
         yield advance
         self._finished(name, done, unit, time.monotonic() - started)
 
     def _finished(self, name: str, done: int, unit: str, seconds: float) -> None:
-        rate = f" ({done / seconds:.0f}/s)" if seconds > 0.1 else ""
-        self.note(f"{name}: {f'{done} {unit} in ' if done else ''}{seconds:.1f} s{rate if done else ''}")
+        rate = _rate(done / seconds) if seconds > 0.1 else ""
+        self.note(f"{name}: {f'{done} {unit} in ' if done else ''}{seconds:.1f} s{f' ({rate})' if rate else ''}")
+
+
+def _rate(per_second: float, unit: str = "") -> str:
+    """`per_second` with two digits at least; nothing where that would be 0.0."""
+    digits = 0 if per_second >= 9.5 else 1
+    return f"{per_second:.{digits}f}{unit}/s" if per_second >= 0.05 else ""

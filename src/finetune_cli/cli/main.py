@@ -25,13 +25,18 @@ from finetune_cli.cli.app import (
     skippable,
 )
 from finetune_cli.errors import DataError, UsageError
+from finetune_cli.exports import registry
 from finetune_cli.text import counted
 
 if TYPE_CHECKING:
+    from typer.models import OptionInfo
+
     from finetune_cli.cli.console import Console
     from finetune_cli.runs.run import Run
 
 __all__ = ["app"]
+
+DEFAULT_FORMAT = "savedmodel"
 
 
 class OutputFormat(StrEnum):
@@ -40,31 +45,6 @@ class OutputFormat(StrEnum):
     table = "table"
     csv = "csv"
     jsonl = "jsonl"
-
-
-class ExportFormat(StrEnum):
-    """The forms that `export` writes."""
-
-    savedmodel = "savedmodel"
-    keras = "keras"
-    onnx = "onnx"
-    litert = "litert"
-    openvino = "openvino"
-
-
-class Quantize(StrEnum):
-    """How `export --format litert` makes the model smaller."""
-
-    none = "none"
-    float16 = "float16"
-    int8 = "int8"
-
-
-class Precision(StrEnum):
-    """The weights of `export --format openvino`."""
-
-    float32 = "float32"
-    float16 = "float16"
 
 
 @command(app)
@@ -247,6 +227,13 @@ def explain(
     render.explained(console, command_explain.explain(find_run(console, run), photo, class_name, output))
 
 
+def _form_option(option: str, what: str) -> "OptionInfo":
+    """An option of one form, as the registry knows it."""
+    choices = registry.choices(option)
+    text = f"{registry.owner(option).name}: {what}. [default: {choices[0]}]"
+    return typer.Option(metavar="|".join(choices), help=text)  # type: ignore[no-any-return]
+
+
 @command(app)
 def export(
     output: Annotated[
@@ -254,18 +241,19 @@ def export(
     ],
     run: RunOption = None,
     format: Annotated[  # noqa: A002
-        list[ExportFormat] | None,
+        list[str] | None,
         typer.Option(
-            help="May be given several times. A SavedModel is a program: people must trust who made it. "
-            "[default: savedmodel]",
+            metavar="FORMAT[,FORMAT...]",
+            help=f"{', '.join(registry.FORMS)}, or {registry.ALL}. A SavedModel is a program: people must trust who "
+            f"made it. [default: {DEFAULT_FORMAT}]",
             show_default=False,
         ),
     ] = None,
     version: Annotated[
         int | None, typer.Option(metavar="N", help="savedmodel: the version, DIR/N. [default: the next free number]")
     ] = None,
-    quantize: Annotated[Quantize | None, typer.Option(help="litert: a smaller model. [default: none]")] = None,
-    precision: Annotated[Precision | None, typer.Option(help="openvino: its weights. [default: float32]")] = None,
+    quantize: Annotated[str | None, _form_option("quantize", "a smaller model")] = None,
+    precision: Annotated[str | None, _form_option("precision", "its weights")] = None,
     root: Annotated[
         Path | None, typer.Option("--data", metavar="ROOT", help="Where the run's own photos are now.")
     ] = None,
@@ -279,15 +267,18 @@ def export(
 
     console = new_console(quiet)
     request = command_export.Request(
-        names=[one.value for one in format or [ExportFormat.savedmodel]],
+        names=registry.parse(format or [DEFAULT_FORMAT]),
         output=output,
         version=version,
-        quantize=quantize.value if quantize is not None else None,
-        precision=precision.value if precision is not None else None,
+        quantize=quantize,
+        precision=precision,
         root=root,
         force=force,
     )
-    render.exported(console, command_export.export(find_run(console, run), request, console))
+    result = command_export.export(find_run(console, run), request, console)
+    render.exported(console, result)
+    if result.not_installed:
+        raise registry.missing_extras(result.not_installed)
 
 
 from finetune_cli.cli import tools  # noqa: E402, F401 - registers the other commands, below these in the help

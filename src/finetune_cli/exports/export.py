@@ -1,7 +1,8 @@
 """`export`: a finished run in the forms that other programs run, each proven before it is in place.
 
 All forms of one call are built beside their targets and compared with the run. Only if every one of them keeps its
-limits are they moved into place; otherwise nothing has changed.
+limits are they moved into place; otherwise nothing has changed. Forms whose packages are not installed are left out
+and named.
 """
 
 import contextlib
@@ -11,14 +12,14 @@ from pathlib import Path
 
 from finetune_cli import files, signals
 from finetune_cli.errors import FinetuneError, GateError, UsageError
-from finetune_cli.exports import forms, manifest, parity, place
+from finetune_cli.exports import forms, manifest, parity, place, registry
 from finetune_cli.exports.forms import Form, Source
-from finetune_cli.exports.litert import LiteRt, Quantize
-from finetune_cli.exports.openvino import OpenVino, Precision
 from finetune_cli.exports.parity import Check, Replay
+from finetune_cli.exports.registry import FORMS, Entry
 from finetune_cli.parallel import cores
 from finetune_cli.progress import Observer
 from finetune_cli.runs.run import Run
+from finetune_cli.training.outputs import PARITY_LIMIT
 
 PARITY = "parity.json"
 _NOTHING = "nothing was written; try another format or option"
@@ -28,16 +29,17 @@ _EXTRA_BYTES = 20_000_000
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked for. None: the next free `version` (savedmodel), no quantizing (litert), float32 (openvino).
+    """What is asked for; `names` as `registry.parse` takes them.
 
+    None: the next free `version` (savedmodel), and the default of `quantize` (litert) and `precision` (openvino).
     `root`: where the run's photos are now, if they were moved; `force` replaces an export at `output`.
     """
 
     names: Sequence[str]
     output: Path
     version: int | None = None
-    quantize: Quantize | None = None
-    precision: Precision | None = None
+    quantize: str | None = None
+    precision: str | None = None
     root: Path | None = None
     force: bool = False
 
@@ -56,22 +58,29 @@ class Exported:
 
 @dataclass(frozen=True)
 class Result:
-    """All exports of one call, and how the photos were that they were proven with."""
+    """All exports of one call, how many photos they were proven with, and how many of the run's were not found.
+
+    not_installed: forms that were asked for and left out.
+    """
 
     exports: tuple[Exported, ...]
     photos: int
     missing: int
+    not_installed: tuple[Entry, ...] = ()
 
 
 def export(run: Run, request: Request, observer: Observer) -> Result:
     """Write `run` in the wanted forms to `request.output`.
 
-    Raises `UsageError` for wrong options or a target that may not be replaced, `MissingExtra`, `RunError` when the run
-    is damaged, `DataError` when its validation photos are not there, `GateError` when a form answers differently.
-    Nothing is changed then.
+    Raises `UsageError` for wrong options or a target that may not be replaced, `MissingExtra` when the packages of no
+    form are installed, `RunError` when the run is damaged, `DataError` when its validation photos are not there,
+    `GateError` when a form answers differently. Nothing is changed then.
     """
-    wanted = make_forms(request)
-    inner = place.inner_paths(request.output, [form.name for form in wanted], request.version)
+    wanted, not_installed = make_forms(request)
+    names = [form.name for form in wanted]
+    # The folders are those of the whole request, so that what is not installed today can be added later.
+    paths = place.inner_paths(request.output, [*names, *(entry.name for entry in not_installed)], request.version)
+    inner = {name: paths[name] for name in names}
     _check_targets(run, request, inner)
     replay = parity.collect(run, request.root, observer)
     _tell(replay, observer)
@@ -80,36 +89,39 @@ def export(run: Run, request: Request, observer: Observer) -> Result:
         folders = _open_targets(stack, request, inner)
         exports = [_build(form, source, folders[form.name], replay, observer) for form in wanted]
     placed = [_in_place(one, request.output / inner[one.form]) for one in exports]
-    return Result(tuple(placed), len(replay.photos), replay.missing)
+    return Result(tuple(placed), len(replay.photos), replay.missing, not_installed)
 
 
-def make_forms(request: Request) -> list[Form]:
-    """The forms of `request`, each once. Raises `UsageError` for an unknown one and for a stray option."""
-    for name in request.names:
-        if name not in forms.NAMES:
-            raise UsageError(f"unknown format {name!r}", f"known are {', '.join(forms.NAMES)}")
-    # One order, because TensorFlow numbers functions through the life of a process, and writes the numbers.
-    names = [name for name in forms.NAMES if name in request.names]
-    for option, value, form in (
-        ("--version", request.version, "savedmodel"),
-        ("--quantize", request.quantize, "litert"),
-        ("--precision", request.precision, "openvino"),
-    ):
-        if value is not None and form not in names:
-            raise UsageError(f"{option} belongs to the format {form}", f"add --format {form}, or drop {option}")
-    if request.version is not None and request.version < 1:
-        raise UsageError(f"--version {request.version} is not a positive number", "choose 1 or more")
-    for name in names:
-        forms.require(forms.form_class(name))
-    return [_make(name, request) for name in names]
+def make_forms(request: Request) -> tuple[list[Form], tuple[Entry, ...]]:
+    """The forms of `request`, each once, and those of them whose packages are not installed.
+
+    Raises `UsageError` for an unknown form, a stray option or a wrong value, `MissingExtra` if no form is left.
+    """
+    entries = [FORMS[name] for name in registry.parse(request.names)]
+    given = {"quantize": request.quantize, "precision": request.precision}
+    if request.version is not None:
+        _check_belongs("version", next(entry for entry in FORMS.values() if entry.numbered), entries)
+        if request.version < 1:
+            raise UsageError(f"--version {request.version} is not a positive number", "choose 1 or more")
+    for option, value in given.items():
+        if value is not None:
+            _check_belongs(option, registry.owner(option), entries)
+            if value not in registry.choices(option):
+                known = ", ".join(registry.choices(option))
+                raise UsageError(f"--{option} {value} is unknown", f"choose one of {known}")
+    possible = [entry for entry in entries if entry.installed]
+    not_installed = tuple(entry for entry in entries if entry not in possible)
+    if not possible:
+        raise registry.missing_extras(not_installed)
+    options = [{key: given[key] or default for key, (default, *_) in entry.options.items()} for entry in possible]
+    return [entry.load()(**chosen) for entry, chosen in zip(possible, options, strict=True)], not_installed
 
 
-def _make(name: str, request: Request) -> Form:
-    if name == LiteRt.name:
-        return LiteRt(request.quantize or "none")
-    if name == OpenVino.name:
-        return OpenVino(request.precision or "float32")
-    return forms.form_class(name)()
+def _check_belongs(option: str, owner: Entry, entries: Sequence[Entry]) -> None:
+    if owner not in entries:
+        raise UsageError(
+            f"--{option} belongs to the format {owner.name}", f"add --format {owner.name}, or drop --{option}"
+        )
 
 
 def _check_targets(run: Run, request: Request, inner: dict[str, Path]) -> None:
@@ -137,7 +149,7 @@ def _tell(replay: Replay, observer: Observer) -> None:
             f"{replay.missing} validation photos are not where they were, or have changed; "
             f"{len(replay.photos)} others are replayed"
         )
-    if replay.measured > parity.LARGEST_DIFFERENCE:
+    if replay.measured > PARITY_LIMIT:
         observer.warn(
             f"on this machine the run's probabilities differ by {replay.measured:.2g} from those in predictions.csv; "
             "another CPU or another version of Pillow can do that"
@@ -159,21 +171,22 @@ def _open_targets(stack: contextlib.ExitStack, request: Request, inner: dict[str
 
 def _build(form: Form, source: Source, folder: Path, replay: Replay, observer: Observer) -> Exported:
     """Write one form to `folder`, load it again from there, and compare. Raises `GateError` past a limit."""
-    with observer.stage(f"export to {form.name}", 4, "steps") as advance, signals.deferred():
-        form.write(source, folder)
-        source.card.write(folder)
-        advance(1)
-        opened = form.open(folder / form.main if form.main else folder, cores())
-        advance(1)
+    main = FORMS[form.name].main
+    with signals.deferred():
+        with observer.stage(f"{form.name}: converting and writing", None):
+            form.write(source, folder)
+            source.card.write(folder)
+        with observer.stage(f"{form.name}: loading what was written", None):
+            opened = form.open(folder / main if main else folder, cores())
         try:
-            checks = parity.compare(opened, replay, form.exact)
-            advance(1)
-            milliseconds = parity.milliseconds(opened, replay)
+            with observer.stage(f"{form.name}: replaying photos", None) as advance:
+                checks = parity.compare(opened, replay, form.exact, advance)
+            with observer.stage(f"{form.name}: timing", None):
+                milliseconds = parity.milliseconds(opened, replay)
         except FinetuneError:
             raise
         except Exception as exc:  # the runtimes raise dozens of unrelated types
             raise GateError(f"the {form.name} export cannot be run: {forms.reason(exc)}", _NOTHING) from exc
-        advance(1)
     for check in checks:
         if not check.passed:
             raise GateError(

@@ -1,7 +1,6 @@
-"""What all exported forms have in common, and the table of them. Their packages are imported when they are needed."""
+"""What all exported forms have in common; `registry.py` lists them."""
 
 import contextlib
-import importlib.util
 import os
 import sys
 import warnings
@@ -14,7 +13,6 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli.errors import MissingExtra
 from finetune_cli.exports.card import Card
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.runs.run import Run
@@ -79,12 +77,9 @@ class Opened(Protocol):
 
 
 class Form(Protocol):
-    """An exported format. `main` is the file that other programs are given; None: the folder itself."""
+    """An exported format; its class takes the options in the registry as keyword arguments."""
 
     name: ClassVar[str]
-    main: ClassVar[str | None]
-    extra: ClassVar[str | None]
-    packages: ClassVar[tuple[str, ...]]
 
     @property
     def exact(self) -> bool:
@@ -107,39 +102,6 @@ class Form(Protocol):
         Raises `WeightsError` when it is damaged or was not made by an export.
         """
         ...
-
-
-NAMES = ("savedmodel", "keras", "onnx", "litert", "openvino")
-SUFFIXES = {".keras": "keras", ".onnx": "onnx", ".tflite": "litert", ".xml": "openvino"}
-
-
-def form_class(name: str) -> type[Form]:
-    """The class of the form `name`, one of `NAMES`."""
-    if name == "savedmodel":
-        from finetune_cli.exports.savedmodel import SavedModel
-
-        return SavedModel
-    if name == "keras":
-        from finetune_cli.exports.keras import KerasFile
-
-        return KerasFile
-    if name == "onnx":
-        from finetune_cli.exports.onnx import Onnx
-
-        return Onnx
-    if name == "litert":
-        from finetune_cli.exports.litert import LiteRt
-
-        return LiteRt
-    from finetune_cli.exports.openvino import OpenVino
-
-    return OpenVino
-
-
-def require(form: type[Form]) -> None:
-    """Raise `MissingExtra` unless the packages of `form` are installed."""
-    if form.extra is not None and not all(importlib.util.find_spec(name) for name in form.packages):
-        raise MissingExtra(f"the {form.name} form", form.extra)
 
 
 def reason(exc: Exception) -> str:

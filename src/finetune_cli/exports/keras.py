@@ -18,9 +18,6 @@ class KerasFile:
     """Writes and opens ``model.keras``."""
 
     name: ClassVar[str] = "keras"
-    main: ClassVar[str | None] = "model.keras"
-    extra: ClassVar[str | None] = None
-    packages: ClassVar[tuple[str, ...]] = ("keras",)
     exact = True
     options: ClassVar[dict[str, str]] = {}
 

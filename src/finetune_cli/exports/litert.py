@@ -30,9 +30,6 @@ class LiteRt:
     """Writes and opens ``model.tflite``."""
 
     name: ClassVar[str] = "litert"
-    main: ClassVar[str | None] = "model.tflite"
-    extra: ClassVar[str | None] = "litert"
-    packages: ClassVar[tuple[str, ...]] = ("ai_edge_litert",)
 
     def __init__(self, quantize: Quantize = "none") -> None:
         self.quantize = quantize
@@ -97,7 +94,7 @@ class OpenedLiteRt:
         try:
             from ai_edge_litert.interpreter import Interpreter
         except ImportError as exc:
-            raise MissingExtra("the litert form", "litert") from exc
+            raise MissingExtra("the format litert", "litert") from exc
         card = _read_card(path)
         self.classes, self.settings = card.classes, card.settings
         try:

@@ -13,24 +13,18 @@ from typing import Any
 from finetune_cli import files
 from finetune_cli.errors import WeightsError
 from finetune_cli.exports.card import EXPORT_IT
-from finetune_cli.exports.forms import NAMES, Form
+from finetune_cli.exports.forms import Form
+from finetune_cli.exports.registry import FORMS
 from finetune_cli.runs.run import Run
 
 FORMAT = 1
 FILE = "manifest.json"
-_PACKAGES = {
-    "savedmodel": ("tensorflow", "keras"),
-    "keras": ("tensorflow", "keras"),
-    "onnx": ("tensorflow", "keras", "tf2onnx", "onnx", "onnxruntime"),
-    "litert": ("tensorflow", "keras", "ai-edge-litert"),
-    "openvino": ("openvino",),
-}
 
 
 def write(folder: Path, form: Form, run: Run) -> None:
     """Describe everything that is in `folder` now."""
     listed = sorted(path for path in folder.rglob("*") if path.is_file())
-    packages = ("finetune-cli", "numpy", *_PACKAGES[form.name])
+    packages = ("finetune-cli", "numpy", *FORMS[form.name].versions)
     files.write_json(
         folder / FILE,
         {
@@ -68,7 +62,7 @@ def read(folder: Path) -> dict[str, Any]:
 def _check(manifest: Mapping[str, Any]) -> None:
     if manifest["format"] != FORMAT:
         raise ValueError(f"its format is {manifest['format']}, this version reads {FORMAT}")
-    if manifest["form"] not in NAMES:
+    if manifest["form"] not in FORMS:
         raise ValueError(f"unknown form {manifest['form']!r}")
     for name, digest in manifest["files"].items():
         parts = PurePosixPath(name).parts

@@ -24,9 +24,6 @@ class Onnx:
     """Writes and opens ``model.onnx``."""
 
     name: ClassVar[str] = "onnx"
-    main: ClassVar[str | None] = "model.onnx"
-    extra: ClassVar[str | None] = "onnx"
-    packages: ClassVar[tuple[str, ...]] = ("tf2onnx", "onnx", "onnxruntime")
     exact = True
     options: ClassVar[dict[str, str]] = {}
 
@@ -90,7 +87,7 @@ class OpenedOnnx:
         try:
             import onnxruntime
         except ImportError as exc:
-            raise MissingExtra("the onnx form", "onnx") from exc
+            raise MissingExtra("the format onnx", "onnx") from exc
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         try:

@@ -3,11 +3,9 @@
 from pathlib import Path
 
 from finetune_cli.errors import WeightsError
-from finetune_cli.exports import forms, manifest, place
+from finetune_cli.exports import manifest, place, registry
 from finetune_cli.exports.forms import Opened
-
-# The class names of these are in a file beside them, so the manifest must vouch that they belong together.
-_NOT_ALONE = {"savedmodel", "keras"}
+from finetune_cli.exports.registry import FORMS, Entry
 
 
 def open_model(path: Path, workers: int) -> Opened:
@@ -20,20 +18,20 @@ def open_model(path: Path, workers: int) -> Opened:
         return _open_folder(_version(path), workers)
     if not path.is_file():
         raise WeightsError(f"there is no model {path}", "name a folder that finetune export wrote, or the file in it")
-    form = forms.form_class(_by_suffix(path))
+    entry = _by_suffix(path)
     if (path.parent / manifest.FILE).exists() and path.name in manifest.read(path.parent)["files"]:
         return _open_folder(path.parent, workers)
-    if form.name in _NOT_ALONE:
+    if not entry.knows_classes:  # they are in a file beside it, and the manifest must say that the two belong together
         raise WeightsError(
             f"{path} does not say what its classes are called: {manifest.FILE} and classes.json belong beside it",
             "copy the whole folder that finetune export wrote",
         )
-    return form.open(path, workers)
+    return entry.load().open(path, workers)
 
 
 def _open_folder(folder: Path, workers: int) -> Opened:
-    form = forms.form_class(manifest.verify(folder)["form"])
-    return form.open(folder / form.main if form.main else folder, workers)
+    entry = FORMS[manifest.verify(folder)["form"]]
+    return entry.load().open(folder / entry.main if entry.main else folder, workers)
 
 
 def _version(folder: Path) -> Path:
@@ -50,11 +48,11 @@ def _version(folder: Path) -> Path:
     return folder
 
 
-def _by_suffix(path: Path) -> str:
+def _by_suffix(path: Path) -> Entry:
     if path.name == "saved_model.pb":
         raise WeightsError(f"{path} is a part of a SavedModel", f"name its folder: {path.parent}")
-    try:
-        return forms.SUFFIXES[path.suffix.lower()]
-    except KeyError as exc:
-        known = ", ".join(forms.SUFFIXES)
-        raise WeightsError(f"{path} is no exported model", f"known are {known}, and SavedModel folders") from exc
+    entry = registry.by_suffix(path)
+    if entry is None:
+        known = ", ".join(registry.suffixes())
+        raise WeightsError(f"{path} is not an exported model", f"known are {known}, and SavedModel folders")
+    return entry

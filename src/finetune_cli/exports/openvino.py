@@ -19,9 +19,6 @@ class OpenVino:
     """Writes and opens ``model.xml``."""
 
     name: ClassVar[str] = "openvino"
-    main: ClassVar[str | None] = "model.xml"
-    extra: ClassVar[str | None] = None
-    packages: ClassVar[tuple[str, ...]] = ("openvino",)
 
     def __init__(self, precision: Precision = "float32") -> None:
         self.precision = precision

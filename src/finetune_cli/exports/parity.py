@@ -31,10 +31,10 @@ from finetune_cli.photos.decode import decode_whole
 from finetune_cli.progress import Observer
 from finetune_cli.runs.run import Run
 from finetune_cli.tables import read_csv
+from finetune_cli.training import outputs
 
 MOST_PHOTOS = 64
 CALIBRATION_PHOTOS = 200
-LARGEST_DIFFERENCE = 1e-4
 LEAST_AGREEMENT = 0.95
 # Two classes whose probabilities are closer than this are a tie, and either may win in a form that is not exact.
 TIE = 0.1
@@ -224,19 +224,24 @@ def calibration_photos(run: Run, root: Path | None, observer: Observer) -> Itera
             continue
 
 
-def compare(model: Opened, replay: Replay, exact: bool) -> tuple[Check, ...]:
-    """Replay the photos through every signature of `model`; `exact`: whether pixels must give equal probabilities."""
+def compare(
+    model: Opened, replay: Replay, exact: bool, advance: Callable[[int], None] = lambda _n: None
+) -> tuple[Check, ...]:
+    """Replay the photos through every signature of `model`; `exact`: whether pixels must give equal probabilities.
+
+    Calls `advance` with the number of photos after every batch.
+    """
     photos, checks = replay.photos, []
     for signature in model.signatures():
         if signature.takes == "bytes":
-            answers = _answers(signature, photos, Photo.encoded)
+            answers = _answers(signature, photos, Photo.encoded, advance)
             checks.append(_check(signature.name, photos, answers, replay.reference, None, _copies(photos)))
             continue
-        answers = _answers(signature, photos, lambda photo: photo.pixels)
-        limit = LARGEST_DIFFERENCE if exact else None
+        answers = _answers(signature, photos, lambda photo: photo.pixels, advance)
+        limit = outputs.PARITY_LIMIT if exact else None
         checks.append(_check(signature.name, photos, answers, replay.reference, limit))
         if signature.any_size:
-            checks.append(_compare_full_size(signature, replay))
+            checks.append(_compare_full_size(signature, replay, advance))
     return tuple(checks)
 
 
@@ -249,25 +254,32 @@ def _copies(photos: Sequence[Photo]) -> tuple[str, ...]:
     )
 
 
-def _compare_full_size(signature: Signature, replay: Replay) -> Check:
+def _compare_full_size(signature: Signature, replay: Replay, advance: Callable[[int], None]) -> Check:
     """Replay photos at the size of their files: how far the resizing in the export is from that of the run."""
     areas = np.array([photo.area for photo in replay.photos])
     rows = np.flatnonzero(np.cumsum(areas) <= _FULL_SIZE_PIXELS)
     if not len(rows):
         rows = np.array([areas.argmin()])
     photos = [replay.photos[i] for i in rows]
-    answers = np.concatenate([signature.answer(photo.whole()[None]) for photo in photos])
+    one_by_one = []
+    for photo in photos:
+        one_by_one.append(signature.answer(photo.whole()[None]))
+        advance(1)
+    answers = np.concatenate(one_by_one)
     fewer = f"{len(photos)} of {len(areas)} photos, {areas[rows].sum() / 1e6:.1f} megapixels"
     notes = (fewer,) if len(photos) < len(areas) else ()
     return _check(f"{signature.name}, full size", photos, answers, replay.reference[rows], None, notes)
 
 
-def _answers(signature: Signature, photos: Sequence[Photo], given: Callable[[Photo], Any]) -> Floats:
+def _answers(
+    signature: Signature, photos: Sequence[Photo], given: Callable[[Photo], Any], advance: Callable[[int], None]
+) -> Floats:
     """The answers of `signature` to what is `given` of each photo; one batch is in memory at a time."""
     rows = []
     for start in range(0, len(photos), _A_BATCH):
         batch = [given(photo) for photo in photos[start : start + _A_BATCH]]
         rows.append(signature.answer(batch if signature.takes == "bytes" else np.stack(batch)))
+        advance(len(batch))
     return np.concatenate(rows)
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from finetune_cli import files
 from finetune_cli.errors import StorageError, UsageError
 from finetune_cli.exports import manifest
-from finetune_cli.exports.forms import NAMES
+from finetune_cli.exports.registry import FORMS
 from finetune_cli.text import shown
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
@@ -34,9 +34,9 @@ def inner_paths(output: Path, names: Sequence[str], version: int | None) -> dict
     TensorFlow Serving wants a numbered version below that: `version`, by default the next free one.
     """
     inner = {name: Path() if len(names) == 1 else Path(name) for name in names}
-    if "savedmodel" in inner:
-        base = inner["savedmodel"]
-        inner["savedmodel"] = base / str(version or _next_version(output / base))
+    for name, base in inner.items():
+        if FORMS[name].numbered:
+            inner[name] = base / str(version or _next_version(output / base))
     return inner
 
 
@@ -73,7 +73,7 @@ def check_beside(output: Path, force: bool) -> None:
     if (output / manifest.FILE).exists():
         raise UsageError(f"{output} is not empty: it holds an export of its own", "choose another --output")
     others = (path for path in output.iterdir() if not path.name.startswith("."))
-    foreign = sorted(path.name for path in others if not (is_version(path) or (path.is_dir() and path.name in NAMES)))
+    foreign = sorted(path.name for path in others if not (is_version(path) or (path.is_dir() and path.name in FORMS)))
     if foreign and not force:
         raise UsageError(
             f"{output} is not empty: it holds {shown(foreign[0])}, which is neither a form nor a version of a model",

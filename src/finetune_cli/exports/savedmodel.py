@@ -23,9 +23,6 @@ class SavedModel:
     """Writes and opens the folder of one version."""
 
     name: ClassVar[str] = "savedmodel"
-    main: ClassVar[str | None] = None
-    extra: ClassVar[str | None] = None
-    packages: ClassVar[tuple[str, ...]] = ("tensorflow",)
     exact = True
     options: ClassVar[dict[str, str]] = {}
 

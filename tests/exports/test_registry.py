@@ -1,0 +1,89 @@
+"""The registry of exported forms: complete, agreed with the classes, and nothing imports in a circle."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from finetune_cli.errors import UsageError
+from finetune_cli.exports import registry
+from finetune_cli.exports.registry import FORMS
+
+EXPORTS = Path(registry.__file__).parent
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_an_entry_fits_its_class(name):
+    entry = FORMS[name]
+    form = entry.load()(**{option: choices[0] for option, choices in entry.options.items()})
+    assert form.name == name
+    assert form.options == {option: choices[0] for option, choices in entry.options.items()}
+    assert form.exact
+
+
+def test_names_aliases_and_options_are_unambiguous():
+    words = [word for entry in FORMS.values() for word in (entry.name, *entry.aliases)] + [registry.ALL]
+    assert len(words) == len(set(words))
+    assert all(word == word.lower() and "," not in word for word in words)
+    options = [option for entry in FORMS.values() for option in entry.options]
+    assert len(options) == len(set(options))
+    assert len(registry.suffixes()) == len(set(registry.suffixes()))
+
+
+@pytest.mark.parametrize(
+    ("texts", "names"),
+    [
+        (["tflite"], ("litert",)),
+        (["openvino,ONNX", " savedmodel "], ("savedmodel", "onnx", "openvino")),
+        (["all"], tuple(FORMS)),
+        (["keras", "all", "keras"], tuple(FORMS)),
+        (["saved_model,"], ("savedmodel",)),
+    ],
+)
+def test_formats_as_people_type_them(texts, names):
+    assert registry.parse(texts) == names
+
+
+def test_a_mistyped_format_names_the_right_one():
+    with pytest.raises(UsageError, match="unknown format 'onxx'") as caught:
+        registry.parse(["keras,onxx"])
+    assert caught.value.remedy.startswith("did you mean onnx?")
+
+
+def test_the_extras_exist():
+    import tomllib
+
+    project = tomllib.loads((EXPORTS.parents[2] / "pyproject.toml").read_text())["project"]
+    assert {entry.extra for entry in FORMS.values()} - {None} <= set(project["optional-dependencies"])
+
+
+def test_the_registry_imports_no_form():
+    code = "import json, sys; from finetune_cli.exports import registry; print(json.dumps(sorted(sys.modules)))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    loaded = set(json.loads(answer.stdout))
+    assert {name for name in loaded if name.startswith("finetune_cli.exports.")} == {"finetune_cli.exports.registry"}
+    assert not {"numpy", "tensorflow"} & loaded
+
+
+def test_no_module_of_the_package_imports_another_in_a_circle():
+    prefix = "finetune_cli.exports."
+    edges = {}
+    for path in EXPORTS.glob("*.py"):
+        tree, found = ast.parse(path.read_text("utf-8")), set()
+        typing_only = {id(child) for node in ast.walk(tree) if _for_types(node) for child in ast.walk(node)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and id(node) not in typing_only:
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        edges[path.stem] = {name.removeprefix(prefix).split(".")[0] for name in found if name.startswith(prefix)}
+    assert "onnx" in edges["registry"]
+    while edges:
+        free = {name for name, below in edges.items() if not below & set(edges)}
+        assert free, f"in a circle: {sorted(edges)}"
+        edges = {name: below for name, below in edges.items() if name not in free}
+
+
+def _for_types(node):
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
