@@ -385,6 +385,15 @@ def test_nothing_is_wider_than_the_window(page):
 
 
 @pytest.mark.browser
+def test_tables_fit_a_window_of_1280_pixels(page):
+    if page.viewport_size["width"] < 1280:
+        return
+    tables = page.locator("#more .scroll")
+    assert tables.count() == 1
+    assert tables.first.evaluate("box => box.scrollWidth <= box.clientWidth")
+
+
+@pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_click_on_a_confused_pair_shows_its_photos(browser, thousand_pages, width):
     opened = browser.new_page(viewport={"width": width, "height": 800})

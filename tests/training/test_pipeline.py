@@ -15,6 +15,7 @@ from finetune_cli.config import schema
 from finetune_cli.errors import BadPhotos, DataError, FinetuneError, GateError, Interrupted, RunError, UsageError
 from finetune_cli.evaluation import evaluate as command_evaluate
 from finetune_cli.inference import predict as command_predict
+from finetune_cli.metrics.scores import evaluate
 from finetune_cli.practice import sample
 from finetune_cli.progress import Silent
 from finetune_cli.runs.run import Run, read_split
@@ -340,3 +341,41 @@ def test_every_shipped_config_trains(tmp_path, drawn, cache, name):
     run = command_train.train(schema.load(path, [*overrides, *weights]), Silent(), name)
     assert run.name == f"{name}-1"
     assert run.manifest["views"]["a_photo"] > 1
+
+
+def test_a_model_that_is_no_better_than_the_majority_class_says_why(tmp_path, cache):
+    """Labels that have nothing to do with the photos: one warning, and its reason depends on the weights."""
+    photos, rng = tmp_path / "photos", np.random.default_rng(0)
+    for i in range(60):
+        folder = photos / ("a" if i < 40 else "b")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(folder / f"{i}.png")
+    observer = Silent()
+    run = command_train.train(load(tmp_path, photos, cache, "image.size=32"), observer)
+    scores = run.manifest["metrics"]["val"]
+    assert scores["accuracy"] <= scores["baseline"]["accuracy"]
+    (said,) = [text for text in observer.warnings if "majority class" in text]
+    assert "is not clearly above that of the majority class 'a'" in said
+    assert "look at the labels" in said
+    assert "\n" not in said
+
+
+def test_random_weights_are_named_as_the_reason(tmp_path, drawn, cache):
+    part = judged_as(accuracy=0.5, baseline=0.5)
+    random = load(tmp_path, drawn, cache, "model.backbone=resnet50", "model.weights=null")
+    assert "weights are random (model.weights: null)" in command_train._below_baseline(random, part)
+    assert "weights are random" not in command_train._below_baseline(load(tmp_path, drawn, cache), part)
+    assert (
+        command_train._below_baseline(random, judged_as(accuracy=0.55, baseline=0.5)) is not None
+    )  # chance can do that
+    assert command_train._below_baseline(load(tmp_path, drawn, cache), judged_as(accuracy=0.51, baseline=0.5)) is None
+    assert command_train._below_baseline(random, judged_as(accuracy=0.7, baseline=0.5)) is None
+    assert command_train._below_baseline(random, judged_as(accuracy=1.0, baseline=1.0)) is None
+
+
+def judged_as(accuracy, baseline):
+    """100 photos of two classes: `baseline` of them are of the first."""
+    labels = np.arange(100) >= 100 * baseline
+    answers = labels ^ (np.arange(100) >= 100 * accuracy)
+    probabilities = np.eye(2, dtype=np.float32)[answers.astype(int)]
+    return outputs.Judged("val", (), probabilities, evaluate(probabilities, labels.astype(int), ("a", "b")))

@@ -59,7 +59,7 @@ def test_the_head_tells_what_was_found(tmp_path: Path) -> None:
     assert "Found 21 photos of 2 classes: 14 for training, 5 for validation, 2 for test." in head
     assert "Typical size: 400 x 300 pixels." in head
     assert "#   cat      11\n#   dog      10\n" in head
-    assert "text, signs, number plates" in text
+    assert "if a mirrored photo would be wrong: text, traffic signs" in text
 
 
 def test_a_csv_will_do(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ Chooses l2 and weights the rows. Keras yields the state of every epoch, so that 
 L-BFGS takes a second or two and starts again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,10 @@ from finetune_cli.head.lbfgs import Head, choose_l2, class_weights, fit_lbfgs, f
 from finetune_cli.metrics.folds import group_numbers
 from finetune_cli.photos.dataset import Sample
 from finetune_cli.progress import Observer
+from finetune_cli.text import counted
 from finetune_cli.training.extract import Features
+
+_STILL, _LAST = 0.01, 3  # a loss that fell by more than 1 % in the last 3 epochs is still falling
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,26 @@ def keras(
     val_rows, val_labels = val.array[:, 0], labels_of(val.samples)
     return keras_fit.fit_epochs(
         train.array, labels, weights, val_rows, val_labels, len(classes), settings, start, resume
+    )
+
+
+def still_improving(history: Sequence[Mapping[str, float]], solver: str, epochs: int) -> str | None:
+    """What to say of a training that `epochs` has stopped too early; `None` if it has not.
+
+    It has if the last epoch has the lowest validation loss, more than `_STILL` below that of `_LAST` epochs before (of
+    the first, in a shorter training).
+    """
+    losses = [row["val_loss"] for row in history]
+    last = min(_LAST, len(losses) - 1)
+    if len(losses) < epochs or last < 1 or losses[-1] > min(losses):
+        return None
+    before = losses[-1 - last]
+    if before - losses[-1] <= _STILL * before:
+        return None
+    fall = 1 - losses[-1] / before
+    return (
+        f"{solver} was still improving when it stopped: the validation loss fell by {fall:.1%} in the last "
+        f"{counted(last, 'epoch')} of {epochs}; try training.epochs={2 * epochs}, or a higher training.learning_rate"
     )
 
 

@@ -35,6 +35,7 @@ from finetune_cli.progress import Observer
 from finetune_cli.runs import checkpoints, run
 from finetune_cli.runs.run import Run
 from finetune_cli.tables import write_csv
+from finetune_cli.text import shown
 from finetune_cli.training import extract, fit, outputs
 from finetune_cli.training import resume as resume_record
 from finetune_cli.training.extract import Features
@@ -96,6 +97,8 @@ def _fit_and_finish(folder: Path, prepared: Prepared, start: Head | None, observ
             if split == "val" and prepared.config.calibration == "temperature":
                 evaluation = replace(evaluation, calibration=_cross_fitted(fitted.head, parts[split]))
             judged.append(outputs.Judged(split, parts[split].samples, probabilities, evaluation))
+    if text := _below_baseline(prepared.config, judged[-1]):
+        observer.warn(text)
     names = ["config.yaml", "environment.json", "split.csv", *outputs.write_tables(folder, classes, judged)]
     names += _write_history(folder, fitted)
     names += figures.write_figures(folder, judged[-1].evaluation, fitted.history)
@@ -106,6 +109,28 @@ def _fit_and_finish(folder: Path, prepared: Prepared, start: Head | None, observ
     if (folder / "checkpoints").exists():
         files.remove_folder(folder / "checkpoints")
     return finished
+
+
+def _below_baseline(config: Config, part: outputs.Judged) -> str | None:
+    """Why the model may be no better than the majority class on `part`; `None` if it is better, or all is right.
+
+    With random weights, accuracy by chance is to be expected, so there the whole 95 % interval must be better.
+    """
+    accuracy, baseline = part.evaluation.accuracy, part.evaluation.baseline.value
+    random = config.is_named_backbone and config.model.weights is None
+    if (accuracy.low if random else accuracy.value) > baseline or accuracy.value == 1:
+        return None
+    if random:
+        why = "the backbone's weights are random (model.weights: null); use pretrained ones, or efficientnet_lite0"
+    elif part.split == "test":
+        why = "look at the labels, and whether the test photos are like the training photos"
+    else:
+        why = "look at the labels (finetune check) and at what augmentation makes of the photos (finetune preview)"
+    photos = {"val": "validation", "test": "test"}[part.split]
+    return (
+        f"the accuracy on the {photos} photos, {accuracy.value:.1%}, is not clearly above that of the majority class "
+        f"{shown(part.evaluation.baseline_class)!r}, {baseline:.1%}: {why}"
+    )
 
 
 def _cross_fitted(fitted: Head, val: Features) -> CalibrationScores:
@@ -130,6 +155,8 @@ def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observe
             observer.note(_epoch_line(state, training.epochs))
             advance(1)
     assert state is not None
+    if text := fit.still_improving(state.history, training.solver, training.epochs):
+        observer.warn(text)
     return Fitted(state.best, l2, state.history)
 
 
@@ -180,7 +207,11 @@ def _start(prepared: Prepared, observer: Observer) -> Head | None:
         + (f"; dropped {', '.join(dropped)}" if dropped else "")
     )
     if prepared.config.training.solver == "lbfgs":
-        observer.note("solver lbfgs finds the same head from any start; solvers adam and sgd train on from this one")
+        observer.note(
+            "solver lbfgs ends at the same optimum with and without model.start_from; the kept columns only shorten "
+            "the way. It is useful with training.solver=adam or sgd: these train on from the old head, for example to "
+            "add a class"
+        )
     return grown
 
 

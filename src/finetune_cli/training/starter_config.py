@@ -35,7 +35,7 @@ model:
 
 augmentation:
   views: 4                        # each photo as it is and three transforms of it
-  horizontal_flip: true           # false for text, signs, number plates: mirrored, they are another thing
+  horizontal_flip: true           # write false if a mirrored photo would be wrong: text, traffic signs
   width_shift_range: 0.1          # sideways, up to a tenth of the width
   height_shift_range: 0.1
 
