@@ -102,10 +102,10 @@ def fit_lbfgs(
     """The head that minimises the objective on features (N, D), labels (N,) and row weights (N,).
 
     Memory does not grow with N: `features` may be a memory map and is read in blocks. It grows with the unknowns, U =
-    (D + 1) * C: about 20 arrays of U float64, of which the history of L-BFGS takes 512 MB at most, and for each core
-    a few arrays of D * C and of 4 million float32. The answer is the same, bit for bit, for any number of threads.
-    `start` only saves iterations, because the objective has one minimum (with l2 > 0). `progress` gets 1 after every
-    iteration. Raises `Interrupted` within a block of rows after a signal.
+    (D + 1) * C: about 20 arrays of U float64, of which the history of L-BFGS takes 512 MB at most (or three pairs),
+    and for each core a few arrays of D * C and of 4 million float32. The answer is the same, bit for bit, for any
+    number of threads. `start` only saves iterations, because the objective has one minimum (with l2 > 0). `progress`
+    gets 1 after every iteration. Raises `Interrupted` within a block of rows after a signal.
     """
     with one_blas_thread():
         problem = _Problem(features, labels, weights, n_classes, label_smoothing)
