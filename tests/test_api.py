@@ -288,7 +288,7 @@ def test_load_takes_a_path_or_a_run(classifier, tiny_run, photo, tmp_path):
 
 def test_evaluate_judges_the_runs_test_photos_or_others_and_writes_nothing(classifier, tiny_run, caplog, tmp_path):
     before = sorted(tiny_run.run.folder.rglob("*"))
-    assert classifier.evaluate().to_json()["accuracy"] == tiny_run.run.manifest["metrics"]["test"]["accuracy"]
+    assert classifier.evaluate().to_json()["accuracy"] == tiny_run.run.manifest.metrics["test"].document["accuracy"]
     assert "was trained on 1 of these photos" in caplog.text  # the twin
     for path in (tiny_run.photos / "val").rglob("*-0[0-4].png"):
         target = tmp_path / path.relative_to(tiny_run.photos / "val")

@@ -50,8 +50,7 @@ def tiny(tiny_run, tmp_path) -> TinyRun:
 def without_test(tiny: TinyRun, group: Callable[[str], str] = lambda _path: "") -> Run:
     rows = [replace(row, group=group(row.path)) for row in tiny.run.split() if row.split != "test"]
     run.write_split(tiny.run.folder / "split.csv", rows)
-    facts = {key: value for key, value in tiny.run.manifest.items() if key not in {"files", "format"}}
-    return run.finish(tiny.run.folder, facts, tiny.run.manifest["files"])
+    return run.finish(tiny.run.folder, tiny.run.manifest, tiny.run.manifest.files)
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -179,7 +178,7 @@ def test_calibration_leaves_out_the_photos_that_the_temperature_was_fitted_on(ti
 
 
 def test_the_run_itself_is_not_touched(tiny):
-    before = {name: tiny.run.file(name).read_bytes() for name in tiny.run.manifest["files"]}
+    before = {name: tiny.run.file(name).read_bytes() for name in tiny.run.manifest.files}
     manifest = (tiny.run.folder / "run.json").read_bytes()
     names = [command.evaluate(tiny.run, Silent()).folder.name for _ in range(2)]
     assert names == ["test-1", "test-2"]
@@ -317,7 +316,7 @@ def test_comparing_matches_classes_by_name(tiny, monkeypatch):
     """A second run with other class order that is right wherever the first is wrong, and wrong on two others."""
     first = command.evaluate(tiny.run, Silent()).judged
     classes = ("wasp", "hornet", "bee", "ant")
-    other = Run(tiny.run.folder.with_name("other"), {**tiny.run.manifest, "classes": list(classes)})
+    other = Run(tiny.run.folder.with_name("other"), replace(tiny.run.manifest, classes=classes))
     right = first.answers.predicted == first.answers.labels
     spoilt = np.flatnonzero(right)[:2]
 
@@ -338,7 +337,7 @@ def test_comparing_matches_classes_by_name(tiny, monkeypatch):
 
 
 def test_comparing_needs_the_classes_which_is_told_before_the_work(tiny, monkeypatch):
-    other = Run(tiny.run.folder, {**tiny.run.manifest, "classes": ["ant", "bee"]})
+    other = Run(tiny.run.folder, replace(tiny.run.manifest, classes=("ant", "bee")))
     monkeypatch.setattr(judge, "judge", lambda *_args: pytest.fail("worked in vain"))
     with pytest.raises(UsageError, match="no class 'wasp'"):
         command.evaluate(tiny.run, Silent(), other=other)

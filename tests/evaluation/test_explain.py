@@ -113,8 +113,9 @@ def test_a_real_backbone_adds_up_to_a_hundred_thousandth(tmp_path):
 
 
 def test_a_backbone_without_a_map_is_refused_by_name(tiny_run, photo, tmp_path):
-    backbone = {**tiny_run.run.manifest["backbone"], "name": "convnext_tiny", "feature_map": False}
-    run = Run(tiny_run.run.folder, {**tiny_run.run.manifest, "backbone": backbone})
+    manifest = tiny_run.run.manifest
+    backbone = replace(manifest.backbone, name="convnext_tiny", feature_map=False)
+    run = Run(tiny_run.run.folder, replace(manifest, backbone=backbone))
     with pytest.raises(RunError, match="convnext_tiny") as caught:
         command.explain(run, photo, None, tmp_path / "map.png")
     assert "resnet50" in caught.value.remedy

@@ -23,7 +23,7 @@ from finetune_cli.photos.decode import ImageSettings
 CARD = Card(("ant", "bee", "caf\u00e9 \udcff"), ImageSettings(64, "pad", 5000))
 
 
-RUN = SimpleNamespace(name="r-1", manifest={"files": {"model.keras": "ab"}})
+RUN = SimpleNamespace(name="r-1", manifest=SimpleNamespace(files={"model.keras": "ab" * 32}))
 
 
 def make_export(folder, content="old"):
@@ -93,10 +93,10 @@ def test_a_missing_card(tmp_path):
 def test_the_manifest_knows_every_file(tmp_path):
     make_export(tmp_path / "a")
     said = manifest.verify(tmp_path / "a")
-    assert set(said["files"]) == {"model.xml", "deep/model.bin"}
-    assert said["files"]["model.xml"] == files.sha256(tmp_path / "a" / "model.xml")
-    assert (said["form"], said["options"], said["run"]["name"]) == ("openvino", {"precision": "float32"}, "r-1")
-    assert said["versions"]["openvino"]
+    assert set(said.files) == {"model.xml", "deep/model.bin"}
+    assert said.files["model.xml"] == files.sha256(tmp_path / "a" / "model.xml")
+    assert (said.form, said.options, said.run) == ("openvino", {"precision": "float32"}, "r-1")
+    assert said.versions["openvino"]
     assert manifest.is_export(tmp_path / "a")
 
 
@@ -115,11 +115,18 @@ def test_a_changed_file_is_named(tmp_path):
     [
         {"format": 9},
         {"form": "zip"},
-        {"files": {"../x": "ab"}},
-        {"files": {"/x": "ab"}},
-        {"files": {"C:x": "ab"}},
+        {"files": {"../x": "ab" * 32}},
+        {"files": {"/x": "ab" * 32}},
+        {"files": {"C:x": "ab" * 32}},
         {"files": {"a": 1}},
+        {"files": {"a": "ab"}},
         {"files": []},
+        {"form": ["onnx"]},
+        {"options": {"precision": 32}},
+        {"created": None},
+        {"run": {}},
+        {"run": {"name": "r", "model_sha256": "ab"}},
+        {"versions": ["keras"]},
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ from exit_injection import exit_at
 from finetune_cli.exports import manifest, place
 from finetune_cli.exports.openvino import OpenVino
 
-RUN = SimpleNamespace(name="r-2", manifest={"files": {"model.keras": "cd"}})
+RUN = SimpleNamespace(name="r-2", manifest=SimpleNamespace(files={"model.keras": "cd" * 32}))
 
 
 def export(folder: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import runs_fixture
+from manifest_example import EXAMPLE
 from PIL import Image
 from runs_fixture import TinyRun
 
@@ -23,12 +24,14 @@ from finetune_cli.evaluation import evaluate
 from finetune_cli.evaluation.judge import Answers, Judged, Photos
 from finetune_cli.metrics import scores
 from finetune_cli.photos.dataset import BadPhoto, Sample
+from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.progress import Silent
 from finetune_cli.report import html as report
 from finetune_cli.report import thumbnails
 from finetune_cli.report.refits import LearningCurve
 from finetune_cli.runs import run as run_files
-from finetune_cli.runs.run import Run, SplitRow, sealed
+from finetune_cli.runs.manifest import seal
+from finetune_cli.runs.run import Run, SplitRow
 from finetune_cli.tables import write_csv
 
 IMG = "<img src=x onerror=alert(1)>"
@@ -165,13 +168,10 @@ def thousand(tmp_path_factory) -> Judged:
     (home / "config.yaml").write_text("\n".join(f"{name}: 1" for name in classes * 4))
     (home / "environment.json").write_text(json.dumps({f"{i}{'&' * 300}": "&" * 3000 for i in range(60)}))
     names = ["split.csv", "history.csv", "config.yaml", "environment.json"]
-    facts = {
-        "classes": classes, "image": {"size": 64, "resize": "crop", "max_pixels": 100_000}, "roots": {},
-        "temperature": 1.0, "metrics": {}, "backbone": {"name": "x", "feature_map": True},
-    }  # fmt: skip
+    manifest = replace(EXAMPLE, classes=classes, image=ImageSettings(64), temperature=1.0, metrics={})
     bad = tuple(BadPhoto(folder / "x", "&" * 3000, "&" * 3000) for _ in range(300))
     return Judged(
-        run_files.finish(home, {**facts, "classes": list(classes)}, names),
+        run_files.finish(home, manifest, names),
         Photos("data", "photos of a folder", samples, bad),
         Answers(samples, probabilities, np.zeros((0, 4), np.float32), 1, ()),
         scores.evaluate(probabilities, labels, classes),
@@ -288,7 +288,7 @@ def test_without_the_cache_it_says_so(copy, monkeypatch):
 def test_without_a_feature_map_there_are_no_heat_maps(copy):
     manifest = json.loads((copy.run.folder / "run.json").read_text())
     manifest["backbone"]["feature_map"] = False
-    (copy.run.folder / "run.json").write_text(json.dumps(sealed(manifest)))
+    (copy.run.folder / "run.json").write_text(json.dumps(seal(manifest)))
     text = Tags(written(Run.load(copy.run.folder)).read_text("utf-8")).text
     assert "no exact heat map" in text
     assert "Red places" not in text

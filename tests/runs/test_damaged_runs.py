@@ -44,7 +44,7 @@ def damages(content: bytes, seed: int) -> list[bytes]:
 def test_every_damage_of_every_file_is_seen(copy, record_property):
     whole = Run.load(copy)
     tries = 0
-    for name in ("run.json", *whole.manifest["files"]):
+    for name in ("run.json", *whole.manifest.files):
         content = (copy / name).read_bytes()
         for damaged in damages(content, len(content)):
             (copy / name).write_bytes(damaged)
@@ -54,12 +54,12 @@ def test_every_damage_of_every_file_is_seen(copy, record_property):
             assert name in caught.value.problem
             assert len(caught.value.problem.splitlines()) == 1
         (copy / name).write_bytes(content)
-    for name in whole.manifest["files"]:
+    for name in whole.manifest.files:
         (copy / name).unlink()
         with pytest.raises(FinetuneError, match="cannot be read"):
             whole.file(name)
     record_property("tries", tries)
-    assert tries == 20 * (1 + len(whole.manifest["files"]))
+    assert tries == 20 * (1 + len(whole.manifest.files))
 
 
 def answer(folder: Path, _output: Path) -> object:
@@ -90,7 +90,7 @@ def test_a_command_refuses_what_it_uses_and_needs_nothing_else(copy, tmp_path, c
     outputs = iter(tmp_path / f"out-{i}" for i in range(10_000))
     undamaged = use(copy, next(outputs))
     refused, tries = set(), 0
-    for name in ("run.json", *Run.load(copy).manifest["files"]):
+    for name in ("run.json", *Run.load(copy).manifest.files):
         content = (copy / name).read_bytes()
         for damaged in damages(content, len(content))[7::4]:  # half of it, and flipped bits
             (copy / name).write_bytes(damaged)
@@ -104,5 +104,5 @@ def test_a_command_refuses_what_it_uses_and_needs_nothing_else(copy, tmp_path, c
         (copy / name).write_bytes(content)
     record_property("tries", tries)
     assert refused >= USED[command]
-    assert refused <= {"run.json", *Run.load(copy).manifest["files"]}, "an error that does not name the file"
+    assert refused <= {"run.json", *Run.load(copy).manifest.files}, "an error that does not name the file"
     assert use(copy, next(outputs)) == undamaged

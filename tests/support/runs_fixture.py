@@ -20,6 +20,7 @@ from PIL import Image
 
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.config import schema
+from finetune_cli.fields import Fields
 from finetune_cli.head import lbfgs
 from finetune_cli.inference import runtimes
 from finetune_cli.keras_setup import import_keras
@@ -27,6 +28,7 @@ from finetune_cli.metrics.scores import evaluate, softmax
 from finetune_cli.photos.dataset import Sample
 from finetune_cli.photos.decode import ImageSettings, decode
 from finetune_cli.runs import environment, run
+from finetune_cli.runs.manifest import Backbone, Manifest, Solver, SplitMetrics, Views
 from finetune_cli.runs.run import Run, SplitRow
 from finetune_cli.tables import write_csv
 from finetune_cli.training import extract, outputs, prepare
@@ -160,26 +162,26 @@ def build(folder: Path, classes: tuple[str, ...] = ("ant", "bee", "wasp")) -> Ti
         home / "split.csv",
         [SplitRow(split, classes[s.label], s.digest, s.name) for split in COUNTS for s in splits[split]],
     )
-    facts = {
-        "created": "2026-01-01T00:00:00+00:00",
-        "classes": list(classes),
-        "image": {"size": SIZE, "resize": "crop", "max_pixels": 100_000_000},
-        "backbone": {
-            "name": "tiny", "width": 24, "fingerprint": "tiny", "weights_sha256": None, "feature_map": True,
-        },
-        "solver": {"name": "lbfgs", "l2": 1e-4},
-        "temperature": TEMPERATURE,
-        "device": "cpu",
-        "feature_precision": "float32",
-        "photos": {split: len(samples) for split, samples in splits.items()},
-        "views": {"a_photo": 2, "computed": 0, "cached": 0},
-        "cache_bytes": 0,
-        "bad_photos": [],
-        "roots": {split: os.path.relpath(photos / split, home) for split in COUNTS},
-        "parity": parity,
-        "seconds": {"features": 1.0},
-        "metrics": {split: evaluation.to_json() for split, evaluation in evaluations.items()},
-    }  # fmt: skip
+    manifest = Manifest(
+        created="2026-01-01T00:00:00+00:00",
+        classes=classes,
+        image=ImageSettings(SIZE),
+        backbone=Backbone(name="tiny", width=24, fingerprint="tiny", weights_sha256=None, feature_map=True),
+        start_from=None,
+        solver=Solver("lbfgs", 1e-4),
+        temperature=TEMPERATURE,
+        device="cpu",
+        feature_precision="float32",
+        photos={split: len(samples) for split, samples in splits.items()},
+        views=Views(a_photo=2, computed=0, cached=0),
+        cache_bytes=0,
+        bad_photos=(),
+        roots={split: os.path.relpath(photos / split, home) for split in COUNTS},
+        parity=parity,
+        seconds={"features": 1.0},
+        metrics={split: SplitMetrics.from_json(Fields(each.to_json())) for split, each in evaluations.items()},
+        files={},
+    )
     names += ["model.keras", "inference/model.xml", "inference/model.bin"]
     names += ["config.yaml", "environment.json", "split.csv", "history.csv"]
-    return TinyRun(run.finish(home, facts, names), photos, cache, wrong, twin)
+    return TinyRun(run.finish(home, manifest, names), photos, cache, wrong, twin)

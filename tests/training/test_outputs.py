@@ -38,8 +38,8 @@ def names(folder):
 
 def test_what_is_saved_answers_alike(model, expected, tmp_path):
     parity = save(tmp_path, model, expected)
-    assert parity["photos"] == 3
-    assert max(parity["openvino_against_keras"], parity["openvino_against_measured"]) < 1e-5
+    assert parity.photos == 3
+    assert max(parity.openvino_against_keras, parity.openvino_against_measured) < 1e-5
     assert names(tmp_path) == ["inference/model.bin", "inference/model.xml", "model.keras"]
     with pytest.raises(GateError, match="disagrees with what was measured"):
         save(tmp_path, model, expected[:, ::-1])

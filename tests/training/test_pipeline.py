@@ -82,12 +82,12 @@ def assert_same_weights(one: Run, two: Run) -> None:
 
 
 def test_a_run_holds_what_is_promised(finished):
-    assert set(finished.manifest["files"]) >= FILES
-    for name in finished.manifest["files"]:
+    assert set(finished.manifest.files) >= FILES
+    for name in finished.manifest.files:
         finished.file(name)
     assert finished.classes == ("city", "forest")
-    assert finished.manifest["photos"]["train"] + finished.manifest["photos"]["val"] == 32
-    assert finished.manifest["metrics"]["val"]["accuracy"] >= 0.8
+    assert finished.manifest.photos["train"] + finished.manifest.photos["val"] == 32
+    assert finished.manifest.metrics["val"].accuracy >= 0.8
     text = "".join(
         p.read_text("utf-8", "replace")
         for p in finished.folder.rglob("*")
@@ -115,7 +115,7 @@ def test_the_calibration_is_not_that_of_the_photos_it_was_fitted_on(finished):
     """What train writes about validation photos is what evaluate finds: cross-fitted, and so worse than as fitted."""
     with finished.file("predictions.csv").open(encoding="utf-8", newline="") as file:
         probabilities = [float(row[row["true"]]) for row in csv.DictReader(file)]
-    told = finished.manifest["metrics"]["val"]
+    told = finished.manifest.metrics["val"].document
     assert told["log_loss"] > -np.log(probabilities).mean() * 1.001
     found = command_evaluate.evaluate(finished, Silent()).judged
     assert found.photos.part == "val"
@@ -158,9 +158,9 @@ def test_other_head_settings_run_no_backbone_pass(tmp_path, drawn, cache, finish
 
     monkeypatch.setattr(prepare.Extractor, "_runtime", never)
     run = command_train.train(load(tmp_path, drawn, cache, *FLIP, *ADAM, "training.learning_rate=0.01"), Silent())
-    assert run.manifest["views"]["computed"] == 0
-    views = finished.manifest["views"]
-    assert run.manifest["views"]["cached"] == views["computed"] + views["cached"]
+    assert run.manifest.views.computed == 0
+    views = finished.manifest.views
+    assert run.manifest.views.cached == views.computed + views.cached
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, drawn, cache):
@@ -220,7 +220,7 @@ def test_a_third_class_keeps_the_first_two(tmp_path, drawn, cache, finished):
     )
     assert grown.classes == ("beach", "city", "forest")
     assert any("kept city, forest" in note and "new beach" in note for note in observer.notes)
-    assert grown.manifest["metrics"]["val"]["accuracy"] > 0.8
+    assert grown.manifest.metrics["val"].accuracy > 0.8
 
 
 def test_start_from_wants_the_same_backbone(tmp_path, drawn, cache, finished, monkeypatch):
@@ -306,9 +306,9 @@ def test_a_bad_photo_can_be_skipped(tmp_path, with_bad_photo, cache):
     before = bad.read_bytes()
     loaded = load(tmp_path, photos, cache, "data.on_bad_image=skip")
     run = command_train.train(loaded, Silent())
-    assert [entry["path"] for entry in run.manifest["bad_photos"]] == [f"city/{bad.name}"]
+    assert [photo.path for photo in run.manifest.bad_photos] == [f"city/{bad.name}"]
     assert bad.read_bytes() == before
-    assert sum(run.manifest["photos"].values()) == 31
+    assert sum(run.manifest.photos.values()) == 31
     assert len(command_check.check(loaded, Silent()).bad) == 1
 
 
@@ -329,7 +329,7 @@ def test_the_manifest_names_versions_and_surroundings(finished):
     environment = json.loads(finished.file("environment.json").read_text())
     assert environment["packages"]["keras"]
     assert environment["cpu"]["flags"]
-    assert files.sha256(finished.file("model.keras")) == finished.manifest["files"]["model.keras"]
+    assert files.sha256(finished.file("model.keras")) == finished.manifest.files["model.keras"]
 
 
 @pytest.mark.slow
@@ -340,7 +340,7 @@ def test_every_shipped_config_trains(tmp_path, drawn, cache, name):
     overrides = [f"data.train={drawn}", f"runtime.cache_dir={cache}", f"output.directory={tmp_path / 'runs'}"]
     run = command_train.train(schema.load(path, [*overrides, *weights]), Silent(), name)
     assert run.name == f"{name}-1"
-    assert run.manifest["views"]["a_photo"] > 1
+    assert run.manifest.views.a_photo > 1
 
 
 def test_a_model_that_is_no_better_than_the_majority_class_says_why(tmp_path, cache):
@@ -352,8 +352,8 @@ def test_a_model_that_is_no_better_than_the_majority_class_says_why(tmp_path, ca
         Image.fromarray(rng.integers(0, 256, (40, 40, 3), np.uint8)).save(folder / f"{i}.png")
     observer = Silent()
     run = command_train.train(load(tmp_path, photos, cache, "image.size=32"), observer)
-    scores = run.manifest["metrics"]["val"]
-    assert scores["accuracy"] <= scores["baseline"]["accuracy"]
+    scores = run.manifest.metrics["val"]
+    assert scores.document["accuracy"] <= scores.document["baseline"]["accuracy"]
     (said,) = [text for text in observer.warnings if "majority class" in text]
     assert "is not clearly above that of the majority class 'a'" in said
     assert "look at the labels" in said

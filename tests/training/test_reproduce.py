@@ -17,6 +17,7 @@ from finetune_cli.progress import Silent
 from finetune_cli.runs import environment as surroundings
 from finetune_cli.runs import run
 from finetune_cli.runs.environment import Difference
+from finetune_cli.runs.manifest import SkippedPhoto
 from finetune_cli.runs.run import Run
 from finetune_cli.training.reproduce import reproduce
 
@@ -26,7 +27,6 @@ def copy(tiny_run, tmp_path):
     """The tiny run in a folder of its own, with its photos where it expects them."""
     shutil.copytree(tiny_run.photos, tmp_path / "photos")
     shutil.copytree(tiny_run.run.folder, tmp_path / "runs" / "tiny-1")
-    facts = {key: value for key, value in tiny_run.run.manifest.items() if key not in {"files", "sha256"}}
 
     def rewritten(environment: dict | None = None) -> Run:
         """The run as if it had been made with `environment`, one worker and photos in this folder."""
@@ -39,7 +39,7 @@ def copy(tiny_run, tmp_path):
         )
         if environment is not None:
             files.write_json(folder / "environment.json", environment)
-        return run.finish(folder, facts, tiny_run.run.manifest["files"])
+        return run.finish(folder, tiny_run.run.manifest, tiny_run.run.manifest.files)
 
     return rewritten
 
@@ -55,7 +55,7 @@ def test_another_place(copy):
     environment["packages"]["keras"] = "3.99"
     environment["cpu"]["flags"] = ["avx9"]
     environment["git_commit"] = None
-    environment["variables"]["OMP_NUM_THREADS"] = "7"
+    environment["variables"] = {**environment["variables"], "OMP_NUM_THREADS": "7"}
     found = reproduce(copy(environment), Silent())
     told = {each.what: each for each in found.surroundings}
     assert told["packages.keras"].before == "3.99"
@@ -74,9 +74,8 @@ def backbone_file(copy, tmp_path):
     made = copy()
     config = made.folder / "config.yaml"
     config.write_text(config.read_text().replace("backbone: resnet50", "backbone: ../../own.keras"))
-    facts = {key: value for key, value in made.manifest.items() if key not in {"files", "sha256"}}
-    facts["backbone"] = {**facts["backbone"], "weights_sha256": hashlib.sha256(b"weights").hexdigest()}
-    return run.finish(made.folder, facts, made.manifest["files"]), path
+    backbone = replace(made.manifest.backbone, weights_sha256=hashlib.sha256(b"weights").hexdigest())
+    return run.finish(made.folder, replace(made.manifest, backbone=backbone), made.manifest.files), path
 
 
 def test_other_weights(backbone_file):
@@ -96,7 +95,7 @@ def test_imagenet_weights_that_are_not_here(copy, tmp_path, monkeypatch):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
     monkeypatch.setattr(urllib.request, "urlopen", lambda *_: pytest.fail("it connects"))
     made = copy()
-    there = {**made.manifest, "backbone": {**made.manifest["backbone"], "weights_sha256": "ab"}}
+    there = replace(made.manifest, backbone=replace(made.manifest.backbone, weights_sha256="ab"))
     (line,) = reproduce(replace(made, manifest=there), Silent()).weights
     assert "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5 are not here and are downloaded" in line
     (tmp_path / "models").mkdir()
@@ -109,15 +108,14 @@ def test_another_run_to_start_from(copy, tiny_run, tmp_path):
     made = copy()
     config = made.folder / "config.yaml"
     config.write_text(config.read_text().replace("start_from: null", "start_from: ../first"))
-    facts = {key: value for key, value in made.manifest.items() if key not in {"files", "sha256"}}
-    facts["start_from"] = tiny_run.run.manifest["files"]["model.keras"]
-    made = run.finish(made.folder, facts, made.manifest["files"])
+    manifest = replace(made.manifest, start_from=tiny_run.run.manifest.files["model.keras"])
+    made = run.finish(made.folder, manifest, made.manifest.files)
     assert "there is no run" in reproduce(made, Silent()).weights[0]
     first = shutil.copytree(tiny_run.run.folder, tmp_path / "runs" / "first")
     assert reproduce(made, Silent()).same
     (first / "model.keras").write_bytes(b"other")
     assert "model.keras is damaged" in reproduce(made, Silent()).weights[0]
-    run.finish(first, facts, made.manifest["files"])
+    run.finish(first, manifest, made.manifest.files)
     assert "is another run than it was" in reproduce(made, Silent()).weights[0]
 
 
@@ -144,7 +142,7 @@ def test_photos_that_are_not_here(copy, tmp_path):
 def test_skipped_photos_are_no_news(copy, tmp_path):
     made = copy()
     shutil.copy(tmp_path / "photos" / "val" / "ant" / "ant-02.png", tmp_path / "photos" / "test" / "ant" / "zz.png")
-    bad = {**made.manifest, "bad_photos": [{"path": "ant/zz.png", "reason": "is cut off"}]}
+    bad = replace(made.manifest, bad_photos=(SkippedPhoto("ant/zz.png", "is cut off"),))
     assert reproduce(replace(made, manifest=bad), Silent()).same
 
 

@@ -11,6 +11,7 @@ from finetune_cli.errors import RunError
 from finetune_cli.photos.dataset import Sample
 from finetune_cli.progress import Silent
 from finetune_cli.runs import environment
+from finetune_cli.runs.manifest import seal
 from finetune_cli.training import resume
 
 
@@ -32,7 +33,7 @@ def prepared(config, **changes):
         "precision": "float32",
         "workers": 2,
         "parts": {"train": SimpleNamespace(samples=samples)},
-        "start_from": "s",
+        "start_from": "a" * 64,
     }
     return SimpleNamespace(**{**facts, **changes})
 
@@ -148,12 +149,26 @@ def test_a_kill_between_the_record_of_other_surroundings_and_the_file(begun, mon
         go_on(folder)
 
 
-@pytest.mark.parametrize("change", [{"environments": 5}, {"environments": []}, {"configs": {}}, {"configs": "x"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"environments": 5},
+        {"environments": []},
+        {"environments": ["ab"]},
+        {"configs": {}},
+        {"configs": []},
+        {"configs": "x"},
+        {"configs": [5]},
+        {"backbone": None},
+        {"start_from": "ab"},
+        {"start_from": []},
+    ],
+    ids=str,
+)
 def test_a_foreign_record_is_refused(begun, change):
-    from finetune_cli.runs import run
-
     folder, _config = begun
     path = folder / "checkpoints" / "begun.json"
-    path.write_text(json.dumps(run.sealed({**json.loads(path.read_text()), **change})))
-    with pytest.raises(RunError):
+    path.write_text(json.dumps(seal({**json.loads(path.read_text()), **change})))
+    with pytest.raises(RunError, match=rf"begun\.json is damaged: {next(iter(change))}") as caught:
         go_on(folder)
+    assert len(caught.value.problem.splitlines()) == 1

@@ -27,7 +27,8 @@ from finetune_cli.head import classifier
 from finetune_cli.inference.predictor import RunPredictor
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.runs import checkpoints
-from finetune_cli.runs.run import Run, sealed
+from finetune_cli.runs.manifest import seal
+from finetune_cli.runs.run import Run
 
 Make = Callable[["Stranger"], Callable[[], Any]]
 CASES: dict[str, Make] = {}
@@ -47,7 +48,7 @@ class Stranger:
         manifest = json.loads(path.read_text())
         manifest["files"] = {name: files.sha256(self.home / name) for name in manifest["files"]}
         change(manifest)
-        path.write_text(json.dumps(sealed(manifest)))
+        path.write_text(json.dumps(seal(manifest)))
         return Run.load(self.home)
 
     def rewrite(self, name: str, change: Callable[[bytes], bytes]) -> None:

@@ -30,27 +30,25 @@ def trained(console: Console, run: "Run") -> None:
     names = {"val": "selection (validation)", "test": "test"}
     folder = _nearby(run.folder)
     console.print()
-    console.title(f"{shown(folder)}: {shown(manifest['backbone']['name'])}, {len(run.classes)} classes")
+    console.title(f"{shown(folder)}: {shown(manifest.backbone.name)}, {len(run.classes)} classes")
     rows = [
         (
             names[split],
-            f"{metrics['accuracy']:.1%}",
-            f"{metrics['accuracy_interval'][0]:.1%} to {metrics['accuracy_interval'][1]:.1%}",
-            f"{metrics['baseline']['accuracy']:.1%}",
-            metrics["photos"],
+            f"{metrics.accuracy:.1%}",
+            f"{metrics.accuracy_interval[0]:.1%} to {metrics.accuracy_interval[1]:.1%}",
+            f"{metrics.baseline_accuracy:.1%}",
+            metrics.photos,
         )
-        for split, metrics in sorted(manifest["metrics"].items())
+        for split, metrics in sorted(manifest.metrics.items())
     ]
     console.table(("", "accuracy", "95 % interval", "largest class alone", "photos"), rows, right=(1, 2, 3, 4))
-    seconds = manifest["seconds"]
-    console.table(("stage", "seconds"), [(k, f"{v:.1f}") for k, v in seconds.items()], right=(1,))
-    views = manifest["views"]
+    console.table(("stage", "seconds"), [(k, f"{v:.1f}") for k, v in manifest.seconds.items()], right=(1,))
     console.print(
-        f"views: {views['computed']} computed, {views['cached']} from the cache "
-        f"({manifest['cache_bytes'] / 1e6:.0f} MB on disk)"
+        f"views: {manifest.views.computed} computed, {manifest.views.cached} from the cache "
+        f"({manifest.cache_bytes / 1e6:.0f} MB on disk)"
     )
-    if manifest["bad_photos"]:
-        console.print(f"skipped {len(manifest['bad_photos'])} bad photos; they are listed in run.json")
+    if manifest.bad_photos:
+        console.print(f"skipped {len(manifest.bad_photos)} bad photos; they are listed in run.json")
     console.print("\ntry next:")
     console.print(f"  finetune predict PHOTO --run {shown(shlex.quote(str(folder)))}")
     console.print(f"  finetune evaluate --run {shown(shlex.quote(str(folder)))}")

@@ -128,7 +128,7 @@ def _inspected(target: Path, console: "Console") -> "tuple[Any, ImageSettings, i
         from finetune_cli.untrusted.keras_archive import load_keras_file
 
         run = Run.load(target)
-        computed, seconds = run.manifest["views"]["computed"], run.manifest["seconds"]["features"]
+        computed, seconds = run.manifest.views.computed, run.manifest.seconds.get("features")
         rate = computed / seconds if computed and seconds else None
         return load_keras_file(run.file("model.keras")), run.image_settings, None, rate
     config = load_config(target, None)

@@ -55,7 +55,7 @@ def explain(run: Run, path: Path, class_name: str | None, output: Path) -> Expla
     for a class that the run does not have, `BadImage`, and `RunError` for a run whose backbone has no map.
     """
     chosen = None if class_name is None else _class(run, class_name)
-    if not run.manifest["backbone"].get("feature_map", False):
+    if not run.manifest.backbone.feature_map:
         raise _no_map(run)
     predictor = InsightfulPredictor(run, workers=1, latency=True)
     insight = predictor.insight(decode.decode(path, predictor.settings)[None])
@@ -94,7 +94,7 @@ def _class(run: Run, name: str) -> int:
 
 def _no_map(run: Run) -> RunError:
     return RunError(
-        f"{run.folder}: there is no exact heat map for the backbone {run.manifest['backbone']['name']}, because its "
+        f"{run.folder}: there is no exact heat map for the backbone {run.manifest.backbone.name}, because its "
         "head does not take the mean over a feature map as it is",
         "train with a backbone whose pooled features feed the head directly, such as resnet50 or efficientnet_lite0",
     )

@@ -127,7 +127,9 @@ def photos_of_run(run: Run, root: Path | None, workers: int, advance: Advance, p
     source = f"{names[part]} photos of the run"
     places = None if root is None else _by_digest(root, {row.digest for row in rows}, workers, advance)
     rows = [row for row in rows if row.split == part]
-    folder = run.data_roots()[part] if root is None else root
+    folder = run.data_roots().get(part) if root is None else root
+    if folder is None:
+        raise RunError(f"{run.folder}/run.json does not say where the {source} are", "say it with --data FOLDER")
     label = {name: i for i, name in enumerate(run.classes)}
     samples, bad = [], []
     for row in rows:

@@ -1,13 +1,15 @@
 """`manifest.json` of an export: what it is, where it comes from, and the SHA-256 of every file. Written last.
 
-Format versions: 1 is the first. For version 2: raise `FORMAT`, keep reading the old one in `read`.
+Format versions: 1 is the first. For version 2: raise `FORMAT`, keep reading the old one in `ExportManifest.from_json`.
+A key that is only added needs no new format: unknown keys are ignored.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from finetune_cli import files
@@ -15,28 +17,73 @@ from finetune_cli.errors import WeightsError
 from finetune_cli.exports.card import EXPORT_IT
 from finetune_cli.exports.forms import Form
 from finetune_cli.exports.registry import FORMS
+from finetune_cli.fields import FieldError, Fields
 from finetune_cli.runs.run import Run
 
 FORMAT = 1
 FILE = "manifest.json"
 
 
+@dataclass(frozen=True, slots=True)
+class ExportManifest:
+    """The content of `manifest.json`.
+
+    options: what the form was made with. run, model_sha256: the name of the exported run and the SHA-256 of its
+    model. versions: of the packages that made it, None where one was not installed. files: name -> SHA-256.
+    """
+
+    form: str
+    options: Mapping[str, str]
+    created: str
+    run: str
+    model_sha256: str
+    versions: Mapping[str, str | None]
+    files: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole of the file."""
+        return {
+            "format": FORMAT,
+            "form": self.form,
+            "options": dict(self.options),
+            "created": self.created,
+            "run": {"name": self.run, "model_sha256": self.model_sha256},
+            "versions": dict(self.versions),
+            "files": dict(self.files),
+        }
+
+    @classmethod
+    def from_json(cls, document: object) -> "ExportManifest":
+        """The manifest in `document`. Raises `FieldError` that names the key which is wrong."""
+        fields = Fields(document)
+        if (found := fields.integer("format")) != FORMAT:
+            raise FieldError(f"its format is {found}, this version reads {FORMAT}")
+        run = fields.object("run")
+        return cls(
+            form=fields.choice("form", FORMS),
+            options=fields.mapping("options", Fields.text),
+            created=fields.text("created"),
+            run=run.text("name"),
+            model_sha256=run.sha256("model_sha256"),
+            versions=fields.mapping("versions", lambda versions, name: versions.optional(name, versions.text)),
+            files=fields.listed_files("files"),
+        )
+
+
 def write(folder: Path, form: Form, run: Run) -> None:
     """Describe everything that is in `folder` now."""
     listed = sorted(path for path in folder.rglob("*") if path.is_file())
     packages = ("finetune-cli", "numpy", *FORMS[form.name].versions)
-    files.write_json(
-        folder / FILE,
-        {
-            "format": FORMAT,
-            "form": form.name,
-            "options": form.options,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "run": {"name": run.name, "model_sha256": run.manifest["files"]["model.keras"]},
-            "versions": {name: _version(name) for name in packages},
-            "files": {path.relative_to(folder).as_posix(): files.sha256(path) for path in listed},
-        },
+    manifest = ExportManifest(
+        form=form.name,
+        options=form.options,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        run=run.name,
+        model_sha256=run.manifest.files["model.keras"],
+        versions={name: _version(name) for name in packages},
+        files={path.relative_to(folder).as_posix(): files.sha256(path) for path in listed},
     )
+    files.write_json(folder / FILE, manifest.to_json())
 
 
 def _version(name: str) -> str | None:
@@ -46,36 +93,23 @@ def _version(name: str) -> str | None:
         return None
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path) -> ExportManifest:
     """The manifest in `folder`, its files unchecked. Raises `WeightsError` when it is missing or damaged."""
     path = folder / FILE
     try:
-        manifest = json.loads(path.read_text("utf-8"))
-        _check(manifest)
+        return ExportManifest.from_json(json.loads(path.read_text("utf-8")))
     except FileNotFoundError as exc:
         raise WeightsError(f"{folder} was not made by finetune export: it has no {FILE}", EXPORT_IT) from exc
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as exc:
+    except (OSError, ValueError, RecursionError) as exc:
         raise WeightsError(f"{path} is damaged: {exc}", "export again") from exc
-    return dict(manifest)
 
 
-def _check(manifest: Mapping[str, Any]) -> None:
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"its format is {manifest['format']}, this version reads {FORMAT}")
-    if manifest["form"] not in FORMS:
-        raise ValueError(f"unknown form {manifest['form']!r}")
-    for name, digest in manifest["files"].items():
-        parts = PurePosixPath(name).parts
-        if not parts or parts[0] == "/" or ".." in parts or "\\" in name or ":" in name or not isinstance(digest, str):
-            raise ValueError(f"it lists {name!r}")
-
-
-def verify(folder: Path) -> dict[str, Any]:
+def verify(folder: Path) -> ExportManifest:
     """The manifest in `folder` after the hash of every file was checked. Raises `WeightsError` that names the file."""
     manifest = read(folder)
-    if extra := sorted(_present(folder) - set(manifest["files"]) - {FILE}):
+    if extra := sorted(_present(folder) - set(manifest.files) - {FILE}):
         raise WeightsError(f"{folder / extra[0]} is not listed in {FILE}", "export again into a new folder")
-    for name, expected in manifest["files"].items():
+    for name, expected in manifest.files.items():
         try:
             actual = files.sha256(folder / name)
         except OSError as exc:
@@ -88,7 +122,7 @@ def verify(folder: Path) -> dict[str, Any]:
 def is_export(folder: Path) -> bool:
     """Whether `folder` holds an export and nothing besides, so that it may be replaced by another one."""
     try:
-        listed = set(read(folder)["files"]) | {FILE}
+        listed = set(read(folder).files) | {FILE}
     except WeightsError:
         return False
     return _present(folder) <= listed

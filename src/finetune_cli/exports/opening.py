@@ -19,7 +19,7 @@ def open_model(path: Path, workers: int) -> Opened:
     if not path.is_file():
         raise WeightsError(f"there is no model {path}", "name a folder that finetune export wrote, or the file in it")
     entry = _by_suffix(path)
-    if (path.parent / manifest.FILE).exists() and path.name in manifest.read(path.parent)["files"]:
+    if (path.parent / manifest.FILE).exists() and path.name in manifest.read(path.parent).files:
         return _open_folder(path.parent, workers)
     if not entry.knows_classes:  # they are in a file beside it, and the manifest must say that the two belong together
         raise WeightsError(
@@ -30,7 +30,7 @@ def open_model(path: Path, workers: int) -> Opened:
 
 
 def _open_folder(folder: Path, workers: int) -> Opened:
-    entry = FORMS[manifest.verify(folder)["form"]]
+    entry = FORMS[manifest.verify(folder).form]
     return entry.load().open(folder / entry.main if entry.main else folder, workers)
 
 

@@ -53,8 +53,8 @@ def report(judged: Judged, folder: Path, observer: Observer) -> Path:
         "run": shown(run.name),
         "source": shown(judged.photos.source),
         "version": __version__,
-        "backbone": shown(run.manifest["backbone"]["name"]),
-        "created": shown(str(run.manifest.get("created", ""))[:10]),
+        "backbone": shown(run.manifest.backbone.name),
+        "created": shown(run.manifest.created[:10]),
         "verdict": sentences.verdict(judged),
         "evaluation": judged.evaluation,
         "calibration": judged.calibration,
@@ -62,7 +62,7 @@ def report(judged: Judged, folder: Path, observer: Observer) -> Path:
         "history": _history(run),
         "classes": _classes(judged),
         "examples": examples,
-        "feature_map": bool(run.manifest["backbone"].get("feature_map")),
+        "feature_map": run.manifest.backbone.feature_map,
         "reliability": charts.reliability(
             None if judged.calibration is None else judged.calibration.before,
             judged.evaluation.calibration if judged.calibration is None else judged.calibration.after,
@@ -137,7 +137,7 @@ def _classes(judged: Judged) -> Values:
 
 
 def _history(run: Run) -> list[charts.Chart]:
-    if "history.csv" not in run.manifest["files"]:
+    if "history.csv" not in run.manifest.files:
         return []
     with run.file("history.csv").open(encoding="utf-8", newline="") as file:
         rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]

@@ -66,14 +66,14 @@ def load(run: Run, config: Config) -> Material:
             "restore the run from a copy",
         )
     augmenter = prepare.augmenter(config)
-    width = int(run.manifest["backbone"]["width"])
+    width = run.manifest.backbone.width
     numbers = augmenter.views * width
     most = max(len(run.classes), min(_MOST_NUMBERS // (numbers * len(run.classes)), _MOST_BYTES // (4 * numbers)))
     rows = _some(everything, most)
     request = Request(
         prepare.image_settings(config),
-        run.manifest["backbone"]["fingerprint"],
-        run.manifest["feature_precision"],
+        run.manifest.backbone.fingerprint,
+        run.manifest.feature_precision,
         augmenter,
     )
     label = {name: i for i, name in enumerate(run.classes)}
@@ -87,7 +87,7 @@ def load(run: Run, config: Config) -> Material:
         tuple(rows),
         run.classes,
         len(everything),
-        float(run.manifest["solver"]["l2"]),
+        run.manifest.solver.l2,
         training.label_smoothing,
         training.seed,
         config.calibration == "temperature",

@@ -3,28 +3,23 @@
 `run.json` is written last, so a directory without it is an unfinished run. Every file it lists carries its SHA-256,
 and a file is checked before it is used; `run.json` carries a SHA-256 of its own content. No file holds a pickle or an
 absolute path.
-
-Format versions: 1 is the first. For version 2: raise `FORMAT`, keep reading the old one in `Run.load`, and add a run
-of the old format to the tests.
 """
 
 import csv
-import hashlib
-import json
 import os
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from finetune_cli import files
 from finetune_cli.errors import RunError, UsageError
 from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.runs import manifest as manifests
+from finetune_cli.runs.manifest import SPLITS, Manifest
 from finetune_cli.tables import read_csv, write_csv
 
-FORMAT = 1
-MANIFEST = "run.json"
+MANIFEST = manifests.FILE
 _REMEDY = "restore it from a copy, or train again"
 
 
@@ -47,7 +42,7 @@ class Run:
     """A finished run."""
 
     folder: Path
-    manifest: Mapping[str, Any]
+    manifest: Manifest
 
     @property
     def name(self) -> str:
@@ -57,17 +52,17 @@ class Run:
     @property
     def classes(self) -> tuple[str, ...]:
         """The class names, in the order of the model's outputs."""
-        return tuple(self.manifest["classes"])
+        return self.manifest.classes
 
     @property
     def image_settings(self) -> ImageSettings:
         """How photos are decoded for this model."""
-        return ImageSettings(**self.manifest["image"])
+        return self.manifest.image
 
     @property
     def temperature(self) -> float:
         """The calibration T inside the model; 1 if none."""
-        return float(self.manifest["temperature"])
+        return self.manifest.temperature
 
     @classmethod
     def load(cls, folder: Path) -> "Run":
@@ -83,22 +78,17 @@ class Run:
                 f"finish it with: finetune train --resume {folder}",
             )
         try:
-            manifest = json.loads(path.read_text("utf-8"))
-            if type(manifest["format"]) is int and manifest["format"] > FORMAT:
-                raise RunError(
-                    f"{folder} has format {manifest['format']}, this version reads {FORMAT}", "update finetune-cli"
-                )
-            _check_manifest(manifest)
-        except KeyError as exc:
-            raise RunError(f"{path} is damaged: it lacks {exc}", _REMEDY) from exc
-        except (OSError, ValueError, TypeError, RecursionError) as exc:
+            return cls(folder, manifests.parse(path.read_text("utf-8")))
+        except manifests.NewerFormat as exc:
+            problem = f"{folder} has format {exc.found}, this version reads {exc.known}"
+            raise RunError(problem, "update finetune-cli") from exc
+        except (OSError, ValueError, RecursionError) as exc:
             raise RunError(f"{path} is damaged: {exc}", _REMEDY) from exc
-        return cls(folder, manifest)
 
     def file(self, name: str) -> Path:
         """The path of a listed file, after its SHA-256 was checked. Raises `RunError` when damaged or missing."""
         path = self.folder / name
-        expected = self.manifest["files"].get(name)
+        expected = self.manifest.files.get(name)
         if expected is None:
             raise RunError(f"{self.folder} lists no file {name}", _REMEDY)
         try:
@@ -115,53 +105,7 @@ class Run:
 
     def data_roots(self) -> dict[str, Path]:
         """Split -> the folder that its photos were in when the run was made."""
-        return {split: Path(os.path.normpath(self.folder / root)) for split, root in self.manifest["roots"].items()}
-
-
-def _check_manifest(manifest: Any) -> None:
-    """Refuse a manifest that is not as it was written, or that names a file outside the run directory.
-
-    Raises `ValueError`, `KeyError` or `TypeError`.
-    """
-    if manifest["sha256"] != _own_digest(manifest):
-        raise ValueError("its content does not match its own SHA-256")
-    wanted: dict[str, type | tuple[type, ...]] = {
-        "classes": list,
-        "image": dict,
-        "backbone": dict,
-        "temperature": (int, float),
-        "roots": dict,
-        "files": dict,
-        "metrics": dict,
-    }
-    for key, kind in wanted.items():
-        if not isinstance(manifest[key], kind):
-            raise ValueError(f"{key} has the wrong type")
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"there is no format {manifest['format']!r}")
-    if len(manifest["classes"]) < 2 or not all(isinstance(name, str) for name in manifest["classes"]):
-        raise ValueError("classes are not at least two names")
-    image = ImageSettings(**manifest["image"])
-    if not (type(image.size) is int and 32 <= image.size <= 1024 and image.resize in {"crop", "squash", "pad"}):
-        raise ValueError("image settings are not those of a run")
-    if type(image.max_pixels) is not int or image.max_pixels < 1:
-        raise ValueError("image.max_pixels is not a number of pixels")
-    for name in manifest["files"]:
-        parts = PurePosixPath(name).parts
-        if PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or ":" in name or not parts:
-            raise ValueError(f"it lists {name!r}, which is outside the run directory")
-
-
-def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """`manifest` with the SHA-256 of its own content: it tells damage, and is no signature."""
-    return {**manifest, "sha256": _own_digest(manifest)}
-
-
-def _own_digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of all of `manifest` but `sha256`, as JSON with sorted keys and without spaces."""
-    content = {key: value for key, value in manifest.items() if key != "sha256"}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+        return {split: Path(os.path.normpath(self.folder / root)) for split, root in self.manifest.roots.items()}
 
 
 def check_target(directory: Path, name: str | None) -> None:
@@ -228,10 +172,10 @@ def find_unfinished(directory: Path) -> Path:
     return max(found, key=lambda folder: ((folder / "split.csv").stat().st_mtime_ns, folder.name))
 
 
-def finish(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> Run:
-    """Write `run.json` with the SHA-256 of the files `names`; the run is finished from here on."""
+def finish(folder: Path, manifest: Manifest, names: Iterable[str]) -> Run:
+    """Write `manifest` with the SHA-256 of the files `names` as `run.json`; the run is finished from here on."""
     listed = {name: files.sha256(folder / name) for name in sorted(names)}
-    files.write_json(folder / MANIFEST, sealed({"format": FORMAT, **manifest, "files": listed}))
+    files.write_json(folder / MANIFEST, replace(manifest, files=listed).to_json())
     return Run.load(folder)
 
 
@@ -250,6 +194,8 @@ def read_split(path: Path) -> list[SplitRow]:
             rows = read_csv(path, _SPLIT_HEADER)
         except ValueError:
             rows = read_csv(path, _SPLIT_HEADER[:-1])  # written before groups were kept
+        if unknown := {row[0] for row in rows} - set(SPLITS):
+            raise ValueError(f"there is no split {min(unknown)!r}")
         return [SplitRow(*row) for row in rows]
     except (OSError, ValueError, csv.Error) as exc:
         raise RunError(f"{path} is damaged: {exc}", _REMEDY) from exc

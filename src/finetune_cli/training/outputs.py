@@ -16,6 +16,7 @@ from finetune_cli.inference.runtimes import OpenVinoRuntime, convert, import_ope
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.metrics.scores import Evaluation
 from finetune_cli.photos.dataset import Sample
+from finetune_cli.runs.manifest import Parity
 from finetune_cli.tables import write_csv
 
 PARITY_PHOTOS = 16
@@ -28,12 +29,12 @@ def save_models(
     model: Any,
     photos: NDArray[np.uint8],
     expected: NDArray[np.float32],
-) -> dict[str, float]:
+) -> Parity | None:
     """Write `model.keras` and `inference/` and compare what was written, loaded anew, with `expected`.
 
     `photos`: ``uint8 (n, H, W, 3)``; `expected`: ``float32 (n, C)``, the probabilities that the run's numbers are made
-    of. Returns the largest differences. Raises `GateError` when one exceeds `PARITY_LIMIT`, `StorageError` when a file
-    cannot be written.
+    of. Returns the largest differences, None without photos. Raises `GateError` when one exceeds `PARITY_LIMIT`,
+    `StorageError` when a file cannot be written.
     """
     keras = import_keras()
     size = 4 * model.count_params()
@@ -43,17 +44,17 @@ def save_models(
     _save_ir(convert(model), folder / "inference", size)
     signals.check()
     if not len(photos):
-        return {}
+        return None
     loaded = keras.models.load_model(folder / "model.keras", safe_mode=True, compile=False)
     from_keras = np.asarray(loaded(photos.astype(np.float32), training=False))
     runtime = OpenVinoRuntime(read_ir(folder / "inference" / "model.xml"), "float32", workers=1)
     from_openvino = np.concatenate([runtime.infer(photo[None]) for photo in photos])
-    parity = {
-        "photos": len(photos),
-        "openvino_against_keras": float(np.abs(from_openvino - from_keras).max()),
-        "openvino_against_measured": float(np.abs(from_openvino - expected).max()),
-    }
-    worst = max(parity["openvino_against_keras"], parity["openvino_against_measured"])
+    parity = Parity(
+        photos=len(photos),
+        openvino_against_keras=float(np.abs(from_openvino - from_keras).max()),
+        openvino_against_measured=float(np.abs(from_openvino - expected).max()),
+    )
+    worst = max(parity.openvino_against_keras, parity.openvino_against_measured)
     if not worst <= PARITY_LIMIT:
         raise GateError(
             f"the saved model disagrees with what was measured: probabilities differ by {worst:.2g}, "

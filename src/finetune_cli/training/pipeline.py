@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +19,7 @@ from finetune_cli import files
 from finetune_cli.config.schema import Config
 from finetune_cli.drawing import figures
 from finetune_cli.errors import Interrupted, RunError
+from finetune_cli.fields import Fields
 from finetune_cli.head import classifier
 from finetune_cli.head.keras_fit import EpochState
 from finetune_cli.head.lbfgs import Head
@@ -33,6 +33,7 @@ from finetune_cli.metrics.scores import (
 )
 from finetune_cli.progress import Observer
 from finetune_cli.runs import checkpoints, run
+from finetune_cli.runs.manifest import Backbone, Manifest, Parity, SkippedPhoto, Solver, SplitMetrics, Views
 from finetune_cli.runs.run import Run
 from finetune_cli.tables import write_csv
 from finetune_cli.text import shown
@@ -105,7 +106,7 @@ def _fit_and_finish(folder: Path, prepared: Prepared, start: Head | None, observ
     with timed(prepared.seconds, "saving"), observer.stage("saving and comparing the model", None, "models"):
         parity = _save_models(folder, prepared, fitted.head, temperature, judged[0].probabilities)
     names += ["model.keras", "inference/model.xml", "inference/model.bin"]
-    finished = run.finish(folder, _facts(folder, prepared, fitted, temperature, parity, judged), names)
+    finished = run.finish(folder, _manifest(folder, prepared, fitted, temperature, parity, judged), names)
     if (folder / "checkpoints").exists():
         files.remove_folder(folder / "checkpoints")
     return finished
@@ -217,7 +218,7 @@ def _start(prepared: Prepared, observer: Observer) -> Head | None:
 
 def _save_models(
     folder: Path, prepared: Prepared, fitted: Head, temperature: float, measured: NDArray[np.float32]
-) -> dict[str, float]:
+) -> Parity | None:
     model = classifier.build(prepared.backbone.model, fitted, temperature, prepared.data.classes)
     val = prepared.parts["val"].samples
     chosen = np.linspace(0, len(val) - 1, min(len(val), outputs.PARITY_PHOTOS)).astype(int)
@@ -226,45 +227,44 @@ def _save_models(
     return outputs.save_models(folder, model, photos, measured[chosen])
 
 
-def _facts(
+def _manifest(
     folder: Path,
     prepared: Prepared,
     fitted: Fitted,
     temperature: float,
-    parity: dict[str, float],
+    parity: Parity | None,
     judged: list[outputs.Judged],
-) -> dict[str, Any]:
-    """The content of run.json, but for the format and the hashes."""
-    config, backbone, settings = prepared.config, prepared.backbone, image_settings(prepared.config)
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "classes": list(prepared.data.classes),
-        "image": {"size": settings.size, "resize": settings.resize, "max_pixels": settings.max_pixels},
-        "backbone": {
-            "name": config.model.backbone if config.is_named_backbone else Path(config.model.backbone).name,
-            "width": backbone.width,
-            "fingerprint": backbone.fingerprint,
-            "weights_sha256": backbone.weights_sha256,
-            "feature_map": backbone.feature_map,
-        },
-        "start_from": prepared.start_from,
-        "solver": {"name": config.training.solver, "l2": fitted.l2},
-        "temperature": temperature,
-        "device": prepared.device,
-        "feature_precision": prepared.precision,
-        "photos": {split: len(part.samples) for split, part in prepared.parts.items()},
-        "views": {
-            "a_photo": prepared.parts["train"].array.shape[1],
-            "computed": sum(part.computed for part in prepared.parts.values()),
-            "cached": sum(part.cached for part in prepared.parts.values()),
-        },
-        "cache_bytes": prepared.cache_bytes,
-        "bad_photos": [
-            {"path": photo.name, "reason": photo.reason}
-            for photo in (*prepared.data.bad, *(bad for part in prepared.parts.values() for bad in part.bad))
-        ],
-        "roots": {split: os.path.relpath(root, folder) for split, root in prepared.data.roots.items()},
-        "parity": parity,
-        "seconds": prepared.seconds,
-        "metrics": {part.split: part.evaluation.to_json() for part in judged},
-    }
+) -> Manifest:
+    """The content of run.json, but for the hashes of the files."""
+    config, backbone = prepared.config, prepared.backbone
+    skipped = (*prepared.data.bad, *(bad for part in prepared.parts.values() for bad in part.bad))
+    return Manifest(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        classes=prepared.data.classes,
+        image=image_settings(config),
+        backbone=Backbone(
+            name=config.model.backbone if config.is_named_backbone else Path(config.model.backbone).name,
+            width=backbone.width,
+            fingerprint=backbone.fingerprint,
+            weights_sha256=backbone.weights_sha256,
+            feature_map=backbone.feature_map,
+        ),
+        start_from=prepared.start_from,
+        solver=Solver(config.training.solver, fitted.l2),
+        temperature=temperature,
+        device=prepared.device,
+        feature_precision=prepared.precision,
+        photos={split: len(part.samples) for split, part in prepared.parts.items()},
+        views=Views(
+            a_photo=prepared.parts["train"].array.shape[1],
+            computed=sum(part.computed for part in prepared.parts.values()),
+            cached=sum(part.cached for part in prepared.parts.values()),
+        ),
+        cache_bytes=prepared.cache_bytes,
+        bad_photos=tuple(SkippedPhoto(photo.name, photo.reason) for photo in skipped),
+        roots={split: os.path.relpath(root, folder) for split, root in prepared.data.roots.items()},
+        parity=parity,
+        seconds=prepared.seconds,
+        metrics={part.split: SplitMetrics.from_json(Fields(part.evaluation.to_json())) for part in judged},
+        files={},
+    )

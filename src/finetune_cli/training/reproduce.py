@@ -53,7 +53,7 @@ def reproduce(run: Run, observer: Observer) -> Reproduction:
         data = prepare.index(config, observer)
     except DataError as exc:
         return Reproduction(run, differing, weights, (), exc.problem.splitlines()[0])
-    skipped = {str(photo["path"]) for photo in run.manifest["bad_photos"]}
+    skipped = {photo.path for photo in run.manifest.bad_photos}
     here = {
         (split, data.classes[sample.label], sample.digest, sample.name)
         for split, samples in data.splits.items()
@@ -68,7 +68,7 @@ def reproduce(run: Run, observer: Observer) -> Reproduction:
 
 def _backbone(run: Run, config: Config) -> Iterator[str]:
     """What is wrong with the file that the backbone's weights came from; random ones come from the seed."""
-    expected = run.manifest["backbone"]["weights_sha256"]
+    expected = run.manifest.backbone.weights_sha256
     path = build.weight_file(config.model.backbone, config.model.weights, config.image.size)
     if path is None or expected is None:
         return
@@ -86,7 +86,7 @@ def _start(run: Run, config: Config) -> Iterator[str]:
     except RunError as exc:
         yield f"model.start_from: {exc.problem}"
     else:
-        if found != run.manifest.get("start_from"):
+        if found != run.manifest.start_from:
             yield f"model.start_from: {config.model.start_from} is another run than it was; its model.keras differs"
 
 

@@ -62,10 +62,10 @@ def check_start(config: Config, backbone: Backbone) -> None:
     """Raise `RunError` when the run of `model.start_from` has features of another kind."""
     if config.model.start_from is None:
         return
-    old = Run.load(config.model.start_from).manifest["backbone"]
-    if old["fingerprint"] != backbone.fingerprint:
+    old = Run.load(config.model.start_from).manifest.backbone
+    if old.fingerprint != backbone.fingerprint:
         raise RunError(
-            f"model.start_from: {config.model.start_from} was trained on another backbone ({old['name']})",
+            f"model.start_from: {config.model.start_from} was trained on another backbone ({old.name})",
             "use the same model.backbone, model.weights and image.size, or drop model.start_from",
         )
 

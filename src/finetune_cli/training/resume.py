@@ -9,7 +9,8 @@ split.csv          the photos; written last, because it marks a run that can be 
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from finetune_cli import files
 from finetune_cli.config import schema as configs
 from finetune_cli.config.schema import Config
 from finetune_cli.errors import RunError
+from finetune_cli.fields import FieldError, Fields
 from finetune_cli.progress import Observer
 from finetune_cli.runs import environment, run
 from finetune_cli.runs.environment import Difference, differences
+from finetune_cli.runs.manifest import check_seal, seal
 from finetune_cli.runs.run import SplitRow
 from finetune_cli.training.prepare import Prepared
 
@@ -30,16 +33,57 @@ _MAY_CHANGE = ("training.epochs", "training.early_stopping_patience", "data.", "
 _NEW_RUN = "put them back, or train a new run"
 
 
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """The content of `begun.json`; the newest config and the newest hash of an environment.json are the last ones.
+
+    configs: as `Config.dump` gives them. backbone: its fingerprint. start_from: the SHA-256 of the model that the head
+    was begun with. environments: SHA-256s.
+    """
+
+    configs: tuple[Mapping[str, Any], ...]
+    backbone: str
+    start_from: str | None
+    environments: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole of the file, sealed."""
+        return seal(
+            {
+                "configs": [dict(config) for config in self.configs],
+                "backbone": self.backbone,
+                "start_from": self.start_from,
+                "environments": list(self.environments),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, document: object) -> "Beginning":
+        """The record in `document`. Raises `FieldError` that names the key which is wrong."""
+        fields = Fields(document)
+        check_seal(fields)
+        beginning = cls(
+            configs=tuple(config.document for config in fields.objects("configs")),
+            backbone=fields.text("backbone"),
+            start_from=fields.optional("start_from", fields.sha256),
+            environments=fields.sha256s("environments"),
+        )
+        for key in ("configs", "environments"):
+            if not getattr(beginning, key):
+                raise FieldError(f"{key} is empty")
+        return beginning
+
+
 def begin(folder: Path, prepared: Prepared) -> None:
     """Write what a resumed training must find. Raises `StorageError`."""
     _write_config(folder, prepared.config)
     environment.write_environment(folder, *_surroundings(prepared))
-    record = {
-        "configs": [prepared.config.dump(folder)],
-        "backbone": prepared.backbone.fingerprint,
-        "start_from": prepared.start_from,
-        "environments": [files.sha256(folder / environment.FILE)],
-    }
+    record = Beginning(
+        configs=(prepared.config.dump(folder),),
+        backbone=prepared.backbone.fingerprint,
+        start_from=prepared.start_from,
+        environments=(files.sha256(folder / environment.FILE),),
+    )
     _write_record(folder, record)
     run.write_split(folder / "split.csv", _split_rows(prepared))
 
@@ -47,7 +91,7 @@ def begin(folder: Path, prepared: Prepared) -> None:
 def identity(folder: Path) -> str:
     """What only the checkpoints of this training share: a hash of its first config and of its backbone."""
     record = _read(folder)
-    return str(run.sealed({"config": record["configs"][0], "backbone": record["backbone"]})["sha256"])
+    return str(seal({"config": record.configs[0], "backbone": record.backbone})["sha256"])
 
 
 def check(folder: Path) -> None:
@@ -59,12 +103,12 @@ def check(folder: Path) -> None:
     if not (folder / "split.csv").exists():
         raise RunError(f"{folder} was not begun: it has no split.csv", "remove that folder, and train a new run")
     record = _read(folder)
-    if files.sha256(folder / environment.FILE) not in record["environments"][-2:]:
+    if files.sha256(folder / environment.FILE) not in record.environments[-2:]:
         raise RunError(f"{folder / environment.FILE} is damaged", "restore it from a copy, or train a new run")
     stored = configs.load(folder / "config.yaml").dump(folder)
     # Two, as above: a kill may have come between the record of a change and the change itself.
-    if stored not in record["configs"][-2:]:
-        raise _other_settings(folder, differences(record["configs"][-1], stored))
+    if stored not in record.configs[-2:]:
+        raise _other_settings(folder, differences(record.configs[-1], stored))
 
 
 def go_on(folder: Path, prepared: Prepared, observer: Observer) -> None:
@@ -74,41 +118,31 @@ def go_on(folder: Path, prepared: Prepared, observer: Observer) -> None:
     """
     _refuse_other_photos(folder, prepared)
     record = _read(folder)
-    if prepared.backbone.fingerprint != record["backbone"]:
+    if prepared.backbone.fingerprint != record.backbone:
         raise RunError(f"the backbone's weights are not those that {folder} was begun with", _NEW_RUN)
-    if prepared.start_from != record["start_from"]:
+    if prepared.start_from != record.start_from:
         raise RunError(f"the run model.start_from is not the one that {folder} was begun from", _NEW_RUN)
     config = prepared.config.dump(folder)
-    changed = differences(record["configs"][-1], config)
+    changed = differences(record.configs[-1], config)
     if refused := [each for each in changed if not each.what.startswith(_MAY_CHANGE)]:
         raise _other_settings(folder, refused)
     if changed:
-        record["configs"] = [*record["configs"], config]
+        record = replace(record, configs=(*record.configs, config))
         _write_record(folder, record)
     _write_config(folder, prepared.config)
     _note_other_surroundings(folder, prepared, record, observer)
 
 
-def _write_record(folder: Path, record: dict[str, Any]) -> None:
-    content = {key: value for key, value in record.items() if key != "sha256"}
-    files.write_json(folder / _RECORD, run.sealed(content))
+def _write_record(folder: Path, record: Beginning) -> None:
+    files.write_json(folder / _RECORD, record.to_json())
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> Beginning:
     path = folder / _RECORD
     try:
-        record = json.loads(path.read_text("utf-8"))
-        if run.sealed(record) != record:
-            raise ValueError("its content does not match its own SHA-256")
-        for key in ("configs", "environments"):
-            if not isinstance(record[key], list) or not record[key]:
-                raise ValueError(f"{key} is no list")
-        if not all(isinstance(config, dict) for config in record["configs"]):
-            raise ValueError("configs are not settings")
-        record["backbone"], record["start_from"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as exc:
+        return Beginning.from_json(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, RecursionError) as exc:
         raise RunError(f"{path} is damaged: {exc}", "restore it from a copy, or train a new run") from exc
-    return dict(record)
 
 
 def _write_config(folder: Path, config: Config) -> None:
@@ -120,7 +154,7 @@ def _surroundings(prepared: Prepared) -> tuple[Config, str, str, int]:
     return prepared.config, prepared.device, prepared.precision, prepared.workers
 
 
-def _note_other_surroundings(folder: Path, prepared: Prepared, record: dict[str, Any], observer: Observer) -> None:
+def _note_other_surroundings(folder: Path, prepared: Prepared, record: Beginning, observer: Observer) -> None:
     """Say why the end may not be that of an uninterrupted run, here and in environment.json."""
     before = environment.read_environment(folder / environment.FILE)
     elsewhere = before.pop(environment.ELSEWHERE, None)
@@ -137,7 +171,7 @@ def _note_other_surroundings(folder: Path, prepared: Prepared, record: dict[str,
     told = list(dict.fromkeys([*map(str, elsewhere if isinstance(elsewhere, list) else ()), *told]))
     content = files.json_text({**before, environment.ELSEWHERE: told})
     digest = hashlib.sha256(content.encode()).hexdigest()
-    _write_record(folder, {**record, "environments": [*record["environments"], digest]})
+    _write_record(folder, replace(record, environments=(*record.environments, digest)))
     files.write_text(folder / environment.FILE, content)
 
 

@@ -1,0 +1,293 @@
+"""`run.json`, the manifest of a finished run: its content as types, the one parser and the one writer.
+
+`seal` adds a SHA-256 of the content, which shows damage and is no signature: so `parse` checks every value, too.
+
+Format versions: 1 is the first. For version 2: raise `FORMAT`, keep reading the old one in `Manifest.from_json`, and
+add a run of the old format to the tests. A key that is only added needs no new format: unknown keys are ignored.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetune_cli.fields import FieldError, Fields
+from finetune_cli.photos.decode import ImageSettings
+
+if TYPE_CHECKING:
+    from finetune_cli.inference.runtimes import Precision
+
+FORMAT = 1
+FILE = "run.json"
+SPLITS = ("train", "val", "test")
+_LARGEST_IMAGE = 1024
+_SMALLEST_IMAGE = 32
+
+
+class NewerFormat(FieldError):
+    """A file that a later version of this package wrote: its format is `found`, and `known` the newest known one."""
+
+    def __init__(self, found: int, known: int) -> None:
+        super().__init__(f"its format is {found}, and this version reads {known}")
+        self.found = found
+        self.known = known
+
+
+@dataclass(frozen=True, slots=True)
+class Backbone:
+    """What the features come from: ``float32 (width,)`` a photo.
+
+    `weights_sha256`: of the weight file, None for random weights. `feature_map`: whether the features are the mean over
+    positions of a map, so that a heat map is exact.
+    """
+
+    name: str
+    width: int
+    fingerprint: str
+    weights_sha256: str | None
+    feature_map: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Solver:
+    """How the head was fitted, and with which L2 strength."""
+
+    name: str
+    l2: float
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """Augmented views a photo, and how many were computed and how many taken from the cache."""
+
+    a_photo: int
+    computed: int
+    cached: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """The largest differences of probabilities between the saved forms of the model on `photos` photos."""
+
+    photos: int
+    openvino_against_keras: float
+    openvino_against_measured: float
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedPhoto:
+    """A photo that was left out of the training, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SplitMetrics:
+    """How good the run is on one split; shares lie between 0 and 1.
+
+    `baseline_accuracy`: of always answering the most frequent class. `document`: everything that was measured, as
+    `metrics.Evaluation.to_json` gives it.
+    """
+
+    photos: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    baseline_accuracy: float
+    document: Mapping[str, Any]
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> "SplitMetrics":
+        """Take the values that are used out of the document. Raises `FieldError`."""
+        interval = fields.value("accuracy_interval")
+        if not isinstance(interval, list) or len(interval) != 2:
+            raise fields.wrong("accuracy_interval", "a list of two numbers")
+        ends = Fields({"[0]": interval[0], "[1]": interval[1]}, fields.path("accuracy_interval"))
+        return cls(
+            photos=fields.integer("photos", 1),
+            accuracy=fields.number("accuracy", 0, 1),
+            accuracy_interval=(ends.number("[0]", 0, 1), ends.number("[1]", 0, 1)),
+            baseline_accuracy=fields.object("baseline").number("accuracy", 0, 1),
+            document=fields.document,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The content of `run.json`.
+
+    classes: in the order of the model's outputs. temperature: the calibration T inside the model, 1 if none.
+    start_from: the SHA-256 of the model that the head was begun with. photos: how many by split. roots: split -> the
+    folder that its photos were in, relative to the run. seconds: by stage. parity: None if no photo was compared.
+    files: name -> SHA-256 of every other file of the run.
+    """
+
+    created: str
+    classes: tuple[str, ...]
+    image: ImageSettings
+    backbone: Backbone
+    start_from: str | None
+    solver: Solver
+    temperature: float
+    device: str
+    feature_precision: "Precision"
+    photos: Mapping[str, int]
+    views: Views
+    cache_bytes: int
+    bad_photos: tuple[SkippedPhoto, ...]
+    roots: Mapping[str, str]
+    parity: Parity | None
+    seconds: Mapping[str, float]
+    metrics: Mapping[str, SplitMetrics]
+    files: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole of `run.json`, sealed."""
+        parity = self.parity
+        return seal(
+            {
+                "format": FORMAT,
+                "created": self.created,
+                "classes": list(self.classes),
+                "image": {key: getattr(self.image, key) for key in ("size", "resize", "max_pixels")},
+                "backbone": {
+                    "name": self.backbone.name,
+                    "width": self.backbone.width,
+                    "fingerprint": self.backbone.fingerprint,
+                    "weights_sha256": self.backbone.weights_sha256,
+                    "feature_map": self.backbone.feature_map,
+                },
+                "start_from": self.start_from,
+                "solver": {"name": self.solver.name, "l2": self.solver.l2},
+                "temperature": self.temperature,
+                "device": self.device,
+                "feature_precision": self.feature_precision,
+                "photos": dict(self.photos),
+                "views": {key: getattr(self.views, key) for key in ("a_photo", "computed", "cached")},
+                "cache_bytes": self.cache_bytes,
+                "bad_photos": [{"path": photo.path, "reason": photo.reason} for photo in self.bad_photos],
+                "roots": dict(self.roots),
+                "parity": {}
+                if parity is None
+                else {
+                    "photos": parity.photos,
+                    "openvino_against_keras": parity.openvino_against_keras,
+                    "openvino_against_measured": parity.openvino_against_measured,
+                },
+                "seconds": dict(self.seconds),
+                "metrics": {split: dict(metrics.document) for split, metrics in self.metrics.items()},
+                "files": dict(self.files),
+            }
+        )
+
+    @classmethod
+    def from_json(cls, document: object) -> "Manifest":
+        """The manifest in `document`. Raises `FieldError` that names the key which is wrong."""
+        fields = Fields(document)
+        found = fields.integer("format")
+        if found > FORMAT:
+            raise NewerFormat(found, FORMAT)
+        if found != FORMAT:
+            raise FieldError(f"there is no format {found}")
+        check_seal(fields)
+        manifest = cls(
+            created=fields.text("created"),
+            classes=fields.names("classes", 2),
+            image=_image(fields.object("image")),
+            backbone=_backbone(fields.object("backbone")),
+            start_from=fields.optional("start_from", fields.sha256),
+            solver=Solver(
+                fields.object("solver").choice("name", ("lbfgs", "adam", "sgd")),
+                fields.object("solver").number("l2", 0),
+            ),
+            temperature=fields.positive("temperature"),
+            device=fields.text("device"),
+            feature_precision=fields.choice("feature_precision", ("float32", "bfloat16", "mixed")),
+            photos=fields.mapping("photos", Fields.integer),
+            views=_views(fields.object("views")),
+            cache_bytes=fields.integer("cache_bytes"),
+            bad_photos=tuple(
+                SkippedPhoto(photo.text("path"), photo.text("reason")) for photo in fields.objects("bad_photos")
+            ),
+            roots=fields.mapping("roots", _root),
+            parity=_parity(fields.object("parity")),
+            seconds=fields.mapping("seconds", _seconds),
+            metrics={
+                split: SplitMetrics.from_json(metrics)
+                for split, metrics in fields.mapping("metrics", Fields.object).items()
+            },
+            files=fields.listed_files("files"),
+        )
+        for key in ("photos", "roots", "metrics"):
+            if unknown := set(getattr(manifest, key)) - set(SPLITS):
+                raise FieldError(f"{key} names {min(unknown)!r}, which is no split")
+        if missing := {split for split, count in manifest.photos.items() if count} - set(manifest.roots):
+            raise FieldError(f"roots.{min(missing)} is missing")
+        return manifest
+
+
+def parse(text: str) -> Manifest:
+    """The manifest in the content of `run.json`. Raises `ValueError` or `RecursionError`."""
+    return Manifest.from_json(json.loads(text))
+
+
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` with the SHA-256 of all of it: that shows damage, and is no signature."""
+    return {**content, "sha256": _own_sha256(content)}
+
+
+def check_seal(fields: Fields) -> None:
+    """Raise `FieldError` unless the SHA-256 that `seal` added is right."""
+    if fields.value("sha256") != _own_sha256(fields.document):
+        raise FieldError("its content does not match its own SHA-256")
+
+
+def _own_sha256(content: Mapping[str, Any]) -> str:
+    """SHA-256 of all of `content` but `sha256`, as JSON with sorted keys and without spaces."""
+    others = {key: value for key, value in content.items() if key != "sha256"}
+    text = json.dumps(others, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _image(fields: Fields) -> ImageSettings:
+    return ImageSettings(
+        fields.integer("size", _SMALLEST_IMAGE, _LARGEST_IMAGE),
+        fields.choice("resize", ("crop", "squash", "pad")),
+        fields.integer("max_pixels", 1),
+    )
+
+
+def _backbone(fields: Fields) -> Backbone:
+    return Backbone(
+        name=fields.text("name"),
+        width=fields.integer("width", 1),
+        fingerprint=fields.text("fingerprint"),
+        weights_sha256=fields.optional("weights_sha256", fields.sha256),
+        feature_map=fields.flag("feature_map"),
+    )
+
+
+def _views(fields: Fields) -> Views:
+    return Views(fields.integer("a_photo", 1), fields.integer("computed"), fields.integer("cached"))
+
+
+def _parity(fields: Fields) -> Parity | None:
+    if not fields.document:
+        return None
+    return Parity(
+        fields.integer("photos", 1),
+        fields.number("openvino_against_keras", 0),
+        fields.number("openvino_against_measured", 0),
+    )
+
+
+def _root(fields: Fields, split: str) -> str:
+    found = fields.text(split)
+    if "\0" in found:
+        raise fields.wrong(split, "a folder")
+    return found
+
+
+def _seconds(fields: Fields, stage: str) -> float:
+    return fields.number(stage, 0)
