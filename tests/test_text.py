@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from finetune_cli.text import brief, shown
+from finetune_cli.text import brief, listed, shown
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,8 @@ def test_only_what_cannot_be_seen_is_escaped(text, expected):
 def test_the_middle_of_long_text_is_left_out():
     assert brief("a" * 100) == "a" * 100
     assert brief("a" * 60 + "\n" + "b" * 60, 20) == "a" * 10 + "…" + "b" * 9
+
+
+def test_long_lists_are_cut():
+    assert listed(["a", "b", "c"], 3) == "a, b, c"
+    assert listed(["a", "b", "c", "d"], 3) == "a, b and 2 others"

@@ -1,5 +1,7 @@
 """Text that is safe to show: file names and messages from files may hold anything."""
 
+from collections.abc import Sequence
+
 
 def shown(text: object) -> str:
     """`text` on one line with every control, bidirectional or undecodable character as a visible escape."""
@@ -23,3 +25,10 @@ def _visible(character: str) -> str:
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as os.fsdecode keeps it
         return f"\\x{code - 0xDC00:02x}"
     return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """`names` with commas; of more than `most`, the first ones and how many others there are."""
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[: most - 1])} and {len(names) - most + 1} others"

@@ -1,8 +1,10 @@
 """The report's sentences say what the numbers say."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from manifest_example import EXAMPLE
 
 from finetune_cli.evaluation.judge import Answers, Judged, Photos
 from finetune_cli.metrics.scores import Proportion, compare, evaluate
@@ -10,13 +12,13 @@ from finetune_cli.report import sentences
 from finetune_cli.report.refits import LearningCurve, ViewsEffect
 from finetune_cli.runs.run import Run
 
-CLASSES = ["ants", "bees"]
+CLASSES = ("ants", "bees")
 
 
 def judged(labels, predicted, part="test") -> Judged:
     probabilities = np.where(np.eye(2)[predicted] == 1, 0.9, 0.1)
     answers = Answers((), probabilities.astype(np.float32), np.zeros((0, 1), np.float32), 1, ())
-    run = Run(Path("runs/pets-1"), {"classes": CLASSES})
+    run = Run(Path("runs/pets-1"), replace(EXAMPLE, classes=CLASSES))
     return Judged(
         run, Photos(part, "test photos of the run", ()), answers, evaluate(probabilities, labels, CLASSES), None
     )

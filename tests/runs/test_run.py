@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from manifest_example import EXAMPLE
@@ -119,10 +120,42 @@ def test_a_changed_file_is_never_used(tmp_path):
         made.file("model.keras")
 
 
-def test_a_run_of_a_runs_config_is_named_like_the_run(tmp_path):
-    (tmp_path / "pets-3").mkdir()
-    (tmp_path / "pets-3" / "split.csv").write_text("")
-    assert run.stem(tmp_path / "pets-3" / "config.yaml") == "pets"
-    assert run.stem(tmp_path / "config.yaml") == "config"
-    assert run.stem(tmp_path / "birds.yaml") == "birds"
-    assert run.stem(None) == "run"
+@pytest.mark.parametrize(
+    ("photos", "name"),
+    [
+        ("pets", "pets"),
+        ("pets/train", "pets"),
+        ("pets/Train/", "pets"),
+        ("pets/x/../train", "pets"),
+        ("pets/labels.csv", "labels"),
+        ("pets/train.csv", "pets"),
+        ("pets.v2", "pets.v2"),
+        ("my pets (old)", "my-pets-old"),
+        ("...", "run"),
+        ("ü" * 90, "ü" * 50),
+        ("/", "run"),
+    ],
+)
+def test_a_run_is_named_after_its_photos(photos, name):
+    assert run.stem(Path(photos)) == name
+
+
+def test_a_name_alone_is_looked_up_under_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    finished(tmp_path / "runs" / "pets-1")
+    assert run.located(Path("pets-1")) == Path("runs/pets-1")
+    for other in ("pets-2", ".", "..", "./x/pets-1", "runs/pets-1"):
+        assert run.located(Path(other)) == Path(other)
+    (tmp_path / "pets-1").mkdir()  # a folder that is no run does not hide it
+    assert run.located(Path("pets-1")) == Path("runs/pets-1")
+    finished(tmp_path / "pets-1" / "x").folder.joinpath("run.json").rename(tmp_path / "pets-1" / "run.json")
+    assert run.located(Path("pets-1")) == Path("pets-1")
+
+
+def test_a_run_keeps_its_name_when_it_is_named_by_dots(tmp_path, monkeypatch):
+    made = finished(tmp_path / "runs" / "pets-1")
+    monkeypatch.chdir(made.folder)
+    assert Run.load(Path()).name == "pets-1"
+    (made.folder / "evaluations").mkdir()
+    monkeypatch.chdir(made.folder / "evaluations")
+    assert Run.load(Path("..")).name == "pets-1"

@@ -86,7 +86,7 @@ class Workshop:
     """Photos, a backbone and a warm feature cache; `begin` trains in a folder of its own."""
 
     def __init__(self, folder: Path) -> None:
-        self.photos, self.cache, self.backbone = folder / "photos", folder / "cache", folder / "tiny.keras"
+        self.photos, self.cache, self.backbone = folder / "x", folder / "cache", folder / "tiny.keras"
         runs_fixture.draw_photos(self.photos, ("ant", "bee", "wasp"))
         build_backbone(self.backbone)
         self.reference_folder = folder / "reference"

@@ -64,7 +64,7 @@ FLIP = ("augmentation.horizontal_flip=true", "augmentation.views=2")
 def finished(tmp_path_factory, drawn, cache):
     """A run by L-BFGS with two views a photo."""
     folder = tmp_path_factory.mktemp("finished")
-    return command_train.train(load(folder, drawn, cache, *FLIP), Silent(), "scenes")
+    return command_train.train(load(folder, drawn, cache, *FLIP), Silent())
 
 
 def weights(run: Run) -> dict[str, np.ndarray]:
@@ -146,7 +146,7 @@ def test_the_saved_graph_ends_as_promised(finished):
 
 
 def test_two_runs_are_equal_apart_from_times(tmp_path, drawn, cache, finished):
-    again = command_train.train(load(tmp_path, drawn, tmp_path / "own-cache", *FLIP), Silent(), "scenes")
+    again = command_train.train(load(tmp_path, drawn, tmp_path / "own-cache", *FLIP), Silent())
     assert_same_weights(finished, again)
     for name in FILES - {"model.keras", "config.yaml"}:  # zip files carry times; the config names another folder
         assert finished.file(name).read_bytes() == again.file(name).read_bytes(), name
@@ -164,7 +164,7 @@ def test_other_head_settings_run_no_backbone_pass(tmp_path, drawn, cache, finish
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, drawn, cache):
-    whole = command_train.train(load(tmp_path / "whole", drawn, cache, *FLIP, *ADAM), Silent(), "x")
+    whole = command_train.train(load(tmp_path / "whole", drawn, cache, *FLIP, *ADAM), Silent())
 
     class StopsAfterThree(Silent):
         def note(self, text):
@@ -173,8 +173,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, drawn, cache):
                 raise Interrupted(2)
 
     with pytest.raises(Interrupted):
-        command_train.train(load(tmp_path / "killed", drawn, cache, *FLIP, *ADAM), StopsAfterThree(), "x")
-    folder = tmp_path / "killed" / "runs" / "x-1"
+        command_train.train(load(tmp_path / "killed", drawn, cache, *FLIP, *ADAM), StopsAfterThree())
+    folder = tmp_path / "killed" / "runs" / "photos-1"
     assert not (folder / "run.json").exists()
     observer = Silent()
     resumed = command_train.resume(folder, schema.load(folder / "config.yaml"), observer)
@@ -196,11 +196,11 @@ def test_a_run_is_not_resumed_with_other_photos(tmp_path, drawn, cache):
                 raise Interrupted(15)
 
     with pytest.raises(Interrupted) as caught:
-        command_train.train(load(tmp_path, photos, cache, *ADAM), StopsAtOnce(), "x")
+        command_train.train(load(tmp_path, photos, cache, *ADAM), StopsAtOnce())
     assert caught.value.exit_code == 143
     gone = next((photos / "city").glob("*.jpg"))
     gone.unlink()
-    folder = tmp_path / "runs" / "x-1"
+    folder = tmp_path / "runs" / "photos-1"
     with pytest.raises(RunError, match="1 gone") as error:
         command_train.resume(folder, schema.load(folder / "config.yaml"), Silent())
     assert gone.name in error.value.problem
@@ -315,8 +315,8 @@ def test_a_bad_photo_can_be_skipped(tmp_path, with_bad_photo, cache):
 def test_a_model_that_disagrees_is_not_finished(tmp_path, drawn, cache, monkeypatch):
     monkeypatch.setattr(outputs, "PARITY_LIMIT", -1.0)
     with pytest.raises(GateError, match="disagrees"):
-        command_train.train(load(tmp_path, drawn, cache), Silent(), "x")
-    assert not (tmp_path / "runs" / "x-1" / "run.json").exists()
+        command_train.train(load(tmp_path, drawn, cache), Silent())
+    assert not (tmp_path / "runs" / "photos-1" / "run.json").exists()
 
 
 def test_a_taken_name_is_told_before_the_work(tmp_path, drawn, cache):

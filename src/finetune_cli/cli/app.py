@@ -10,6 +10,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
@@ -18,6 +19,7 @@ from typer.core import TyperCommand
 
 from finetune_cli import __version__, signals
 from finetune_cli.errors import BadPhotos, FinetuneError, Interrupted, UsageError
+from finetune_cli.text import listed
 
 if TYPE_CHECKING:
     from finetune_cli.cli.console import Console
@@ -35,6 +37,14 @@ app = typer.Typer(
 )
 
 P = ParamSpec("P")
+_MOST_CLASSES = 8  # that are named when a run is chosen
+
+
+class ResultFormat(StrEnum):
+    """How a command writes its result: for a person, or alone on stdout for a program."""
+
+    table = "table"
+    json = "json"
 
 
 class _Command(TyperCommand):
@@ -58,7 +68,7 @@ RunOption = Annotated[
     typer.Option(
         "--run",
         metavar="RUN",
-        help="The run directory. [default: the newest finished one under runs/]",
+        help="The run directory, or its name under runs/. [default: the newest finished one there]",
         show_default=False,
     ),
 ]
@@ -154,10 +164,13 @@ def check_png(path: Path) -> None:
 
 
 def find_run(console: "Console", folder: Path | None) -> "Run":
-    """The named run, or the newest finished one, which is then said."""
+    """The named run; or the newest finished one, and then a note says which it is, from when and of which classes."""
     from finetune_cli.runs import run
 
-    if folder is None:
-        folder = run.find(Path("runs"))
-        console.note(f"run: {folder}")
-    return run.Run.load(folder)
+    if folder is not None:
+        return run.Run.load(run.located(folder))
+    found = run.Run.load(run.find(run.DIRECTORY))
+    console.note(
+        f"run: {found.folder} of {found.manifest.created[:10]}, classes: {listed(found.classes, _MOST_CLASSES)}"
+    )
+    return found

@@ -30,6 +30,10 @@ class Console:
         self.out = RichConsole(highlight=False, emoji=False, soft_wrap=True, width=width)
         self.err = RichConsole(stderr=True, highlight=False, emoji=False, soft_wrap=True)
 
+    def results_to_stderr(self) -> None:
+        """Write results to stderr, too: stdout is for what a script reads."""
+        self.out = self.err
+
     def print(self, text: str = "") -> None:
         """A line of the result, as it is."""
         self.out.print("\n".join(map(shown, text.split("\n"))), markup=False)

@@ -55,7 +55,15 @@ def train(
         bool,
         typer.Option("--resume", help="Go on with a run, named in place of CONFIG, or the newest unfinished in runs/."),
     ] = False,
-    name: Annotated[str | None, typer.Option(metavar="NAME", help="The run's name.", show_default=False)] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="The run's name. [default: the photo folder's, with a number]", show_default=False
+        ),
+    ] = None,
+    print_run: Annotated[
+        bool, typer.Option("--print-run", help="Print the path of the finished run, and nothing else, on stdout.")
+    ] = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
@@ -63,25 +71,30 @@ def train(
     from finetune_cli.cli import render
 
     console = new_console(quiet)
+    if print_run:
+        console.results_to_stderr()
     path, overrides = config_or_override(config, overrides)
-    if resume:
-        if name is not None:
-            raise UsageError("--name and --resume exclude each other", "a resumed run keeps its name")
-        render.trained(console, _resume(console, path, overrides))
-        return
+    finished = _resume(console, path, overrides, name) if resume else _train(console, path, overrides, name)
+    render.trained(console, finished)
+    if print_run:
+        typer.echo(os.fsencode(finished.folder.absolute()))
+
+
+def _train(console: "Console", path: Path | None, overrides: list[str] | None, name: str | None) -> "Run":
     named = [f"output.name={json.dumps(name)}"] if name is not None else []
     loaded = load_config(path, [*(overrides or []), *named])
-    from finetune_cli.runs import run
     from finetune_cli.training import pipeline as command_train  # after the config is known to be good
 
     with skippable(path, overrides, *(["--name", name] if name is not None else [])):
-        render.trained(console, command_train.train(loaded, console, run.stem(path)))
+        return command_train.train(loaded, console)
 
 
-def _resume(console: "Console", run_folder: Path | None, overrides: list[str] | None) -> "Run":
+def _resume(console: "Console", run_folder: Path | None, overrides: list[str] | None, name: str | None) -> "Run":
     from finetune_cli.runs import run
 
-    named = run_folder or Path("runs")
+    if name is not None:
+        raise UsageError("--name and --resume exclude each other", "a resumed run keeps its name")
+    named = run.DIRECTORY if run_folder is None else run.located(run_folder)
     if run_folder and not named.is_dir():
         raise UsageError(f"{named} is no run directory", "name it, or the folder that it is in: --resume runs/x")
     folder = named if (named / "config.yaml").is_file() else run.find_unfinished(named)
@@ -189,11 +202,11 @@ def evaluate(
     """Say how good a run is on labelled photos. Exits 3 when some could not be read; the others are judged."""
     from finetune_cli.cli import render
     from finetune_cli.evaluation import evaluate as command_evaluate
-    from finetune_cli.runs.run import Run
+    from finetune_cli.runs.run import Run, located
 
     console = new_console(quiet)
     loaded = find_run(console, run)
-    other = Run.load(compare) if compare is not None else None
+    other = Run.load(located(compare)) if compare is not None else None
     result = command_evaluate.evaluate(loaded, console, data, root, name, other)
     if report:
         from finetune_cli.report import html as command_report
@@ -281,4 +294,4 @@ def export(
         raise registry.missing_extras(result.not_installed)
 
 
-from finetune_cli.cli import tools  # noqa: E402, F401 - registers the other commands, below these in the help
+from finetune_cli.cli import runs, tools  # noqa: E402, F401 - registers the other commands, below these in the help

@@ -1,7 +1,6 @@
 """The commands around training: look at photos and configs, make them, look after the cache."""
 
 import shlex
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ from finetune_cli.cli.app import (
     DebugOption,
     OverridesArgument,
     QuietOption,
+    ResultFormat,
     app,
     check_png,
     command,
@@ -26,13 +26,6 @@ from finetune_cli.errors import UsageError
 if TYPE_CHECKING:
     from finetune_cli.cli.console import Console
     from finetune_cli.photos.decode import ImageSettings
-
-
-class GraphFormat(StrEnum):
-    """How `inspect` writes a model."""
-
-    table = "table"
-    json = "json"
 
 
 @command(app)
@@ -92,7 +85,7 @@ def inspect(
     target: Annotated[Path, typer.Argument(metavar="RUN|CONFIG", help="A run directory, or a YAML file.")],
     full: Annotated[bool, typer.Option("--full", help="Node by node instead of stage by stage.")] = False,
     batch: Annotated[int, typer.Option(min=1, help="Photos at once, for the estimate of memory.")] = 32,
-    format: Annotated[GraphFormat, typer.Option(help="How to write it.")] = GraphFormat.table,  # noqa: A002
+    format: Annotated[ResultFormat, typer.Option(help="How to write it.")] = ResultFormat.table,  # noqa: A002
     filters: Annotated[
         tuple[Path, Path] | None,
         typer.Option(metavar="PHOTO PNG", help="Draw the first layer's filters and what they find in PHOTO."),
@@ -121,13 +114,14 @@ def inspect(
 
 def _inspected(target: Path, console: "Console") -> "tuple[Any, ImageSettings, int | None, float | None]":
     """Model, image settings, classes to put a head for, and views a second if known, of a run or a config."""
+    from finetune_cli.runs.run import located
     from finetune_cli.training import prepare
 
+    target = located(target)
     if target.is_dir():
-        from finetune_cli.runs.run import Run
         from finetune_cli.untrusted.keras_archive import load_keras_file
 
-        run = Run.load(target)
+        run = find_run(console, target)
         computed, seconds = run.manifest.views.computed, run.manifest.seconds.get("features")
         rate = computed / seconds if computed and seconds else None
         return load_keras_file(run.file("model.keras")), run.image_settings, None, rate

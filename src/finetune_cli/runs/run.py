@@ -14,12 +14,16 @@ from pathlib import Path
 
 from finetune_cli import files
 from finetune_cli.errors import RunError, UsageError
+from finetune_cli.photos import folders
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.runs import manifest as manifests
 from finetune_cli.runs.manifest import SPLITS, Manifest
 from finetune_cli.tables import read_csv, write_csv
 
+DIRECTORY = Path("runs")  # where the commands look for runs
 MANIFEST = manifests.FILE
+_LIST_THEM = "list the runs with: finetune runs"
+_LONGEST_STEM = 50
 _REMEDY = "restore it from a copy, or train again"
 
 
@@ -67,11 +71,13 @@ class Run:
     @classmethod
     def load(cls, folder: Path) -> "Run":
         """The finished run in `folder`. Raises `RunError` when it is missing, unfinished or not readable."""
+        if folder.name in ("", ".."):  # "." has no name to call the run by
+            folder = folder.resolve()
         path = folder / MANIFEST
         if not folder.is_dir():
-            raise RunError(f"there is no run {folder}", "list the finished ones with: ls runs/*/run.json")
+            raise RunError(f"there is no run {folder}", _LIST_THEM)
         if not path.is_file() and not (folder / "config.yaml").is_file():
-            raise RunError(f"{folder} is no run directory: it has no {MANIFEST}", "list them with: ls runs/*/run.json")
+            raise RunError(f"{folder} is no run directory: it has no {MANIFEST}", _LIST_THEM)
         if not path.is_file():
             raise RunError(
                 f"{folder} is not a finished run: it has no {MANIFEST}",
@@ -117,13 +123,16 @@ def check_target(directory: Path, name: str | None) -> None:
         )
 
 
-def stem(config: Path | None) -> str:
-    """What a run of the file `config` is called, before its number: as the file, or as the run whose config it is."""
-    if config is None:
-        return "run"
-    if config.name == "config.yaml" and (config.parent / "split.csv").is_file():
-        return re.sub(r"-\d+$", "", config.absolute().parent.name)
-    return config.stem
+def stem(photos: Path) -> str:
+    """What a run of the training photos `photos`, a folder or a table, is called before its number.
+
+    The table's name without its suffix, or the folder's; of a folder named after a split, that of the one above it.
+    """
+    path = Path(os.path.normpath(photos.absolute()))
+    name = path.stem if path.suffix.lower() in folders.TABLE_SUFFIXES else path.name
+    if name.lower() in folders.SPLITS:
+        name = path.parent.name
+    return re.sub(r"[^\w.-]+", "-", name)[:_LONGEST_STEM].strip("-.") or "run"
 
 
 def create(directory: Path, name: str | None, stem: str) -> Path:
@@ -147,6 +156,18 @@ def create(directory: Path, name: str | None, stem: str) -> Path:
                 return directory / f"{stem}-{number}"
     except OSError as exc:
         raise files.storage_error(exc, directory) from exc
+
+
+def located(named: Path) -> Path:
+    """`named`, or the run of that name under runs/, when `named` is a name without a folder and no run itself."""
+    is_name = len(named.parts) == 1 and named.name not in ("", "..")
+    under = DIRECTORY / named
+    return under if is_name and not _is_run(named) and _is_run(under) else named
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether `folder` holds a run, finished or not."""
+    return (folder / MANIFEST).is_file() or (folder / "config.yaml").is_file()
 
 
 def find(directory: Path) -> Path:

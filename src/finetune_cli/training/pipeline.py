@@ -44,15 +44,16 @@ from finetune_cli.training.fit import Fitted, labels_of
 from finetune_cli.training.prepare import Prepared, image_settings, prepare, timed
 
 
-def train(config: Config, observer: Observer, stem: str = "run") -> Run:
-    """Train as `config` says and return the finished run, named `output.name` or `stem` with the next free number.
+def train(config: Config, observer: Observer) -> Run:
+    """Train as `config` says and return the finished run, named `output.name`, or after its photos with the
+    next free number.
 
     Raises any `FinetuneError`; whatever happens, no finished run is changed and computed features stay in the cache.
     """
     run.check_target(config.output.directory, config.output.name)
     prepared = prepare(config, observer)
     start = _start(prepared, observer)
-    folder = run.create(config.output.directory, config.output.name, stem)
+    folder = run.create(config.output.directory, config.output.name, run.stem(config.data.train))
     with files.lock(folder), _resumable(folder):
         resume_record.begin(folder, prepared)
         return _fit_and_finish(folder, prepared, start, observer)

@@ -1,0 +1,70 @@
+"""`finetune runs`: finished, unfinished and damaged runs in one list, for persons and programs."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from manifest_example import EXAMPLE
+from typer.testing import CliRunner
+
+from finetune_cli.cli import main
+from finetune_cli.runs import run
+from finetune_cli.runs.run import SplitRow
+
+
+def make(folder, **changes):
+    folder.mkdir(parents=True)
+    run.write_split(
+        folder / "split.csv", [SplitRow("train", "ant", "00", "1.jpg"), SplitRow("val", "bee", "01", "2.jpg")]
+    )
+    run.finish(folder, replace(EXAMPLE, **changes), ["split.csv"])
+
+
+@pytest.fixture
+def directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "runs" / "b-1", created="2026-03-01T00:00:00+00:00")
+    make(tmp_path / "runs" / "a-1", created="2026-05-01T00:00:00+00:00", metrics={})
+    make(tmp_path / "runs" / "begun-1")
+    (tmp_path / "runs" / "begun-1" / "run.json").unlink()
+    make(tmp_path / "runs" / "broken-1")
+    (tmp_path / "runs" / "broken-1" / "run.json").write_text("{")
+    (tmp_path / "runs" / "no-run").mkdir()
+    return tmp_path / "runs"
+
+
+def test_json(directory):
+    answer = CliRunner().invoke(main.app, ["runs", "--format", "json"])
+    assert answer.exit_code == 0
+    rows = {row["name"]: row for row in json.loads(answer.stdout)}
+    assert set(rows) == {"a-1", "b-1", "begun-1", "broken-1"}
+    assert [name for name in rows if name in {"a-1", "b-1"}] == ["b-1", "a-1"]
+    assert rows["b-1"] == {
+        "name": "b-1", "path": "runs/b-1", "state": "finished", "created": "2026-03-01T00:00:00+00:00", "photos": 29,
+        "classes": ["ant", "bee"], "accuracy": 0.75, "accuracy_interval": [0.5, 0.9], "split": "val",
+        "backbone": "resnet50", "kind": "frozen", "problem": None,
+    }  # fmt: skip
+    assert rows["a-1"]["accuracy"] is None
+    assert (rows["begun-1"]["state"], rows["begun-1"]["photos"]) == ("unfinished", 2)
+    assert rows["broken-1"]["state"] == "damaged"
+    assert "run.json is damaged" in rows["broken-1"]["problem"]
+
+
+def test_a_table(directory):
+    answer = CliRunner().invoke(main.app, ["runs", str(directory)])
+    assert answer.exit_code == 0
+    lines = {line.split()[0]: line.split() for line in answer.stdout.splitlines() if line.strip()}
+    assert lines["b-1"] == ["b-1", "2026-03-01", "29", "2", "75.0%", "validation", "resnet50", "frozen"]
+    assert lines["begun-1"][-1] == "unfinished"
+    assert lines["broken-1"][-1] == "damaged"
+    assert "run.json is damaged" in answer.stdout
+    assert f"finetune train --resume {directory / 'begun-1'}" in answer.stdout
+
+
+def test_nothing_to_list(tmp_path):
+    answer = CliRunner().invoke(main.app, ["runs", str(tmp_path)])
+    assert (answer.exit_code, answer.stdout) == (0, f"there are no runs in {tmp_path}\n")
+    assert CliRunner().invoke(main.app, ["runs", str(tmp_path), "--format", "json"]).stdout == "[]\n"
+    answer = CliRunner().invoke(main.app, ["runs", str(tmp_path / "absent")])
+    assert answer.exit_code == 1
+    assert "cannot be listed: No such file or directory" in answer.stderr
