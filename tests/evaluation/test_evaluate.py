@@ -260,14 +260,14 @@ def test_training_photos_are_told(tiny):
 @pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "x" * 101])
 def test_a_name_stays_in_its_folder(tiny, name):
     with pytest.raises(UsageError, match="--name"):
-        command.evaluate(tiny.run, Silent(), name=name)
+        command.evaluate(tiny.run, Silent(), target=command.Target(name))
 
 
 def test_a_taken_name_is_told_before_the_work(tiny, monkeypatch):
-    command.evaluate(tiny.run, Silent(), name="mine")
+    command.evaluate(tiny.run, Silent(), target=command.Target("mine"))
     monkeypatch.setattr(judge, "judge", lambda *_args: pytest.fail("worked in vain"))
     with pytest.raises(UsageError, match="exists already"):
-        command.evaluate(tiny.run, Silent(), name="mine")
+        command.evaluate(tiny.run, Silent(), target=command.Target("mine"))
 
 
 def test_a_run_that_cannot_be_written_to_is_told_before_the_work(tiny, monkeypatch):
@@ -280,14 +280,15 @@ def test_a_run_that_cannot_be_written_to_is_told_before_the_work(tiny, monkeypat
 
     monkeypatch.setattr(files, "check_writable", refuse)
     monkeypatch.setattr(judge, "judge", lambda *_args: pytest.fail("worked in vain"))
-    with pytest.raises(StorageError, match="no permission"):
+    with pytest.raises(StorageError, match="no permission") as caught:
         command.evaluate(tiny.run, Silent())
+    assert "--output" in caught.value.remedy
     assert asked == [tiny.run.folder / "evaluations"]
 
 
 def test_evaluations_at_the_same_moment_take_different_numbers(tiny, monkeypatch):
     """Eight writers that all saw that number 1 is free: each ends with a whole folder of its own."""
-    found = command.evaluate(tiny.run, Silent(), name="first").judged
+    found = command.evaluate(tiny.run, Silent(), target=command.Target("first")).judged
     write, barrier = outputs.write_tables, threading.Barrier(8)
     attempts: list[Path] = []
 
@@ -299,7 +300,7 @@ def test_evaluations_at_the_same_moment_take_different_numbers(tiny, monkeypatch
 
     monkeypatch.setattr(outputs, "write_tables", together)
     with ThreadPoolExecutor(8) as pool:
-        folders = list(pool.map(lambda _i: command._write(found, None, "test"), range(8)))
+        folders = list(pool.map(lambda _i: command._write(found, command.Target(), "test"), range(8)))
     assert len(attempts) > 8
     assert {folder.name for folder in folders} == {f"test-{i}" for i in range(1, 9)}
     for folder in folders:
@@ -312,35 +313,144 @@ def test_data_and_root_exclude_each_other(tiny):
         command.evaluate(tiny.run, Silent(), data=tiny.photos / "test", root=tiny.photos)
 
 
+def second_run(tiny: TinyRun, classes: tuple[str, ...], answers: dict[str, str], monkeypatch) -> Run:
+    """A run of `classes` that answers every photo rightly, but those in `answers`: photo -> its answer."""
+
+    def answer(_run, samples, _workers, _advance):
+        chosen = np.eye(len(classes), dtype=np.float32) * 0.9 + 0.01
+        true = {sample.name: tiny.run.classes[sample.label] for sample in samples}
+        rows = [chosen[classes.index(answers.get(name, true[name]))] for name in true]
+        return judge.Answers(tuple(samples), np.stack(rows), np.zeros((0, 1)), 1, ())
+
+    monkeypatch.setattr(judge, "answer", answer)
+    return Run(tiny.run.folder.with_name("other"), replace(tiny.run.manifest, classes=classes))
+
+
 def test_comparing_matches_classes_by_name(tiny, monkeypatch):
     """A second run with other class order that is right wherever the first is wrong, and wrong on two others."""
     first = command.evaluate(tiny.run, Silent()).judged
-    classes = ("wasp", "hornet", "bee", "ant")
-    other = Run(tiny.run.folder.with_name("other"), replace(tiny.run.manifest, classes=classes))
     right = first.answers.predicted == first.answers.labels
-    spoilt = np.flatnonzero(right)[:2]
-
-    def answer(_run, samples, _workers, _advance):
-        chosen = np.array([sample.label for sample in samples])
-        chosen[spoilt] = classes.index("hornet")
-        return judge.Answers(tuple(samples), np.eye(4, dtype=np.float32)[chosen], np.zeros((0, 1)), 1, ())
-
-    monkeypatch.setattr(judge, "answer", answer)
+    ours = [(sample, tiny.run.classes[sample.label]) for sample in first.answers.samples]
+    spoilt = {ours[i][0].name: "ant" if ours[i][1] != "ant" else "bee" for i in np.flatnonzero(right)[:2]}
+    other = second_run(tiny, ("wasp", "bee", "ant"), spoilt, monkeypatch)
     compared = judge.compare(first, other, 1, lambda _n: None).compared
     assert compared is not None
     wrong = int((~right).sum())
     assert (compared.comparison.only_first, compared.comparison.only_second) == (2, wrong)
+    assert (compared.classes, compared.left_out) == (("ant", "bee", "wasp"), ())
     rows = command.flipped(first, compared)
     assert len(rows) == wrong + 2
-    assert [row[3] for row in rows].count("hornet") == 2
+    assert {row[0]: row[3] for row in rows if row[0] in spoilt} == spoilt
     assert all((row[1] == row[2]) != (row[1] == row[3]) for row in rows)
 
 
-def test_comparing_needs_the_classes_which_is_told_before_the_work(tiny, monkeypatch):
-    other = Run(tiny.run.folder, replace(tiny.run.manifest, classes=("ant", "bee")))
+def test_runs_with_other_classes_are_compared_on_the_shared_ones(tiny, monkeypatch, capsys):
+    """The second run knows no wasp and knows hornets: photos of wasps do not count, and neither do those answers."""
+    found = command.evaluate(tiny.run, Silent()).judged
+    other = second_run(tiny, ("hornet", "bee", "ant"), {}, monkeypatch)
+    compared = judge.compare(found, other, 1, lambda _n: None).compared
+    assert compared is not None
+    assert compared.classes == ("ant", "bee")
+    assert compared.left_out == ("wasp", "hornet")
+    ant, bee, wasp = range(3)
+    labels, answers = found.answers.labels, found.answers.probabilities
+    known = labels != wasp
+    assert len(compared.rows) == known.sum() < len(labels)
+    # By hand: between ant and bee alone, the first run's answer is the more probable of the two.
+    right = np.where(answers[:, ant] >= answers[:, bee], ant, bee)[known] == labels[known]
+    assert compared.comparison.both_right == right.sum()
+    assert compared.comparison.only_second == (~right).sum()
+    both = replace(found, compared=compared)
+    render.evaluated(Console(), command.Result(both, tiny.run.folder))
+    told = capsys.readouterr().out
+    assert f"compared on the {known.sum()} photos of the 2 classes that both runs have" in told
+    assert "left out: wasp, hornet" in told
+    assert f"on the {known.sum()} photos of the 2 classes that both have" in " ".join(sentences.verdict(both))
+    written = command.metrics_json(both)["comparison"]
+    assert (written["photos"], written["classes"], written["classes_left_out"]) == (
+        known.sum(), ["ant", "bee"], ["wasp", "hornet"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("classes", "problem"), [(("ant", "fly"), "1 class in common"), (("fly", "gnat"), "no class in common")]
+)
+def test_nothing_to_compare_is_told_before_the_work(tiny, monkeypatch, classes, problem):
+    other = Run(tiny.run.folder, replace(tiny.run.manifest, classes=classes))
     monkeypatch.setattr(judge, "judge", lambda *_args: pytest.fail("worked in vain"))
-    with pytest.raises(UsageError, match="no class 'wasp'"):
+    with pytest.raises(UsageError, match=problem):
         command.evaluate(tiny.run, Silent(), other=other)
+
+
+def test_no_photo_of_a_shared_class_is_told_before_the_work(tiny, monkeypatch):
+    other = Run(tiny.run.folder, replace(tiny.run.manifest, classes=("ant", "bee")))
+    for name in ("ant", "bee"):
+        shutil.rmtree(tiny.photos / "test" / name)
+    monkeypatch.setattr(judge, "judge", lambda *_args: pytest.fail("worked in vain"))
+    with pytest.raises(UsageError, match="no photo shows a class"):
+        command.evaluate(tiny.run, Silent(), data=tiny.photos / "test", other=other)
+
+
+@pytest.mark.parametrize("target", [command.Target(), command.Target("mine"), command.Target(output=Path("out"))])
+def test_a_disk_that_takes_the_tables_but_not_the_report(tiny, monkeypatch, tmp_path, target):
+    """Nothing is left of it, and what the message says, the same command again, works."""
+    monkeypatch.chdir(tmp_path)
+
+    def full(_judged, folder):
+        assert (folder / "predictions.csv").is_file()
+        (folder / "report.html").write_text("half")
+        raise files.storage_error(OSError(28, "No space left on device"), folder / "report.html")
+
+    with pytest.raises(StorageError, match="no space left to write") as caught:
+        command.evaluate(tiny.run, Silent(), target=target, report=full)
+    expected = target.output or tiny.run.folder / "evaluations" / (target.name or "test-1")
+    assert f"{expected / 'report.html'}" in caught.value.problem
+    assert ".tmp" not in caught.value.problem
+    assert not list((tiny.run.folder / "evaluations").iterdir() if (tiny.run.folder / "evaluations").exists() else [])
+    assert not (tmp_path / "out").exists()
+    again = command.evaluate(tiny.run, Silent(), target=target, report=lambda _judged, folder: (folder / "r").touch())
+    assert again.folder == expected
+    assert {path.name for path in again.folder.iterdir()} == {"metrics.json", "per_class.csv", "predictions.csv", "r"}
+
+
+def test_another_folder_takes_the_evaluation_of_a_run_that_cannot_be_written_to(tiny, monkeypatch, tmp_path):
+    def refuse(folder):
+        if folder.is_relative_to(tiny.run.folder):
+            raise StorageError(f"no permission to write {folder}", "choose a folder that you can write to")
+
+    monkeypatch.setattr(files, "check_writable", refuse)
+    before = sorted(tiny.run.folder.rglob("*"))
+    (tmp_path / "empty").mkdir()
+    for output in (tmp_path / "new" / "folder", tmp_path / "empty"):
+        result = command.evaluate(tiny.run, Silent(), target=command.Target(output=output))
+        assert result.folder == output
+        assert (output / "metrics.json").is_file()
+    assert sorted(tiny.run.folder.rglob("*")) == before
+
+
+def test_a_folder_that_holds_something_is_not_replaced(tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(judge, "judge", lambda *_args: pytest.fail("worked in vain"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    for target, problem in (
+        (command.Target(output=tmp_path / "full"), "is not empty"),
+        (command.Target(output=tmp_path / "full" / "x"), "is a file"),
+        (command.Target("name", tmp_path / "new"), "exclude each other"),
+    ):
+        with pytest.raises(UsageError, match=problem):
+            command.evaluate(tiny.run, Silent(), target=target)
+    assert (tmp_path / "full" / "x").read_text() == "mine"
+
+
+def test_json_alone_is_on_stdout(tiny, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["evaluate", "--run", "tiny-1", "--format", "json", "--no-report", "--compare", "tiny-1"]
+    answer = CliRunner().invoke(main.app, arguments)
+    assert answer.exit_code == 0, answer.stderr
+    found = json.loads(answer.stdout)
+    folder = Path("runs/tiny-1/evaluations/test-1")
+    assert (found.pop("folder"), found.pop("report"), found.pop("split")) == (str(folder), None, "test")
+    assert found == json.loads((folder / "metrics.json").read_text())["test"]
 
 
 def test_a_run_against_itself(tiny):

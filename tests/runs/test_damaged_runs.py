@@ -71,7 +71,7 @@ def answer(folder: Path, _output: Path) -> object:
 
 def judge(folder: Path, output: Path) -> object:
     """`evaluate` with its report: the numbers. A section of the page may say instead that its file is damaged."""
-    result = evaluate.evaluate(Run.load(folder), Silent(), name=output.name)
+    result = evaluate.evaluate(Run.load(folder), Silent(), target=evaluate.Target(output.name))
     html.report(result.judged, result.folder, Silent())
     return result.judged.evaluation.to_json()
 

@@ -1,5 +1,6 @@
 """The command line: options -> config -> one call -> render. The frame is in `cli_app`."""
 
+import functools
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from finetune_cli.cli.app import (
     DebugOption,
     OverridesArgument,
     QuietOption,
+    ResultFormat,
     RunOption,
     app,
     check_png,
@@ -196,6 +198,15 @@ def evaluate(
         float | None, typer.Option(min=0, max=1, metavar="X", help="Exit 4 when the accuracy is below X.")
     ] = None,
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html, too.")] = True,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Write the evaluation to this new or empty folder. [default: one under the run's evaluations/]",
+            show_default=False,
+        ),
+    ] = None,
+    format: Annotated[ResultFormat, typer.Option(help="How to write the result.")] = ResultFormat.table,  # noqa: A002
     quiet: QuietOption = False,
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
@@ -207,12 +218,17 @@ def evaluate(
     console = new_console(quiet)
     loaded = find_run(console, run)
     other = Run.load(located(compare)) if compare is not None else None
-    result = command_evaluate.evaluate(loaded, console, data, root, name, other)
+    write_report = None
     if report:
         from finetune_cli.report import html as command_report
 
-        command_report.report(result.judged, result.folder, console)
-    render.evaluated(console, result)
+        write_report = functools.partial(command_report.report, observer=console)
+    target = command_evaluate.Target(name, output)
+    result = command_evaluate.evaluate(loaded, console, data, root, target, other, write_report)
+    if format == ResultFormat.json:
+        console.print(json.dumps(result.to_json(), indent=2))
+    else:
+        render.evaluated(console, result)
     if fail_under is not None:
         command_evaluate.gate(result, fail_under)
     if bad := len(result.judged.bad):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from finetune_cli.cli.console import Console
-from finetune_cli.text import counted, shown
+from finetune_cli.text import counted, listed, shown
 
 if TYPE_CHECKING:
     from finetune_cli.evaluation.evaluate import Result
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from finetune_cli.evaluation.judge import Judged
     from finetune_cli.exports.export import Result as ExportResult
     from finetune_cli.inference.predict import Prediction
-    from finetune_cli.metrics.scores import Comparison, Evaluation
+    from finetune_cli.metrics.scores import Evaluation
     from finetune_cli.runs.run import Run
     from finetune_cli.training.check import Report
     from finetune_cli.training.reproduce import Reproduction
@@ -188,7 +188,7 @@ def evaluated(console: Console, result: "Result") -> None:
     )  # fmt: skip
     console.print()
     if judged.compared is not None:
-        _compared(console, judged.run.name, judged.compared.run.name, judged.compared.comparison)
+        _compared(console, judged)
     for photo in judged.bad[:_MOST_ROWS]:
         console.print(f"left out {shown(photo.path)}: {shown(photo.reason)}")
     if len(judged.bad) > _MOST_ROWS:
@@ -258,7 +258,15 @@ def _confusion(console: Console, evaluation: "Evaluation") -> None:
         console.print(f"... and {len(pairs) - len(most)} more pairs; all photos are in predictions.csv")
 
 
-def _compared(console: Console, first: str, second: str, comparison: "Comparison") -> None:
+def _compared(console: Console, judged: "Judged") -> None:
+    compared = judged.compared
+    assert compared is not None
+    first, second, comparison = judged.run.name, compared.run.name, compared.comparison
+    if compared.left_out:
+        console.print(
+            f"compared on the {counted(len(compared.rows), 'photo')} of the {len(compared.classes)} classes that both "
+            f"runs have, choosing among these; left out: {shown(listed(compared.left_out, _MOST_ROWS))}"
+        )
     difference, p = comparison.difference, comparison.p_value
     console.print(
         f"{second} against {first}: {difference.value:+.1%} "

@@ -1,11 +1,12 @@
-"""`evaluate`: labelled photos through a finished run; tables under the run's `evaluations/`, nothing else is touched.
+"""`evaluate`: labelled photos through a finished run; one new folder, by default under the run's `evaluations/`.
 
 Neither TensorFlow nor SciPy nor matplotlib is imported.
 """
 
+import contextlib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from finetune_cli.training import outputs, prepare
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
+Report = Callable[[Judged, Path], object]
+
+
 @dataclass(frozen=True)
 class Result:
     """What was found out, and the folder that holds it."""
@@ -32,23 +36,43 @@ class Result:
     judged: Judged
     folder: Path
 
+    def to_json(self) -> dict[str, Any]:
+        """What `--format json` prints: the content of metrics.json for the split, and where the files are."""
+        report = self.folder / "report.html"
+        return {
+            "folder": str(self.folder),
+            "report": str(report) if report.exists() else None,
+            "split": self.judged.photos.part,
+            **metrics_json(self.judged),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where an evaluation goes: `output`, or the folder `name` under the run's `evaluations/`, or a numbered one."""
+
+    name: str | None = None
+    output: Path | None = None
+
 
 def evaluate(
     run: Run,
     observer: Observer,
     data: Path | None = None,
     root: Path | None = None,
-    name: str | None = None,
+    target: Target = Target(),
     other: Run | None = None,
+    report: Report | None = None,
 ) -> Result:
     """`judge`, and write what was found.
 
-    Writes metrics.json, per_class.csv and predictions.csv to `evaluations/<name>` of the run, and flipped.csv when the
-    run is compared with an `other`. Raises `UsageError` for a name that is taken, and what `judge` raises.
+    Writes metrics.json, per_class.csv and predictions.csv to `target`, flipped.csv when the run is compared with an
+    `other`, and what `report` writes into the folder that it is given: all of these, or nothing. Raises `UsageError`
+    for a target that is taken, `StorageError` when nothing can be written there, and what `judge` raises.
     """
-    _check_target(run, name)
+    _check_target(run, target)
     found = judge(run, observer, data, root, other)
-    return Result(found, _write(found, name, found.photos.part if data is None else data.stem))
+    return Result(found, _write(found, target, found.photos.part if data is None else data.stem, report))
 
 
 def judge(
@@ -113,58 +137,103 @@ def _photos(run: Run, data: Path | None, root: Path | None, workers: int, observ
     return Photos("data", f"photos of {data}", labelled.samples, labelled.bad, notes)
 
 
-def _check_target(run: Run, name: str | None) -> None:
-    """Say before the work that the name is no name or is taken, or that nothing can be written."""
-    if name is not None:
-        if not _NAME.fullmatch(name):
-            raise UsageError(f"--name {name!r} cannot be used", "take letters, digits, dots, hyphens and underscores")
-        folder = run.folder / "evaluations" / name
+def _check_target(run: Run, target: Target) -> None:
+    """Find out before the work whether the evaluation can be written. Raises `UsageError` or `StorageError`."""
+    if target.output is not None:
+        _check_output(target)
+        return
+    if target.name is not None:
+        if not _NAME.fullmatch(target.name):
+            raise UsageError(
+                f"--name {target.name!r} cannot be used", "take letters, digits, dots, hyphens and underscores"
+            )
+        folder = run.folder / "evaluations" / target.name
         if folder.exists():
             raise UsageError(f"{folder} exists already", "choose another --name, or remove that folder")
-    files.check_writable(run.folder / "evaluations")
+    try:
+        files.check_writable(run.folder / "evaluations")
+    except StorageError as exc:
+        exc.remedy = "write the evaluation to another folder: --output DIR"
+        raise
 
 
-def _write(found: Judged, name: str | None, stem: str) -> Path:
-    """Write the tables to the folder `name`, or `stem` with the next free number, and return it.
+def _check_output(target: Target) -> None:
+    output = target.output
+    assert output is not None
+    if target.name is not None:
+        raise UsageError("--name and --output exclude each other", "--name: under the run; --output: anywhere")
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file", "name a new or empty folder")
+    if output.is_dir() and next(output.iterdir(), None) is not None:
+        raise UsageError(f"--output {output} is not empty", "name a new or empty folder")
+    if output.is_mount():
+        raise UsageError(f"--output {output} is mounted by itself and cannot be replaced", "name a new folder in it")
+    files.check_writable(output.absolute().parent)
+
+
+def _write(found: Judged, target: Target, stem: str, report: Report | None = None) -> Path:
+    """Write the evaluation to `target`, by default to `stem` with the next free number, and return its folder.
 
     What takes a name is the finished folder, moved there; another evaluation may be faster, then the next number is
     tried.
     """
+    if target.output is not None:
+        with contextlib.suppress(FileNotFoundError):
+            target.output.rmdir()  # it is empty: a finished folder is moved there
+        _write_files(target.output, found, report)
+        return target.output
     stem = re.sub(r"[^\w.-]+", "-", stem)[:50].strip("-.") or "data"
     numbers = itertools.count(1)
     while True:
-        folder = found.run.folder / "evaluations" / (name or f"{stem}-{next(numbers)}")
-        if name is None and folder.exists():
+        folder = found.run.folder / "evaluations" / (target.name or f"{stem}-{next(numbers)}")
+        if target.name is None and folder.exists():
             continue
         try:
-            _write_tables(folder, found)
+            _write_files(folder, found, report)
             return folder
         except StorageError:
-            if name is not None or not folder.exists():
+            if target.name is not None or not folder.exists():
                 raise
 
 
-def _write_tables(folder: Path, found: Judged) -> None:
+def _write_files(folder: Path, found: Judged, report: Report | None) -> None:
+    """Write all files of the evaluation as the new folder `folder`, or none. Raises `StorageError`."""
     answers, part = found.answers, found.photos.part
     with files.atomic_folder(folder) as temporary:
-        table = outputs.Judged(part, answers.samples, answers.probabilities, found.evaluation)
-        outputs.write_tables(temporary, found.run.classes, [table])
-        files.write_json(temporary / "metrics.json", {part: {**found.evaluation.to_json(), **_more(found)}})
-        if found.compared is not None:
-            write_csv(temporary / "flipped.csv", ("path", "true", "first", "second"), flipped(found, found.compared))
+        try:
+            table = outputs.Judged(part, answers.samples, answers.probabilities, found.evaluation)
+            outputs.write_tables(temporary, found.run.classes, [table])
+            files.write_json(temporary / "metrics.json", {part: metrics_json(found)})
+            if found.compared is not None:
+                header = ("path", "true", "first", "second")
+                write_csv(temporary / "flipped.csv", header, flipped(found, found.compared))
+            if report is not None:
+                report(found, temporary)
+        except StorageError as exc:
+            exc.problem = exc.problem.replace(str(temporary), str(folder))  # nobody knows the other name
+            raise
 
 
-def _more(found: Judged) -> dict[str, Any]:
-    """What metrics.json says beyond an `Evaluation`."""
+def metrics_json(found: Judged) -> dict[str, Any]:
+    """What metrics.json says of the photos: the keys of `Evaluation.to_json`, and more."""
     return {
+        **found.evaluation.to_json(),
         "run": found.run.name,
         "source": found.photos.source,
         "seen_in_training": found.seen,
         "calibration": _calibration(found.calibration),
         "bad_photos": [{"path": photo.name, "reason": photo.reason} for photo in found.bad],
-        "comparison": None
-        if found.compared is None
-        else {"run": found.compared.run.name, **found.compared.comparison.to_json()},
+        "comparison": None if found.compared is None else _comparison(found.compared),
+    }
+
+
+def _comparison(compared: Compared) -> dict[str, Any]:
+    return {
+        "run": compared.run.name,
+        "photos": len(compared.rows),
+        "classes": list(compared.classes),
+        "classes_left_out": list(compared.left_out),
+        **compared.comparison.to_json(),
     }
 
 
@@ -182,11 +251,10 @@ def _calibration(calibration: Calibration | None) -> dict[str, Any] | None:
 def flipped(found: Judged, compared: Compared) -> Sequence[tuple[str, str, str, str]]:
     """The photos that one run has right and the other has not: name, true class, first run's, second run's answer."""
     rows = []
-    for row, theirs in zip(compared.rows, compared.answers.predicted, strict=True):
+    for row, *answers in zip(compared.rows, compared.first, compared.second, strict=True):
         sample = found.answers.samples[row]
         true = found.run.classes[sample.label]
-        first = found.run.classes[found.answers.predicted[row]]
-        second = compared.run.classes[theirs]
+        first, second = (compared.classes[i] for i in answers)
         if (first == true) != (second == true):
             rows.append((sample.name, true, first, second))
     return rows

@@ -88,11 +88,19 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class Compared:
-    """A second run on the same photos; `rows` are their places in the first run's answers."""
+    """A second run on the photos whose class both runs have.
+
+    classes: those that both runs have, in the order of the first run; `left_out`: those that one of them has. rows:
+    ``(n,)``, which of the first run's answers are compared. first, second: ``int64 (n,)``, what each run answers when
+    it may choose among `classes` only, as numbers of them.
+    """
 
     run: Run
-    answers: Answers
+    classes: tuple[str, ...]
+    left_out: tuple[str, ...]
     rows: NDArray[np.intp]
+    first: NDArray[np.int64]
+    second: NDArray[np.int64]
     comparison: Comparison
 
 
@@ -272,31 +280,49 @@ def _calibration(run: Run, answers: Answers, evaluation: Evaluation) -> Calibrat
     return Calibration(before, after, cross_fitted=False, left_out=int((~others).sum()))
 
 
+def shared_classes(run: Run, other: Run) -> tuple[str, ...]:
+    """The classes that both runs have, in the order of `run`."""
+    return tuple(name for name in run.classes if name in set(other.classes))
+
+
 def check_comparable(run: Run, other: Run, samples: Iterable[Sample]) -> None:
-    """Raise `UsageError` when `other` does not know a class of these photos of `run`."""
-    unknown = sorted({run.classes[sample.label] for sample in samples} - set(other.classes))
-    if unknown:
-        raise UsageError(
-            f"{other.folder} cannot be compared on these photos: it has no class {', '.join(map(repr, unknown))}",
-            "compare runs with the same classes",
-        )
+    """Raise `UsageError` when there is nothing to compare: fewer than two shared classes, or no photo of them."""
+    shared = shared_classes(run, other)
+    remedy = "compare runs that have classes in common, on photos of these"
+    if len(shared) < 2:
+        raise UsageError(f"{other.folder} and {run.folder} have {len(shared) or 'no'} class in common", remedy)
+    if not any(run.classes[sample.label] in shared for sample in samples):
+        raise UsageError(f"no photo shows a class that {other.folder} has, too", remedy)
 
 
 def compare(judged: Judged, other: Run, workers: int, advance: Advance) -> Judged:
-    """`judged` with a comparison: the same photos through `other`, whose classes are matched by name.
+    """`judged` with a comparison: the photos of the classes that both runs have, through `other`, too.
 
-    `check_comparable` must have been content.
+    Each run chooses among these classes only, which are matched by name: a run is not worse for a class that the other
+    does not know. Raises `DataError` when no such photo can be read any more.
     """
-    ours, theirs = judged.run.classes, other.classes
-    samples = [replace(sample, label=theirs.index(ours[sample.label])) for sample in judged.answers.samples]
-    answers = answer(other, samples, workers, advance)
-    place = {(sample.path, sample.label): i for i, sample in enumerate(samples)}
-    rows = np.array([place[sample.path, sample.label] for sample in answers.samples], np.intp)
-    # Both predictions as numbers of the second run's classes; a class that it lacks can never be right.
-    number = {name: i for i, name in enumerate(theirs)}
-    first = np.array([number.get(ours[i], -1) for i in judged.answers.predicted[rows]], np.int64)
-    comparison = scores.compare(answers.labels, first, answers.predicted)
-    return replace(judged, compared=Compared(other, answers, rows, comparison))
+    ours, theirs, shared = judged.run.classes, other.classes, shared_classes(judged.run, other)
+    number = {name: i for i, name in enumerate(shared)}
+    position = {id(sample): i for i, sample in enumerate(judged.answers.samples)}
+    answers = answer(other, [s for s in judged.answers.samples if ours[s.label] in number], workers, advance)
+    if not answers.samples:
+        raise DataError(f"no photo is left to compare with {other.folder}", "compare on photos that both runs can use")
+    rows = np.array([position[id(sample)] for sample in answers.samples], np.intp)
+    first = judged.answers.probabilities[rows][:, [ours.index(name) for name in shared]].argmax(axis=1)
+    second = answers.probabilities[:, [theirs.index(name) for name in shared]].argmax(axis=1)
+    labels = [number[ours[sample.label]] for sample in answers.samples]
+    return replace(
+        judged,
+        compared=Compared(
+            run=other,
+            classes=shared,
+            left_out=tuple(name for name in dict.fromkeys((*ours, *theirs)) if name not in number),
+            rows=rows,
+            first=first.astype(np.int64),
+            second=second.astype(np.int64),
+            comparison=scores.compare(labels, first, second),
+        ),
+    )
 
 
 def seen_in_training(run: Run, samples: Iterable[Sample]) -> int:

@@ -5,7 +5,7 @@ import numpy as np
 from finetune_cli.evaluation.judge import Judged
 from finetune_cli.metrics.scores import Comparison, Evaluation, Proportion
 from finetune_cli.report.refits import FRACTIONS, LearningCurve, ViewsEffect
-from finetune_cli.text import brief
+from finetune_cli.text import brief, counted
 
 _CHANCE = 0.05
 _NAMED = 5
@@ -37,8 +37,14 @@ def verdict(judged: Judged) -> list[str]:
         sentences.append(
             "Validation photos take part in choosing settings, so expect a little less on photos from elsewhere."
         )
-    if judged.compared is not None:
-        sentences.append(comparison(name, brief(judged.compared.run.name), judged.compared.comparison))
+    if (compared := judged.compared) is not None:
+        other = brief(compared.run.name)
+        if compared.left_out:
+            sentences.append(
+                f"{name} and {other} are compared on the {counted(len(compared.rows), 'photo')} of the "
+                f"{len(compared.classes)} classes that both have, and choose among these."
+            )
+        sentences.append(comparison(name, other, compared.comparison))
     return sentences
 
 
