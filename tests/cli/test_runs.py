@@ -68,3 +68,30 @@ def test_nothing_to_list(tmp_path):
     answer = CliRunner().invoke(main.app, ["runs", str(tmp_path / "absent")])
     assert answer.exit_code == 1
     assert "cannot be listed: No such file or directory" in answer.stderr
+
+
+def test_train_prints_the_path_alone(directory, monkeypatch, tmp_path):
+    from finetune_cli.training import pipeline
+
+    monkeypatch.setattr(pipeline, "train", lambda _config, _console: run.Run.load(directory / "b-1"))
+    (tmp_path / "photos").mkdir()
+    arguments = ["train", f"data.train={tmp_path / 'photos'}", "model.backbone=efficientnet_lite0"]
+    answer = CliRunner().invoke(main.app, [*arguments, "--print-run"])
+    assert answer.exit_code == 0, answer.stderr
+    assert answer.stdout == f"{directory / 'b-1'}\n"
+    assert "75.0%" in answer.stderr
+    answer = CliRunner().invoke(main.app, arguments)
+    assert "75.0%" in answer.stdout
+
+
+def test_a_run_that_was_not_named_is_said_with_its_date_and_classes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "runs" / "many-1", classes=tuple(f"c{i:02}" for i in range(40)))
+    explain = CliRunner().invoke(main.app, ["explain", "x.jpg", "--class", "none"])
+    assert "run: runs/many-1 of 2026-01-01, classes: c00, c01, c02, c03, c04, c05, c06 and 33 others" in explain.stderr
+    named = CliRunner().invoke(main.app, ["explain", "x.jpg", "--class", "none", "--run", "many-1"])
+    assert "many-1 has no class 'none'" in named.stderr
+    assert "run: " not in named.stderr
+    wrong = CliRunner().invoke(main.app, ["explain", "x.jpg", "--run", "none-1"])
+    assert "there is no run none-1" in wrong.stderr
+    assert "finetune runs" in wrong.stderr
