@@ -436,6 +436,8 @@ def test_a_folder_that_holds_something_is_not_replaced(tiny, monkeypatch, tmp_pa
         (command.Target(output=tmp_path / "full"), "is not empty"),
         (command.Target(output=tmp_path / "full" / "x"), "is a file"),
         (command.Target("name", tmp_path / "new"), "exclude each other"),
+        (command.Target(output=Path()), "cannot be replaced"),
+        (command.Target(output=tmp_path / ".."), "cannot be replaced"),
     ):
         with pytest.raises(UsageError, match=problem):
             command.evaluate(tiny.run, Silent(), target=target)

@@ -162,12 +162,16 @@ def _check_output(target: Target) -> None:
     assert output is not None
     if target.name is not None:
         raise UsageError("--name and --output exclude each other", "--name: under the run; --output: anywhere")
+    if output.name in ("", "..") or output.is_mount():
+        raise UsageError(f"--output {output} cannot be replaced", "name a new folder in it")
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file", "name a new or empty folder")
-    if output.is_dir() and next(output.iterdir(), None) is not None:
+    try:
+        is_empty = not output.is_dir() or next(output.iterdir(), None) is None
+    except OSError as exc:
+        raise files.storage_error(exc, output) from exc
+    if not is_empty:
         raise UsageError(f"--output {output} is not empty", "name a new or empty folder")
-    if output.is_mount():
-        raise UsageError(f"--output {output} is mounted by itself and cannot be replaced", "name a new folder in it")
     files.check_writable(output.absolute().parent)
 
 
@@ -178,8 +182,11 @@ def _write(found: Judged, target: Target, stem: str, report: Report | None = Non
     tried.
     """
     if target.output is not None:
-        with contextlib.suppress(FileNotFoundError):
-            target.output.rmdir()  # it is empty: a finished folder is moved there
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                target.output.rmdir()  # it was empty: the finished folder is moved there
+        except OSError as exc:
+            raise files.storage_error(exc, target.output) from exc
         _write_files(target.output, found, report)
         return target.output
     stem = re.sub(r"[^\w.-]+", "-", stem)[:50].strip("-.") or "data"
