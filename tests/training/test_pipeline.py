@@ -215,9 +215,7 @@ def test_a_third_class_keeps_the_first_two(tmp_path, drawn, cache, finished):
         noise = rng.integers(0, 60, (200, 200, 3), dtype=np.uint8) + np.uint8([180, 160, 90])
         Image.fromarray(noise).save(photos / "beach" / f"{i}.jpg")
     observer = Silent()
-    grown = command_train.train(
-        load(tmp_path, photos, cache, *FLIP, f"model.start_from={finished.folder}"), observer, "three"
-    )
+    grown = command_train.train(load(tmp_path, photos, cache, *FLIP, f"model.start_from={finished.folder}"), observer)
     assert grown.classes == ("beach", "city", "forest")
     assert any("kept city, forest" in note and "new beach" in note for note in observer.notes)
     assert grown.manifest.metrics["val"].accuracy > 0.8
