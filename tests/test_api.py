@@ -319,11 +319,11 @@ def test_export_gives_the_folder_of_the_model(classifier, tmp_path):
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The (config, observer, stem) that `train` was called with; nothing is trained."""
+    """The (config, observer) that `train` was called with; nothing is trained."""
     calls = []
 
-    def pretend(config, observer, stem):
-        calls.append((config, observer, stem))
+    def pretend(config, observer):
+        calls.append((config, observer))
         return "run"
 
     monkeypatch.setattr(command_train, "train", pretend)
@@ -346,7 +346,6 @@ def test_a_config_comes_as_a_file_a_dict_or_loaded(trained, tmp_path, monkeypatc
     assert first.data.train == tmp_path / "photos"
     assert [call[0] for call in trained] == [first.model_copy(update={"output": call[0].output}) for call in trained]
     assert [call[0].output.name for call in trained] == ["x"] * 5
-    assert [call[2] for call in trained] == ["scenes", "scenes", "run", "run", "run"]
     assert values["image"] == {"size": 96}  # and is not changed
     assert values["data"] == {"train": Path("photos")}
 

@@ -23,7 +23,7 @@ from finetune_cli.metrics.scores import Evaluation
 from finetune_cli.parallel import cores
 from finetune_cli.photos import decode as images
 from finetune_cli.progress import Observer, Silent
-from finetune_cli.runs.run import Run, stem
+from finetune_cli.runs.run import Run
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -103,7 +103,7 @@ def train(
     from finetune_cli.training import pipeline as command_train  # after the config is known to be good
 
     try:
-        return command_train.train(settings, observer or _LogObserver(), stem(path))
+        return command_train.train(settings, observer or _LogObserver())
     except BadPhotos as exc:
         exc.remedy = 'repair or remove them, or leave them out: data={"on_bad_image": "skip"}'
         raise

@@ -11,21 +11,19 @@ import sys
 import threading
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli import signals
+from finetune_cli.devices import Device, Precision
 from finetune_cli.errors import FinetuneError, RunError, UsageError
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.untrusted import openvino_ir
 
 if TYPE_CHECKING:
     import openvino
-
-Precision = Literal["float32", "bfloat16", "mixed"]
-Device = Literal["cpu", "gpu"]
 
 
 class Runtime(Protocol):

@@ -10,13 +10,11 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from finetune_cli.devices import Precision
 from finetune_cli.fields import FieldError, Fields
 from finetune_cli.photos.decode import ImageSettings
-
-if TYPE_CHECKING:
-    from finetune_cli.inference.runtimes import Precision
 
 FORMAT = 1
 FILE = "run.json"

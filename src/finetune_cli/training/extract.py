@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli.cache.features import FeatureStore
+from finetune_cli.devices import Precision
 from finetune_cli.errors import BadImage, DataError, StorageError
-from finetune_cli.inference.runtimes import Precision, Runtime
+from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.parallel import ordered_map
 from finetune_cli.photos import decode
 from finetune_cli.photos.augment import Augmenter

@@ -19,10 +19,11 @@ from finetune_cli.cache import digests
 from finetune_cli.cache.digests import DigestMemory
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.config.schema import Config
+from finetune_cli.devices import Device, Precision
 from finetune_cli.errors import BadImage, Interrupted
 from finetune_cli.head.lbfgs import class_weights
 from finetune_cli.inference import runtimes
-from finetune_cli.inference.runtimes import Device, Precision, Runtime
+from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.parallel import cores, ordered_map
 from finetune_cli.photos import dataset
 from finetune_cli.photos.augment import Augmenter
