@@ -219,3 +219,122 @@ def test_shifts_in_whole_pixels_stay_whole(tmp_path, value):
 def test_a_runs_name_is_not_dumped(tmp_path):
     loaded = schema.load(write(tmp_path, "data: {train: a}\noutput: {name: mine}"))
     assert "name" not in loaded.dump(tmp_path)["output"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "p #2",
+        " p ",
+        '"p"',
+        "'p'",
+        "a: b",
+        "{a: b}",
+        "[a]",
+        "010",
+        "1e-3",
+        "yes",
+        "true",
+        "2026-01-01",
+        "&a",
+        "*a",
+        "!x",
+        "|",
+    ],
+)
+def test_paths_and_text_on_the_command_line_are_literal(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    loaded = schema.load(None, [f"data.train={text}", f"data.group_regex=x{text}"])
+    assert loaded.data.train == tmp_path / text
+    assert loaded.data.group_regex == f"x{text}"
+
+
+def test_text_that_looks_like_something_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = ["data.train=~/x", "output.name=007", "data.group_regex=^p[0-9]+: x", "model.weights_sha256=" + "1" * 64]
+    loaded = schema.load(None, given)
+    assert loaded.data.train == tmp_path / "x"
+    assert loaded.output.name == "007"
+    assert loaded.data.group_regex == "^p[0-9]+: x"
+    assert loaded.model.weights_sha256 == "1" * 64
+    text = "data: {train: 2026-01-01, group_regex: 1e-3}\noutput: {name: 1.50}\nmodel: {backbone: no/1}\n"
+    loaded = schema.load(write(tmp_path, text))
+    assert loaded.data.train.name == "2026-01-01"
+    assert (loaded.data.group_regex, loaded.output.name, loaded.model.backbone) == ("1e-3", "1.50", f"{tmp_path}/no/1")
+
+
+@pytest.mark.parametrize("null", ["null", ""])
+def test_null_on_the_command_line(tmp_path, null):
+    text = "data: {train: a, group_regex: x}\naugmentation: {views: 2}\noutput: {name: y}"
+    nulls = [f"{key}={null}" for key in ("data.group_regex", "augmentation", "output.name", "model.weights")]
+    loaded = schema.load(write(tmp_path, text), nulls)
+    assert loaded.augmentation is loaded.data.group_regex is loaded.output.name is loaded.model.weights is None
+    assert "`data.train` is None: write a path" in problem(tmp_path, text, f"data.train={null}")
+
+
+def test_other_values_on_the_command_line_have_the_type_of_their_key(tmp_path):
+    given = [
+        "data.train=a",
+        "training.l2=1e-3",
+        "training.class_weights={wasps: 3, 'no': 0.5, 001: 2, null: 1}",
+        "augmentation.horizontal_flip=true",
+        "augmentation.vertical_flip=on",
+        "augmentation.brightness_range=[0.5, 1.5]",
+        "image.resize= pad ",
+        'calibration="none"',
+        "training.seed=-0",
+    ]
+    loaded = schema.load(None, given)
+    assert loaded.training.l2 == 0.001
+    assert loaded.training.class_weights == {"wasps": 3, "no": 0.5, "001": 2, "null": 1}
+    assert loaded.augmentation is not None
+    assert loaded.augmentation.horizontal_flip is loaded.augmentation.vertical_flip is True
+    assert loaded.augmentation.brightness_range == [0.5, 1.5]
+    assert (loaded.image.resize, loaded.calibration, loaded.training.seed) == ("pad", "none", 0)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("training.seed=1 #2", "`training.seed` is '1 #2': "),
+        ("training.class_weights={a: 1} #x", "holds a malformed value: '#x' follows its end"),
+        ("training.class_weights={a: 1, a: 2}", "holds a malformed value: `a` is given twice"),
+        ("training.class_weights={a: 1", "holds a malformed value: line 1"),
+        ("training.class_weights={[a]: 1}", "a key must be a word"),
+        ("augmentation.zoom_range=[0.9, &x 1.1]", "anchors and aliases are not allowed here"),
+        ("augmentation.zoom_range=[0.9, !!float 1.1]", "tags such as !!str are not allowed here"),
+    ],
+)
+def test_malformed_values_on_the_command_line(tmp_path, override, told):
+    assert told in problem(tmp_path, "data: {train: a}", override)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("training.seed", "010", "is '010': input should be a valid integer; a number has no quotes, leading zeros"),
+        ("training.seed", "0x10", "is '0x10': input should be a valid integer; a number has no quotes"),
+        ("training.seed", "1_000", "is '1_000': input should be a valid integer; a number has no quotes"),
+        ("training.seed", "1:30", "is '1:30': input should be a valid integer; a number has no quotes"),
+        ("training.seed", "yes", "is 'yes': input should be a valid integer"),
+        ("training.seed", "true", "is True: input should be a valid integer"),
+        ("training.seed", "1.5", "is 1.5: input should be a valid integer"),
+        ("training.label_smoothing", "on", "is 'on': input should be a valid number"),
+        ("training.label_smoothing", ".inf", "is inf: "),
+        ("training.class_weights", "{ants: yes}", "is 'yes': write none, balanced, or class names with numbers"),
+        ("training.class_weights", "{ants: true}", "is True: write none, balanced, or class names with numbers"),
+        ("augmentation.rotation_range", "True", "is True: input should be a valid number"),
+        ("augmentation.horizontal_flip", "maybe", "is 'maybe': input should be a valid boolean"),
+    ],
+)
+def test_a_value_that_another_reader_of_yaml_takes_for_a_number_is_refused(tmp_path, key, value, told):
+    section, name = key.split(".")
+    assert f"`{key}` {told}" in problem(tmp_path, f"data: {{train: a}}\n{section}: {{{name}: {value}}}")
+    assert f"command line: `{key}` {told}" in problem(tmp_path, "data: {train: a}", f"{key}={value}")
+
+
+def test_paths_that_cannot_be(tmp_path):
+    text = problem(tmp_path, 'data:\n  train: "a\\0b"\n  val: ~nosuchuser/x\n', "runtime.cache_dir=~nosuchuser")
+    assert "line 2: `data.train` is 'a\\x00b': a path cannot hold a NUL character" in text
+    assert "line 3: `data.val` is '~nosuchuser/x': there is no user nosuchuser; for a folder: ./~nosuchuser" in text
+    assert "command line: `runtime.cache_dir` is '~nosuchuser': there is no user nosuchuser" in text

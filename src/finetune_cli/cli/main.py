@@ -83,7 +83,9 @@ def train(
 
 
 def _train(console: "Console", path: Path | None, overrides: list[str] | None, name: str | None) -> "Run":
-    named = [f"output.name={json.dumps(name)}"] if name is not None else []
+    if name in {"", "null"}:  # which `output.name=` takes for no name
+        raise UsageError(f"{name!r} cannot be the name of a run", "choose another --name")
+    named = [f"output.name={name}"] if name is not None else []
     loaded = load_config(path, [*(overrides or []), *named])
     from finetune_cli.training import pipeline as command_train  # after the config is known to be good
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from finetune_cli.config.generator import REFUSED
 
@@ -64,6 +65,7 @@ _EXPECTED = {
     "output.name": "letters, digits, `_`, `-` and `.`, beginning with a letter, a digit or `_`",
     "training.class_weights": "none, balanced, or class names with numbers above 0, such as {wasps: 3}",
 }
+_NUMBERS = {"int_type", "float_type"}
 
 
 def describe(exc: ValidationError, schema: type[BaseModel], place: Callable[[tuple[str | int, ...]], str]) -> list[str]:
@@ -88,6 +90,8 @@ def describe(exc: ValidationError, schema: type[BaseModel], place: Callable[[tup
             text = f"`{name}` is {error['input']!r}: write {_EXPECTED.get(name, 'a path')}"
         else:
             message = error["msg"][0].lower() + error["msg"][1:]
+            if isinstance(error["input"], str) and any(map(str.isdigit, error["input"])) and error["type"] in _NUMBERS:
+                message += "; a number has no quotes, leading zeros, underscores or colons"
             text = f"`{name}` is {error['input']!r}: {message}"
             if name in found:  # another branch of the same union
                 text = found[name].split("\0", 1)[1] + f", or {message}"
@@ -98,22 +102,33 @@ def describe(exc: ValidationError, schema: type[BaseModel], place: Callable[[tup
 def known_keys(schema: type[BaseModel]) -> Iterator[str]:
     """Every dotted key of `schema`."""
     for name, field in schema.model_fields.items():
-        section = _section(field.annotation)
+        section = section_of(field)
         if section is None:
             yield name
         else:
             yield from (f"{name}.{key}" for key in section.model_fields)
 
 
-def _section(annotation: Any) -> type[BaseModel] | None:
-    candidates = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)), None)
+def section_of(field: FieldInfo) -> type[BaseModel] | None:
+    """The section that `field` holds, if it is one."""
+    return next((kind for kind in kinds(field.annotation) if issubclass(kind, BaseModel)), None)
+
+
+def kinds(annotation: Any) -> set[type]:
+    """The classes that values of `annotation` may have, without what those hold; literals count for none."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return kinds(typing.get_args(annotation)[0])
+    if origin in {types.UnionType, typing.Union}:
+        return set().union(*map(kinds, typing.get_args(annotation)))
+    found = origin or annotation
+    return {found} if isinstance(found, type) else set()
 
 
 def _keys(location: tuple[str | int, ...], schema: type[BaseModel]) -> tuple[str | int, ...]:
     """`location` without the names of union branches that pydantic appends."""
     if location and isinstance(location[0], str) and location[0] in schema.model_fields:
-        section = _section(schema.model_fields[location[0]].annotation)
+        section = section_of(schema.model_fields[location[0]])
         rest = location[1:]
         if section is not None and rest and rest[0] == section.__name__:
             rest = rest[1:]

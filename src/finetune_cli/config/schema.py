@@ -16,6 +16,10 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StrictFloat, Str
 from finetune_cli.config import generator, messages, yaml_file
 from finetune_cli.errors import ConfigError
 
+# Values have the types of `yamlfile`, and pydantic converts none of them (a `true` is no weight of 1) but for these:
+# `yes` and `on`, which YAML 1.1 had, for true; and text for a path.
+_Flag = Annotated[bool, Field(strict=False)]
+_Path = Annotated[Path, Field(strict=False)]
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
 _Range = float | Annotated[list[float], Field(min_length=2, max_length=2)]
 # For Keras, a whole number means whole pixels, and 2 draws from -1, 0, 1 where 2.0 draws any number between -2 and 2.
@@ -25,15 +29,15 @@ _Shift = StrictInt | StrictFloat | Annotated[list[StrictInt | StrictFloat], Fiel
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values do not change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
 
 
 class DataConfig(Section):
     """Where the photos are and how they are split."""
 
-    train: Path
-    val: Path | None = None
-    test: Path | None = None
+    train: _Path
+    val: _Path | None = None
+    test: _Path | None = None
     val_split: Annotated[float, Field(gt=0, lt=1)] = 0.2
     group_regex: str | None = None
     on_bad_image: Literal["error", "skip"] = "error"
@@ -51,18 +55,18 @@ class ModelConfig(Section):
     """The frozen backbone and what the head starts from."""
 
     backbone: str = "resnet50"
-    weights: str | Path | None = "imagenet"
+    weights: str | _Path | None = "imagenet"
     weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")] | None = None
     dropout: _Fraction = 0.0
-    start_from: Path | None = None
+    start_from: _Path | None = None
 
 
 class AugmentationConfig(Section):
     """The number of views, and the augmenting arguments of Keras's `ImageDataGenerator` under their own names."""
 
     views: Annotated[int, Field(ge=1, le=1000)] = 4
-    horizontal_flip: bool = False
-    vertical_flip: bool = False
+    horizontal_flip: _Flag = False
+    vertical_flip: _Flag = False
     width_shift_range: _Shift = 0.0
     height_shift_range: _Shift = 0.0
     rotation_range: Annotated[float, Field(ge=0, le=180)] = 0.0
@@ -99,13 +103,13 @@ class RuntimeConfig(Section):
     feature_precision: Literal["auto", "float32", "bfloat16"] = "auto"
     batch_size: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = "auto"
-    cache_dir: Path | None = None
+    cache_dir: _Path | None = None
 
 
 class OutputConfig(Section):
     """Where runs go."""
 
-    directory: Path = Path("runs")
+    directory: _Path = Path("runs")
     name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$", max_length=100)] | None = None
 
 
@@ -160,7 +164,7 @@ def load(path: Path | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -
     ``{"training": {"seed": 1}, "calibration": "none"}``. Raises `ConfigError` that lists all problems at once, each
     with file and line.
     """
-    document = yaml_file.read(path) if path is not None else yaml_file.Document()
+    document = yaml_file.read(path, _is_text) if path is not None else yaml_file.Document()
     values: dict[str, Any] = document.values
     values.setdefault("data", {})  # so that what is missing is said to be `data.train`
     problems = [
@@ -170,7 +174,6 @@ def load(path: Path | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -
         origin, overridden = "arguments", merge(values, overrides)
     else:
         origin, overridden = "command line", _apply_overrides(values, overrides, problems)
-    absolute = _resolve_paths(values, path.parent if path is not None else Path(), overridden)
 
     def place(keys: yaml_file.Keys) -> str:
         if overridden & {str(keys[0]), ".".join(map(str, keys[:2]))}:
@@ -180,6 +183,8 @@ def load(path: Path | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -
                 return f"{path}, line {document.lines[keys[:end]]}"
         return str(path) if path is not None else origin
 
+    absolute, wrong = _resolve_paths(values, path.parent if path is not None else Path(), overridden)
+    problems += [f"{place(keys)}: {text}" for keys, text in wrong]
     config = None
     try:
         config = Config.model_validate(values)
@@ -208,7 +213,7 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str], problems:
             problems.append(f"command line: {override!r} is not of the form section.key=value")
             continue
         try:
-            value = yaml_file.parse_scalar(text)
+            value = yaml_file.parse_argument(text, tuple(keys), _is_text)
         except ValueError as exc:
             problems.append(f"command line: {override!r} holds a malformed value: {exc}")
             continue
@@ -237,6 +242,14 @@ def merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> frozenset[str
     return frozenset(names)
 
 
+def _is_text(keys: yaml_file.Keys) -> bool:
+    """Whether `keys` name a key that takes any text or a path, and nothing else but null."""
+    section = messages.section_of(Config.model_fields[str(keys[0])]) if keys[0] in Config.model_fields else None
+    if section is None or len(keys) != 2 or keys[1] not in section.model_fields:
+        return False
+    return bool(messages.kinds(section.model_fields[str(keys[1])].annotation) & {str, Path})
+
+
 def is_backbone_file(name: str) -> bool:
     """Whether `model.backbone` names a file rather than a known backbone."""
     return name.endswith(".keras") or "/" in name or os.sep in name
@@ -258,20 +271,37 @@ def _path_keys(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield "model", "backbone"
 
 
-def _resolve_paths(values: dict[str, Any], base: Path, overridden: frozenset[str]) -> frozenset[str]:
-    """Make the paths in `values` absolute; return the dotted names of those that were typed so."""
+def _resolve_paths(
+    values: dict[str, Any], base: Path, overridden: frozenset[str]
+) -> tuple[frozenset[str], list[tuple[yaml_file.Keys, str]]]:
+    """Make the paths in `values` absolute.
+
+    Returns the dotted names of those that were typed so, and for what cannot be a path its keys and the reason.
+    """
     output = values.setdefault("output", {})
     if isinstance(output, dict) and "directory" not in output:
         # A default is nobody's typed path: runs go under the current folder, where later commands look for them.
         output["directory"] = str(Path("runs").absolute())
-    absolute = set()
+    absolute: set[str] = set()
+    wrong: list[tuple[yaml_file.Keys, str]] = []
     for section, key in list(_path_keys(values)):
-        typed = Path(values[section][key]).expanduser()
+        text = values[section][key]
+        if "\0" in text:
+            wrong.append(((section, key), f"`{section}.{key}` is {text!r}: a path cannot hold a NUL character"))
+            continue
+        try:
+            typed = Path(text).expanduser()
+        except RuntimeError:
+            user = Path(text).parts[0]
+            wrong.append(
+                ((section, key), f"`{section}.{key}` is {text!r}: there is no user {user[1:]}; for a folder: ./{user}")
+            )
+            continue
         if typed.is_absolute() and (section, key) != ("output", "directory"):
             absolute.add(f"{section}.{key}")
         folder = Path() if overridden & {section, f"{section}.{key}"} else base
         values[section][key] = os.path.abspath(folder / typed)  # noqa: PTH100 - unlike resolve() it keeps links, which people mean
-    return frozenset(absolute)
+    return frozenset(absolute), wrong
 
 
 def _contradictions(values: dict[str, Any]) -> Iterator[tuple[yaml_file.Keys, str]]:

@@ -1,5 +1,12 @@
-"""YAML text in, plain values and the line of every key out; nothing in a file can run code or eat the memory."""
+"""YAML text in, plain values and the line of every key out; nothing in a file can run code or eat the memory.
 
+Plain scalars are read by the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema), without its octal
+and hexadecimal numbers: PyYAML's own rules, of YAML 1.1, take ``1e-3`` for text, ``010`` for 8, ``1:30`` for 90 and
+``no`` for false. What is neither null, true, false nor a decimal number is text, and so are keys.
+"""
+
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +17,14 @@ MAX_BYTES = 256 * 1024
 MAX_SCALAR = 4096
 MAX_DEPTH = 10
 _WRITE_ONE = "write a config with: finetune init PHOTOS"
+_NULL = {"", "~", "null", "Null", "NULL"}
+_BOOLEANS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
+_INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]{0,30})")
+_FLOAT = re.compile(
+    r"[-+]?((0|[1-9][0-9]*)?\.[0-9]+|(0|[1-9][0-9]*)\.?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+)
 Keys = tuple[str | int, ...]
+IsText = Callable[[Keys], bool]
 
 
 @dataclass(frozen=True)
@@ -19,14 +33,14 @@ class Document:
 
     values: dict[str, Any] = field(default_factory=dict)
     lines: dict[Keys, int] = field(default_factory=dict)
-    duplicates: tuple[tuple[Keys, int], ...] = ()
+    duplicates: list[tuple[Keys, int]] = field(default_factory=list)
 
 
-def read(path: Path) -> Document:
-    """Read the mapping in `path`.
+def read(path: Path, is_text: IsText) -> Document:
+    """Read the mapping in `path`; `is_text` tells which key paths take text, so that ``name: 007`` stays as it is.
 
-    Anchors and aliases are refused: a config of this tool never needs them, and nested ones expand to billions of
-    values. Raises `ConfigError` for a missing, oversized or malformed file.
+    Anchors, aliases and tags are refused: a config of this tool never needs them, and nested aliases expand to billions
+    of values. Raises `ConfigError` for a missing, oversized or malformed file.
     """
     import yaml
 
@@ -45,31 +59,82 @@ def read(path: Path) -> Document:
     if len(data) > MAX_BYTES:
         raise ConfigError(f"{path} is larger than {MAX_BYTES // 1024} KiB, which no config is", _WRITE_ONE)
     try:
-        node = yaml.compose(_without_aliases(data, path), Loader=yaml.SafeLoader)
+        node = yaml.compose(_checked(data, path), Loader=yaml.SafeLoader)
         if node is None:
             return Document()
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(f"{path} holds no mapping of sections such as `data:`", _WRITE_ONE)
-        lines: dict[Keys, int] = {}
-        duplicates: list[tuple[Keys, int]] = []
-        _collect(node, (), lines, duplicates)
-        values = yaml.SafeLoader("").construct_document(node)
+        document = Document()
+        document.values.update(_construct(node, (), is_text, document))
     except (yaml.YAMLError, ValueError, RecursionError) as exc:
         raise ConfigError(f"{path} is not valid YAML: {_one_line(exc)}", "correct that place") from exc
-    return Document(values, lines, tuple(duplicates))
+    return document
 
 
-def parse_scalar(text: str) -> Any:
-    """The value of `text` as YAML would read it on the right of a key. Raises `ValueError` when malformed."""
+def parse_argument(text: str, keys: Keys, is_text: IsText) -> Any:
+    """The value of `text`, given on the command line for `keys`. Raises `ValueError` when it is malformed.
+
+    Text is taken literally, whatever it looks like: only nothing at all and the word null stand for null. Elsewhere a
+    value in brackets, braces or quotes is YAML, and any other is a number, true, false, null or a word.
+    """
     import yaml
 
+    if is_text(keys):
+        return None if text in _NULL - {"~"} else text
+    text = text.strip()
+    if not text.startswith(("{", "[", '"', "'")):
+        return plain_scalar(text)
     try:
-        return yaml.safe_load(_without_aliases(text.encode("utf-8", "surrogateescape"), Path("command line")))
+        checked = _checked(text.encode("utf-8", "surrogateescape"), Path("command line"))
+        node = yaml.compose(checked, Loader=yaml.SafeLoader)
+        if node is None or node.end_mark.index < len(checked):
+            raise ValueError(f"{checked[node.end_mark.index if node else 0 :].strip()!r} follows its end")
+        document = Document()
+        value = _construct(node, keys, is_text, document)
     except (yaml.YAMLError, ConfigError, RecursionError) as exc:
         raise ValueError(_one_line(exc)) from exc
+    if document.duplicates:
+        raise ValueError(f"`{document.duplicates[0][0][-1]}` is given twice")
+    return value
 
 
-def _without_aliases(data: bytes, path: Path) -> str:
+def plain_scalar(text: str) -> Any:
+    """The value of a scalar without quotes: null, true, false, a decimal number, or else the text itself."""
+    if text in _NULL:
+        return None
+    if text in _BOOLEANS:
+        return _BOOLEANS[text]
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _FLOAT.fullmatch(text):
+        return float(text.replace(".inf", "inf").replace(".nan", "nan") if text[-1].isalpha() else text)
+    return text
+
+
+def _construct(node: Any, keys: Keys, is_text: IsText, document: Document) -> Any:
+    """The value of `node`, which stands at `keys`; lines and duplicates are added to `document`."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ValueError(f"line {key_node.start_mark.line + 1}: a key must be a word")
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if key in values:
+                document.duplicates.append(((*keys, key), line))
+            document.lines[(*keys, key)] = line
+            values[key] = _construct(value_node, (*keys, key), is_text, document)
+        return values
+    if isinstance(node, yaml.SequenceNode):
+        return [_construct(child, (*keys, i), is_text, document) for i, child in enumerate(node.value)]
+    plain = node.style is None
+    if plain and (node.value in _NULL or not is_text(keys)):
+        return plain_scalar(node.value)
+    return node.value
+
+
+def _checked(data: bytes, path: Path) -> str:
     import yaml
 
     opening = yaml.FlowSequenceStartToken | yaml.FlowMappingStartToken
@@ -84,6 +149,8 @@ def _without_aliases(data: bytes, path: Path) -> str:
         place = f"{path}, line {token.start_mark.line + 1}"
         if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
             raise ConfigError(f"{place}: anchors and aliases are not allowed here", "write the value out")
+        if isinstance(token, yaml.TagToken):
+            raise ConfigError(f"{place}: tags such as !!str are not allowed here", "write the value without it")
         if isinstance(token, yaml.ScalarToken) and len(token.value) > MAX_SCALAR:
             raise ConfigError(
                 f"{place}: a value of more than {MAX_SCALAR} characters, which no key takes", "shorten it"
@@ -93,24 +160,6 @@ def _without_aliases(data: bytes, path: Path) -> str:
         if depth > MAX_DEPTH:
             raise ConfigError(f"{place}: nested more than {MAX_DEPTH} deep, which no config is", _WRITE_ONE)
     return text
-
-
-def _collect(node: Any, keys: Keys, lines: dict[Keys, int], duplicates: list[tuple[Keys, int]]) -> None:
-    import yaml
-
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key_node, value_node in node.value:
-            key = str(key_node.value)
-            line = key_node.start_mark.line + 1
-            if key in seen:
-                duplicates.append(((*keys, key), line))
-            seen.add(key)
-            lines[(*keys, key)] = line
-            _collect(value_node, (*keys, key), lines, duplicates)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, child in enumerate(node.value):
-            _collect(child, (*keys, index), lines, duplicates)
 
 
 def _one_line(exc: Exception) -> str:

@@ -7,14 +7,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli.errors import BadImage
-from finetune_cli.inference.predictor import Predictor, RunPredictor, answers, best, chunks
+from finetune_cli.errors import BadImage, UsageError
+from finetune_cli.inference.predictor import UNSURE, Predictor, RunPredictor, answers, best, chunks
 from finetune_cli.parallel import cores
 from finetune_cli.photos import decode as images
 
 __all__ = ["UNSURE", "Prediction", "Predictor", "RunPredictor", "predict"]
-
-UNSURE = "unsure"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +43,28 @@ class Prediction:
 def predict(
     predictor: Predictor, paths: Iterable[Path], top_k: int, workers: int | None = None, min_confidence: float = 0.0
 ) -> Iterator[Prediction]:
-    """One `Prediction` a path, in order; memory does not grow with the number of paths."""
+    """One `Prediction` a path, in order; memory does not grow with the number of paths.
+
+    Raises `UsageError` when `min_confidence` asks for the answer `unsure` and a class has that name.
+    """
+    if min_confidence and UNSURE in predictor.classes:
+        raise UsageError(
+            f"this model has a class named {UNSURE}, which is also the answer below --min-confidence",
+            "drop --min-confidence and compare the probability that --format csv or jsonl gives; "
+            "or train again with another name for that class",
+        )
+    return _predict(predictor, paths, top_k, workers or cores(), min_confidence)
+
+
+def _predict(
+    predictor: Predictor, paths: Iterable[Path], top_k: int, workers: int, min_confidence: float
+) -> Iterator[Prediction]:
     top_k = min(top_k, len(predictor.classes))
 
     def decode(path: Path) -> NDArray[np.uint8]:
         return images.decode(path, predictor.settings)
 
-    for path, answer in answers(predictor, chunks(paths), decode, workers or cores()):
+    for path, answer in answers(predictor, chunks(paths), decode, workers):
         if isinstance(answer, BadImage):
             yield Prediction(str(path), None, None, (), answer.reason)
         else:

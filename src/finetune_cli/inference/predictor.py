@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 PHOTOS_A_CALL = 4
 Photo = TypeVar("Photo")
+UNSURE = "unsure"  # the answer for a photo whose best class is less probable than wanted
 
 
 class Predictor(Protocol):

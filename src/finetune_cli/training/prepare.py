@@ -23,6 +23,7 @@ from finetune_cli.devices import Device, Precision
 from finetune_cli.errors import BadImage, Interrupted
 from finetune_cli.head.lbfgs import class_weights
 from finetune_cli.inference import runtimes
+from finetune_cli.inference.predictor import UNSURE
 from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.parallel import cores, ordered_map
 from finetune_cli.photos import dataset
@@ -220,6 +221,11 @@ def index(config: Config, observer: Observer) -> Dataset:
         observer.note(note)
     for warning in data.warnings:
         observer.warn(warning)
+    if UNSURE in data.classes:
+        observer.warn(
+            f"a class is named {UNSURE}, which is also what predict --min-confidence answers: "
+            "that option will not work with this model unless the class gets another name"
+        )
     return data
 
 
