@@ -5,7 +5,6 @@ Nothing heavy is imported at the top: `finetune --help` and a mistyped option an
 
 import contextlib
 import functools
-import os
 import shlex
 import sys
 import traceback
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 import typer
 from typer.core import TyperCommand
 
-from finetune_cli import __version__, signals
+from finetune_cli import __version__, signals, streams
 from finetune_cli.errors import BadPhotos, FinetuneError, Interrupted, UsageError
 from finetune_cli.text import listed
 
@@ -92,19 +91,23 @@ def command(group: typer.Typer) -> Callable[[Callable[P, None]], Callable[P, Non
         def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
             signals.catch()
             try:
-                function(*args, **kwargs)
+                try:
+                    function(*args, **kwargs)
+                finally:
+                    sys.stdout.flush()
             except (FinetuneError, Interrupted) as exc:
                 _fail(exc, bool(kwargs.get("debug")))
             except BrokenPipeError:
                 # The reader of our output (`| head`) has gone; Python must not complain when it flushes at exit.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                streams.drop_output()
                 raise typer.Exit(0) from None
             except MemoryError as exc:
                 error = FinetuneError(f"out of memory: {exc}", "close other programs, or lower runtime.workers")
                 error.__cause__ = exc
                 _fail(error, bool(kwargs.get("debug")))
             except Exception as exc:  # noqa: BLE001 - the last line of defence: a bug is told in a line, too
-                error = FinetuneError(
+                known = streams.translated(exc) if isinstance(exc, OSError) else None
+                error = known or FinetuneError(
                     f"unexpected {type(exc).__name__}: {exc}", "this is a bug; run again with --debug and report it"
                 )
                 error.__cause__ = exc

@@ -145,7 +145,7 @@ def predict(
     from finetune_cli.photos.dataset import iter_photos
 
     console = new_console(quiet)
-    one = len(paths) == 1 and Path(paths[0]).is_file()
+    one = len(paths) == 1 and os.path.isfile(paths[0])  # noqa: PTH113 - Path.is_file raises for a name too long
     predictor: command_predict.Predictor
     if model is None:
         predictor = command_predict.RunPredictor(find_run(console, run), workers=1 if one else cores(), latency=one)

@@ -64,7 +64,7 @@ def predictions(
 ) -> tuple[int, int]:
     """Write `rows` as they come; returns how many there were and how many of them are errors."""
     told = failed = 0
-    with _target(output) as file:
+    with _target(output, form) as file:
         write = {"table": _table_writer, "csv": _csv_writer, "jsonl": _jsonl_writer}[form](file, top_k)
         for row in rows:
             write(row)
@@ -76,10 +76,11 @@ def predictions(
 
 
 @contextmanager
-def _target(output: Path | None) -> Iterator[TextIO]:
+def _target(output: Path | None, form: str) -> Iterator[TextIO]:
     if output is None:
-        if isinstance(sys.stdout, io.TextIOWrapper):  # names that are not UTF-8 keep their bytes
-            sys.stdout.reconfigure(errors="surrogateescape")
+        if form != "table" and isinstance(sys.stdout, io.TextIOWrapper):
+            # As in a file: UTF-8 whatever the terminal shows, and names that are not UTF-8 keep their bytes.
+            sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
         yield sys.stdout
         return
     from finetune_cli import files

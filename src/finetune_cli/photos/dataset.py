@@ -6,6 +6,7 @@ Nothing is decoded and nothing is written. What is wrong is collected and said a
 """
 
 import difflib
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -148,7 +149,7 @@ def iter_photos(paths: Iterable[Path]) -> Iterator[Path]:
     A folder that cannot be read comes as itself, so that whoever tries to decode it tells the reason.
     """
     for path in paths:
-        if not path.is_dir():
+        if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
             yield path
             continue
         unreadable: dict[Path, OSError] = {}
