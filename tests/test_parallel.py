@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from finetune_cli.parallel import cores, ordered_map
+from finetune_cli.parallel import cores, groups_at_hand, ordered_map
 
 
 def test_results_come_in_order():
@@ -69,3 +69,59 @@ def test_where_a_process_cannot_be_bound_all_cores_count(monkeypatch):
     assert cores() == 7
     monkeypatch.setattr(os, "cpu_count", lambda: None)  # unknown
     assert cores() == 1
+
+
+def test_nothing_is_held_back_while_the_source_waits():
+    more = threading.Event()
+
+    def source():
+        yield 1
+        yield 2
+        assert more.wait(30)
+        yield 3
+
+    results = ordered_map(sum, groups_at_hand(source(), 8), 4)
+    assert next(results) in {1, 3}
+    more.set()
+    assert sum(results) in {3, 5}
+
+
+def test_what_is_there_already_comes_in_full_groups():
+    go, read = threading.Event(), threading.Event()
+
+    def source():
+        assert go.wait(30)
+        yield from range(20)
+        read.set()
+
+    groups = groups_at_hand(source(), 8)
+    assert next(groups) is None
+    go.set()
+    assert read.wait(30)
+    assert [group for group in groups if group] == [tuple(range(8)), tuple(range(8, 16)), tuple(range(16, 20))]
+
+
+def test_a_slow_reader_holds_the_source_back():
+    taken = 0
+
+    def source():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield taken
+
+    groups = groups_at_hand(source(), 2)
+    assert any(next(groups) for _ in range(3))
+    time.sleep(0.05)
+    assert taken <= 64 * 2 + 2 * 3 + 2
+
+
+def test_an_error_of_the_source_comes_after_what_came_before_it():
+    def source():
+        yield 1
+        raise OSError("gone")
+
+    groups = groups_at_hand(source(), 8)
+    assert next(filter(None, groups)) == (1,)
+    with pytest.raises(OSError, match="gone"):
+        list(groups)

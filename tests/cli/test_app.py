@@ -324,3 +324,63 @@ def test_a_wrong_value_is_refused_without_pydantics_words(arguments, words):
     assert answer.exit_code == 2
     assert words in answer.stderr
     assert "alue error" not in answer.stderr
+
+
+def test_predict_answers_each_path_before_it_waits_for_the_next(tiny_run, photos):
+    command = [sys.executable, "-m", "finetune_cli", "predict", "-", "--run", tiny_run.run.folder, "--format", "jsonl"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        for path in [*sorted(photos.glob("[ab].*")), photos / "broken.jpg"]:
+            child.stdin.write(os.fsencode(path) + b"\n")
+            child.stdin.flush()
+            assert json.loads(child.stdout.readline())["path"] == str(path)
+        child.send_signal(signal.SIGTERM)  # while it waits for a path
+        assert child.wait(30) == 143
+
+
+@pytest.mark.parametrize("separator", ["\n", "\0", "\r\n"])
+def test_predict_reads_names_separated_by_nul_or_line_ends(tiny_run, photos, separator):
+    odd = photos / ("line\nend.png" if separator == "\0" else " blank .png")
+    shutil.copy(next(photos.glob("a.*")), odd)
+    for end in ("", separator):
+        paths = separator.join(map(str, [odd, next(photos.glob("b.*"))])) + end
+        answer = run("predict", "-", "--run", tiny_run.run.folder, "--format", "jsonl", input=paths)
+        assert answer.exit_code == 0, answer.output
+        assert json.loads(answer.stdout.splitlines()[0])["path"] == str(odd)
+        assert len(answer.stdout.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--output", "x.txt"], "the name x.txt does not say which format to write"),
+        (["--output", "x.json", "--format", "csv"], "--format csv contradicts the name x.json"),
+        (["--output", "there.csv"], "there.csv exists already"),
+        (["--output", "folder.csv"], "folder.csv is a folder"),
+        (["--format", "parquet"], "parquet is no text for the terminal"),
+    ],
+)
+def test_an_output_that_does_not_go_with_its_format_is_refused_before_the_work(tmp_path, monkeypatch, options, problem):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there.csv").write_text("mine")
+    (tmp_path / "folder.csv").mkdir()
+    answer = run("predict", "x.jpg", "--run", "absent", *options)
+    assert answer.exit_code == 2
+    assert f"error: {problem}\n" in answer.stderr
+    assert (tmp_path / "there.csv").read_text() == "mine"
+
+
+def test_the_suffix_chooses_the_format(tiny_run, photos, tmp_path):
+    photo = next(photos.glob("a.*"))
+    common = ("predict", photo, "--run", tiny_run.run.folder, "--quiet")
+    firsts = {"csv": "path,", "json": "[", "jsonl": "{", "ndjson": "{", "CSV": "path,"}
+    for suffix, first in firsts.items():
+        assert run(*common, "--output", tmp_path / f"o.{suffix}").exit_code == 0
+        assert (tmp_path / f"o.{suffix}").read_text().startswith(first)
+    (tmp_path / "old.csv").write_text("old")
+    assert run(*common, "--output", tmp_path / "old.csv", "--force").exit_code == 0
+    assert (tmp_path / "old.csv").read_text().startswith("path,")
+    assert run(*common, "--output", tmp_path / "o.txt", "--format", "table").exit_code == 0
+    assert run(*common, "--format", "csv", "--output", "/dev/null").exit_code == 0
+    (tmp_path / "none").mkdir()
+    assert run("predict", tmp_path / "none", *common[2:], "--output", tmp_path / "no.csv").exit_code == 3
+    assert not (tmp_path / "no.csv").exists()

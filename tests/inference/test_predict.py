@@ -1,14 +1,21 @@
 """`predict` by itself, with a predictor that needs no model: the answers, their order and their forms."""
 
+import io
+import json
+import os
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 from photo_files import write_photo
 
+from finetune_cli.cli import render_predictions
 from finetune_cli.config import schema
-from finetune_cli.errors import UsageError
+from finetune_cli.errors import Interrupted, MissingExtra, UsageError
 from finetune_cli.inference.predict import predict
+from finetune_cli.photos import dataset
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.progress import Silent
 from finetune_cli.training import prepare
@@ -51,3 +58,112 @@ def test_training_warns_of_a_class_named_unsure(tmp_path, name, warned):
     settings = [f"data.train={tmp_path / 'photos'}", f"runtime.cache_dir={tmp_path / 'cache'}"]
     prepare.index(schema.load(None, settings), Listening())
     assert any("--min-confidence" in text for text in warnings) == warned
+
+
+def rows_of(folder, names="a.png bad.png c.png"):
+    for name in names.split():
+        if name == "bad.png":
+            (folder / name).write_bytes(b"no photo")
+        else:
+            write_photo(folder / name, name)
+        yield folder / name
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_answers_come_in_order(tmp_path, at_once):
+    paths = list(rows_of(tmp_path, "a.png bad.png c.png d.png e.png f.png"))
+    guess = Guess()
+    answers = list(predict(guess, paths, top_k=2, workers=1, at_once=at_once))
+    assert [answer.path for answer in answers] == list(map(str, paths))
+    assert [answer.error is None for answer in answers] == [True, False, True, True, True, True]
+    assert sum(guess.calls) == 5
+
+
+def test_a_path_that_is_too_long_costs_no_other_answer(tmp_path):
+    [photo] = rows_of(tmp_path, "a.png")
+    paths = dataset.iter_photos([Path("x" * 6000), photo, Path("a\0b"), photo])
+    answers = list(predict(Guess(), paths, top_k=1))
+    assert [answer.error for answer in answers] == [
+        "cannot be read: File name too long",
+        None,
+        "cannot be read: embedded null byte",
+        None,
+    ]
+
+
+def written(tmp_path, form, names="a.png bad.png c.png", top_k=2):
+    output = tmp_path / f"answers.{form}"
+    answers = predict(Guess(("ant", "=bee")), rows_of(tmp_path, names), top_k)
+    counts = render_predictions.predictions(answers, form, output, top_k)
+    return output, counts
+
+
+def test_json_is_one_array(tmp_path):
+    output, counts = written(tmp_path, "json")
+    assert counts == (3, 1)
+    rows = json.loads(output.read_text())
+    assert [row["label"] for row in rows] == ["ant", None, "ant"]
+    assert rows[0]["top"][1]["label"] == "=bee"
+    assert json.loads(written(tmp_path, "json", names="")[0].read_text()) == []
+
+
+def test_parquet_is_read_by_others(tmp_path, monkeypatch):
+    from pyarrow import parquet
+
+    monkeypatch.setattr(render_predictions, "_ROW_GROUP", 2)
+    output, counts = written(tmp_path, "parquet")
+    assert counts == (3, 1)
+    assert parquet.ParquetFile(output).metadata.num_row_groups == 2
+    table = parquet.read_table(output)
+    assert table.column_names == ["path", "label", "probability", "label_2", "probability_2", "error"]
+    rows = table.to_pylist()
+    assert rows[0] == {
+        "path": str(tmp_path / "a.png"),
+        "label": "ant",
+        "probability": pytest.approx(0.6),
+        "label_2": "=bee",
+        "probability_2": pytest.approx(0.4),
+        "error": None,
+    }
+    assert (rows[1]["label"], rows[1]["probability_2"]) == (None, None)
+    assert rows[1]["error"]
+
+
+def test_parquet_shows_a_name_that_is_not_utf8(tmp_path):
+    from pyarrow import parquet
+
+    photo = write_photo(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")))
+    render_predictions.predictions(predict(Guess(), [photo], 1), "parquet", tmp_path / "o.parquet", 1)
+    assert parquet.read_table(tmp_path / "o.parquet").to_pylist()[0]["path"] == f"{tmp_path}/\\udcff.png"
+
+
+def test_parquet_without_pyarrow(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingExtra) as caught:
+        render_predictions.import_pyarrow()
+    assert "finetune-cli[parquet]" in caught.value.remedy
+
+
+@pytest.mark.parametrize("form", ["csv", "json", "jsonl", "parquet", "table"])
+def test_an_interrupted_file_is_absent(tmp_path, form):
+    [photo] = rows_of(tmp_path, "a.png")
+
+    def answers():
+        yield from predict(Guess(), [photo], 1)
+        raise Interrupted(15)
+
+    with pytest.raises(Interrupted):
+        render_predictions.predictions(answers(), form, tmp_path / f"o.{form}", 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png"]
+
+
+def test_every_row_is_flushed_on_standard_output(tmp_path, monkeypatch):
+    seen = []
+
+    class Stream(io.StringIO):
+        def flush(self):
+            seen.append(len(self.getvalue().splitlines()))
+
+    monkeypatch.setattr(sys, "stdout", Stream())
+    render_predictions.predictions(predict(Guess(), rows_of(tmp_path), 1), "jsonl", None, 1)
+    assert seen == [1, 2, 3]

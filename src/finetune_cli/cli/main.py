@@ -1,13 +1,14 @@
 """The command line: options -> config -> one call -> render. The frame is in `cli_app`."""
 
 import functools
+import itertools
 import json
 import os
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
@@ -46,7 +47,9 @@ class OutputFormat(StrEnum):
 
     table = "table"
     csv = "csv"
+    json = "json"
     jsonl = "jsonl"
+    parquet = "parquet"
 
 
 @command(app)
@@ -131,15 +134,26 @@ def predict(
     min_confidence: Annotated[
         float, typer.Option(min=0, max=1, help="Below this probability the label is `unsure`.")
     ] = 0.0,
-    format: Annotated[OutputFormat, typer.Option(help="How to write the answers.")] = OutputFormat.table,  # noqa: A002
-    output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the answers to FILE.", show_default=False)
+    format: Annotated[  # noqa: A002
+        OutputFormat | None,
+        typer.Option(help="How to write the answers. [default: what FILE's suffix says, else table]"),
     ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the answers to FILE: .csv, .json, .jsonl or .parquet, or any name with --format.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it is there already.")] = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Say what is on photos. Exits 3 when some could not be read; the others are answered."""
-    from finetune_cli.cli import render
+    from finetune_cli.cli import render_predictions
+
+    form = _output_format(format, output, force)
     from finetune_cli.inference import predict as command_predict
     from finetune_cli.parallel import cores
     from finetune_cli.photos.dataset import iter_photos
@@ -156,13 +170,47 @@ def predict(
     else:
         raise UsageError("--run and --model exclude each other", "drop one of them")
     photos = iter_photos(_paths(paths))
-    predictions = command_predict.predict(predictor, photos, top_k, min_confidence=min_confidence)
-    told, failed = render.predictions(console, predictions, format.value, output, min(top_k, len(predictor.classes)))
-    if not told:
+    predictions = command_predict.predict(predictor, photos, top_k, min_confidence=min_confidence, at_once="-" in paths)
+    first = next(predictions, None)
+    if first is None:
         raise DataError("no photo was found under the given paths", "name photos, or folders with photos in them")
+    rows = itertools.chain([first], predictions)
+    written, failed = render_predictions.predictions(rows, form, output, min(top_k, len(predictor.classes)))
+    if output is not None:
+        console.print(f"wrote {counted(written, 'row')} to {output}")
     if failed:
-        told_of = counted(told, "photo")
-        raise DataError(f"{failed} of {told_of} could not be read; their rows say why", "repair or remove those")
+        raise DataError(
+            f"{failed} of {counted(written, 'photo')} could not be read; their rows say why", "repair or remove those"
+        )
+
+
+def _output_format(wanted: OutputFormat | None, output: Path | None, force: bool) -> str:
+    """The format to write; raises `UsageError` before any work for an `output` that does not go with it."""
+    if output is None:
+        if wanted is OutputFormat.parquet:
+            raise UsageError("parquet is no text for the terminal", "name a file for it: --output FILE.parquet")
+        return (wanted or OutputFormat.table).value
+    from finetune_cli import files
+    from finetune_cli.cli.render_predictions import import_pyarrow
+
+    suffix = output.suffix.lower().removeprefix(".").replace("ndjson", "jsonl")
+    implied = OutputFormat(suffix) if suffix in set(OutputFormat) - {OutputFormat.table} else None
+    form = wanted or implied
+    if form is None:
+        raise UsageError(
+            f"the name {output} does not say which format to write",
+            "name a file that ends in .csv, .json, .jsonl or .parquet, or add --format",
+        )
+    if implied not in (None, form):
+        raise UsageError(f"--format {form.value} contradicts the name {output}", "drop --format, or change the name")
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder", f"name a file, such as {output / 'answers'}.{form.value}")
+    if output.is_file() and not force:
+        raise UsageError(f"{output} exists already", "choose another name, or replace it with --force")
+    files.check_writable(output.parent)
+    if form is OutputFormat.parquet:
+        import_pyarrow()
+    return form.value
 
 
 def _paths(arguments: list[str]) -> Iterator[Path]:
@@ -171,10 +219,24 @@ def _paths(arguments: list[str]) -> Iterator[Path]:
         if argument != "-":
             yield Path(argument)
             continue
-        for line in sys.stdin.buffer:
-            for name in line.rstrip(b"\r\n").split(b"\0"):
-                if name:
-                    yield Path(os.fsdecode(name))
+        for name in _names(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)):
+            if name:
+                yield Path(os.fsdecode(name))
+
+
+def _names(stream: BinaryIO) -> Iterator[bytes]:
+    """The lines of an unbuffered `stream`, or what NUL characters separate in it, as soon as they are there.
+
+    Unbuffered, because a buffered one is locked while a thread waits for it, and Python cannot end in peace then.
+    """
+    rest, separator = b"", b"\n"
+    while data := stream.read(1 << 16):
+        rest += data
+        if b"\0" in rest:  # names may hold line ends then
+            separator = b"\0"
+        *names, rest = rest.split(separator)
+        yield from names if separator == b"\0" else (name.removesuffix(b"\r") for name in names)
+    yield rest.removesuffix(b"\r")
 
 
 @command(app)

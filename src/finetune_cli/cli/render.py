@@ -1,13 +1,8 @@
-"""Results as a person or a program reads them: tables on a `Console`, rows of CSV and JSON Lines."""
+"""Results as a person reads them: tables and lines on a `Console`."""
 
-import io
-import json
 import shlex
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 from finetune_cli.cli.console import Console
 from finetune_cli.text import counted, listed, shown
@@ -17,7 +12,6 @@ if TYPE_CHECKING:
     from finetune_cli.evaluation.explain import Explanation
     from finetune_cli.evaluation.judge import Judged
     from finetune_cli.exports.export import Result as ExportResult
-    from finetune_cli.inference.predict import Prediction
     from finetune_cli.metrics.scores import Evaluation
     from finetune_cli.runs.run import Run
     from finetune_cli.training.check import Report
@@ -57,76 +51,6 @@ def trained(console: Console, run: "Run") -> None:
 def _nearby(path: Path) -> Path:
     """`path` as seen from the current folder if it lies in it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def predictions(
-    console: Console, rows: "Iterable[Prediction]", form: str, output: Path | None, top_k: int
-) -> tuple[int, int]:
-    """Write `rows` as they come; returns how many there were and how many of them are errors."""
-    told = failed = 0
-    with _target(output, form) as file:
-        write = {"table": _table_writer, "csv": _csv_writer, "jsonl": _jsonl_writer}[form](file, top_k)
-        for row in rows:
-            write(row)
-            told += 1
-            failed += row.error is not None
-    if output is not None:
-        console.print(f"wrote {counted(told, 'row')} to {output}")
-    return told, failed
-
-
-@contextmanager
-def _target(output: Path | None, form: str) -> Iterator[TextIO]:
-    if output is None:
-        if form != "table" and isinstance(sys.stdout, io.TextIOWrapper):
-            # As in a file: UTF-8 whatever the terminal shows, and names that are not UTF-8 keep their bytes.
-            sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-        yield sys.stdout
-        return
-    from finetune_cli import files
-
-    with files.atomic_path(output) as path, path.open("w", encoding="utf-8", errors="surrogateescape") as file:
-        yield file
-
-
-Write = Callable[["Prediction"], None]
-
-
-def _table_writer(file: TextIO, _top_k: int) -> Write:
-    def write(row: "Prediction") -> None:
-        if row.error is not None:
-            file.write(f"{shown(row.path)}: error: {shown(row.error)}\n")
-            return
-        others = ", ".join(f"{shown(label)} {p:.1%}" for label, p in row.top if label != row.label)
-        best = f"{shown(row.label)} {row.probability:.1%}" if row.label == row.top[0][0] else shown(row.label)
-        file.write(f"{shown(row.path)}: {best}{f' ({others})' if others else ''}\n")
-
-    return write
-
-
-def _csv_writer(file: TextIO, top_k: int) -> Write:
-    from finetune_cli.tables import TableWriter
-
-    writer = TableWriter(file)
-    others = range(2, top_k + 1)
-    writer.row(
-        ["path", "label", "probability", *(f"{what}_{i}" for i in others for what in ("label", "probability")), "error"]
-    )
-
-    def write(row: "Prediction") -> None:
-        cells: list[object] = [row.path, row.label or "", "" if row.probability is None else f"{row.probability:.6g}"]
-        for i in others:
-            cells += [row.top[i - 1][0], f"{row.top[i - 1][1]:.6g}"] if i <= len(row.top) else ["", ""]
-        writer.row([*cells, row.error or ""])
-
-    return write
-
-
-def _jsonl_writer(file: TextIO, _top_k: int) -> Write:
-    def write(row: "Prediction") -> None:
-        file.write(json.dumps(row.to_json()) + "\n")
-
-    return write
 
 
 def checked(console: Console, report: "Report") -> None:

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli.errors import BadImage, UsageError
-from finetune_cli.inference.predictor import UNSURE, Predictor, RunPredictor, answers, best, chunks
-from finetune_cli.parallel import cores
+from finetune_cli.inference.predictor import PHOTOS_A_CALL, UNSURE, Predictor, RunPredictor, answers, best, chunks
+from finetune_cli.parallel import cores, groups_at_hand
 from finetune_cli.photos import decode as images
 
 __all__ = ["UNSURE", "Prediction", "Predictor", "RunPredictor", "predict"]
@@ -41,10 +41,16 @@ class Prediction:
 
 
 def predict(
-    predictor: Predictor, paths: Iterable[Path], top_k: int, workers: int | None = None, min_confidence: float = 0.0
+    predictor: Predictor,
+    paths: Iterable[Path],
+    top_k: int,
+    workers: int | None = None,
+    min_confidence: float = 0.0,
+    at_once: bool = False,
 ) -> Iterator[Prediction]:
     """One `Prediction` a path, in order; memory does not grow with the number of paths.
 
+    `at_once`: every path is answered before the next one is waited for, as whoever writes them one by one expects.
     Raises `UsageError` when `min_confidence` asks for the answer `unsure` and a class has that name.
     """
     if min_confidence and UNSURE in predictor.classes:
@@ -53,18 +59,23 @@ def predict(
             "drop --min-confidence and compare the probability that --format csv or jsonl gives; "
             "or train again with another name for that class",
         )
-    return _predict(predictor, paths, top_k, workers or cores(), min_confidence)
+    groups = groups_at_hand(paths, PHOTOS_A_CALL) if at_once else chunks(paths)
+    return _predict(predictor, groups, top_k, workers or cores(), min_confidence)
 
 
 def _predict(
-    predictor: Predictor, paths: Iterable[Path], top_k: int, workers: int, min_confidence: float
+    predictor: Predictor,
+    groups: Iterable[tuple[Path, ...] | None],
+    top_k: int,
+    workers: int,
+    min_confidence: float,
 ) -> Iterator[Prediction]:
     top_k = min(top_k, len(predictor.classes))
 
     def decode(path: Path) -> NDArray[np.uint8]:
         return images.decode(path, predictor.settings)
 
-    for path, answer in answers(predictor, chunks(paths), decode, workers):
+    for path, answer in answers(predictor, groups, decode, workers):
         if isinstance(answer, BadImage):
             yield Prediction(str(path), None, None, (), answer.reason)
         else:

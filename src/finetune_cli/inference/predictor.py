@@ -59,13 +59,13 @@ class RunPredictor:
 
 def answers(
     predictor: Predictor,
-    groups: Iterable[tuple[Photo, ...]],
+    groups: Iterable[tuple[Photo, ...] | None],
     decode: Callable[[Photo], NDArray[np.uint8]],
     workers: int,
 ) -> Iterator[tuple[Photo, NDArray[np.float32] | BadImage]]:
     """Each photo with its probabilities ``float32 (C,)``, or with the reason why it has none; in order.
 
-    groups: the photos in the portions that a thread takes, see `chunks`. decode: photo -> ``uint8 (size, size, 3)``, or
+    groups: the photos in the portions that a thread takes, see `chunks`; `None` before a long wait. decode: photo -> ``uint8 (size, size, 3)``, or
     it raises `BadImage`. Memory does not grow with the number of photos.
     """
 
