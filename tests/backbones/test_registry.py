@@ -1,4 +1,6 @@
+import dataclasses
 import inspect
+import math
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -99,29 +101,36 @@ def test_files_that_depend_on_the_size(name: str, size: int, ask_keras: Any):
     assert (*info.weights_file(size), info.digest) == ask_keras(info, size)
 
 
-def outputs_of(keras: Any, info: registry.BackboneInfo, size: int) -> tuple[int, ...]:
-    model = graph(keras, info, include_top=False, pooling="avg", input_shape=(size, size, 3))
-    return tuple(model.output.shape[1:])
+def size_of(keras: Any, info: registry.BackboneInfo) -> tuple[int, int]:
+    """Features and parameters of the backbone for the smallest photos."""
+    model = graph(keras, info, include_top=False, pooling="avg", input_shape=(info.min_size, info.min_size, 3))
+    return model.output.shape[1], sum(math.prod(weight.shape) for weight in model.weights)
 
 
 @pytest.mark.parametrize("name", QUICK)
-def test_width_and_smallest_size(name: str, keras: Any):
+def test_width_parameters_and_smallest_size(name: str, keras: Any):
     info = registry.TABLE[name]
-    assert outputs_of(keras, info, info.min_size) == (info.width,)
+    assert size_of(keras, info) == (info.width, info.parameters)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in registry.TABLE if name not in {*QUICK, registry.BUNDLED}])
-def test_width_and_smallest_size_of_the_others(name: str, keras: Any):
+def test_width_parameters_and_smallest_size_of_the_others(name: str, keras: Any):
     info = registry.TABLE[name]
-    assert outputs_of(keras, info, info.min_size) == (info.width,)
+    assert size_of(keras, info) == (info.width, info.parameters)
+
+
+def test_parameters_of_the_bundled_backbone(keras: Any):
+    info = registry.TABLE[registry.BUNDLED]
+    model = keras.models.load_model(info.path, compile=False)
+    assert (model.output.shape[1], model.count_params()) == (info.width, info.parameters)
 
 
 @pytest.mark.parametrize("name", ["inceptionv3", "inceptionresnetv2", "xception", "resnet50"])
 def test_smaller_is_refused_by_keras(name: str, keras: Any):
     info = registry.TABLE[name]
     with pytest.raises(ValueError, match="at least"):
-        outputs_of(keras, info, info.min_size - 1)
+        size_of(keras, dataclasses.replace(info, min_size=info.min_size - 1))
 
 
 # MobileNetV3 says "any size" where the others say 224.
@@ -132,3 +141,35 @@ def test_smaller_is_refused_by_keras(name: str, keras: Any):
 def test_default_size(name: str, keras: Any):
     info = registry.TABLE[name]
     assert graph(keras, info).input_shape == (None, info.default_size, info.default_size, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("ResNet50", "resnet50"),
+        ("RESNET50", "resnet50"),
+        ("resnet-50", "resnet50"),
+        ("EfficientNetB0", "efficientnetb0"),
+        ("efficientnet_b0", "efficientnetb0"),
+        ("EfficientNetV2-S", "efficientnetv2s"),
+        ("MobileNet_V3_Small", "mobilenetv3small"),
+        ("convnext_tiny", "convnexttiny"),
+        ("inception_v3", "inceptionv3"),
+        ("EfficientNet-Lite0", "efficientnet_lite0"),
+    ],
+)
+def test_other_spellings(name: str, meant: str):
+    assert registry.find(name) is registry.TABLE[meant]
+
+
+def test_every_name_of_keras_is_understood():
+    for info in registry.TABLE.values():
+        assert registry.find(info.factory or info.name) is info
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("resnet5", ["resnet50"]), ("mobilnetv2", ["mobilenetv2"]), ("resnet18", []), ("vit_b_16", [])]
+)
+def test_only_a_slip_of_the_pen_is_corrected(name: str, near: list[str]):
+    assert registry.find(name) is None
+    assert registry.similar(name)[:1] == near

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-from finetune_cli.config import schema
+from finetune_cli.config import messages, schema
 from finetune_cli.errors import ConfigError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -338,3 +338,33 @@ def test_paths_that_cannot_be(tmp_path):
     assert "line 2: `data.train` is 'a\\x00b': a path cannot hold a NUL character" in text
     assert "line 3: `data.val` is '~nosuchuser/x': there is no user nosuchuser; for a folder: ./~nosuchuser" in text
     assert "command line: `runtime.cache_dir` is '~nosuchuser': there is no user nosuchuser" in text
+
+
+def test_names_from_elsewhere_lead_to_keys_that_exist():
+    known = set(messages.known_keys(schema.Config))
+    assert set(messages.KNOWN_ELSEWHERE.values()) <= known
+    assert all(name.isalnum() and name.islower() for name in messages.KNOWN_ELSEWHERE)
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("augmentation.RandomFlip", "is not a key here; its name is `augmentation.horizontal_flip`"),
+        ("augmentation.random_horizontal_flip", "is not a key here; its name is `augmentation.horizontal_flip`"),
+        ("training.amp", "is not a key here; its name is `runtime.feature_precision`"),
+        ("training.weight-decay", "is not a key here; its name is `training.l2`"),
+        ("training.loss", "is unknown; known are: training.solver, training.epochs, "),
+        ("training.momentum", "is unknown; known are: training.solver, training.epochs, "),
+        ("augmentation.mixup", "is unknown; known are: augmentation.views, "),
+        ("augmentation.cutmix", "is unknown; known are: augmentation.views, "),
+        ("frozen", "is unknown; known are: data, image, model, "),
+        ("data.trian", "is unknown; did you mean `data.train`?"),
+        ("training.epoches", "is unknown; did you mean `training.epochs`?"),
+        ("training.device", "is unknown; did you mean `runtime.device`?"),
+        ("training.batchsize", "is unknown; did you mean `training.batch_size`?"),
+        ("runtime.batchsize", "is unknown; did you mean `runtime.batch_size`?"),
+        ("model.freeze", "is unknown; known are: model.backbone, "),
+    ],
+)
+def test_an_unknown_key_is_corrected_only_when_its_meaning_is_clear(tmp_path, key, told):
+    assert f"command line: `{key}` {told}" in problem(tmp_path, "data: {train: photos}", f"{key}=1")

@@ -279,7 +279,7 @@ def test_refused_arguments_say_why(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rotation": 3}, "`rotation` is unknown; did you mean `rotation_range`?"),
+        ({"rotation": 3}, "`rotation` is unknown; known are: horizontal_flip, "),
         ({"fill_mode": "mirror"}, "`fill_mode` is 'mirror', not one of nearest, constant, reflect, wrap"),
         ({"cval": 300}, "`cval` is 300, not a grey level between 0 and 255"),
         ({"zoom_range": 1.5}, "`zoom_range` is 1.5: the smallest factor, -0.5, must be above 0"),

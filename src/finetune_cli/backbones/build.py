@@ -7,7 +7,6 @@ tensor here; `feature_map_tensor` gives the right one, and a saved and loaded mo
 """
 
 import contextlib
-import difflib
 import hashlib
 import json
 import random
@@ -21,7 +20,7 @@ import numpy as np
 
 from finetune_cli import signals
 from finetune_cli.backbones import weights as weight_files
-from finetune_cli.backbones.registry import BUNDLED, TABLE, BackboneInfo
+from finetune_cli.backbones.registry import BUNDLED, BackboneInfo, find, similar
 from finetune_cli.errors import ConfigError, WeightsError
 from finetune_cli.files import sha256
 from finetune_cli.keras_setup import import_keras
@@ -56,20 +55,22 @@ class Backbone:
 
 
 def resolve(name_or_path: str | Path) -> BackboneInfo:
-    """The table row of a backbone; a path that ends in ``.keras`` gives a row of its own, of unknown width.
+    """The table row of a backbone, in any spelling; a path that ends in ``.keras`` gives a row of its own.
 
-    Raises `ConfigError` with the nearest names for an unknown one.
+    Raises `ConfigError` for an unknown name, with those that it may be a slip of the pen for.
     """
     name = str(name_or_path)
     if name.endswith(".keras"):
         return BackboneInfo(Path(name).stem, path=Path(name))
-    if name not in TABLE:
-        near = difflib.get_close_matches(name.lower(), TABLE, n=3) or ["resnet50", BUNDLED]
+    info = find(name)
+    if info is None:
+        near = similar(name)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
         raise ConfigError(
             f"model.backbone: there is no backbone {name!r}",
-            f"did you mean {' or '.join(near)}? the path of a .keras file is possible too",
+            f"{meant}list them with: finetune backbones; or give the path of a .keras file",
         )
-    return TABLE[name]
+    return info
 
 
 def build(

@@ -374,4 +374,8 @@ def export(
         raise registry.missing_extras(result.not_installed)
 
 
-from finetune_cli.cli import runs, tools  # noqa: E402, F401 - registers the other commands, below these in the help
+from finetune_cli.cli import (  # noqa: E402 - registers the other commands, below these in the help
+    backbones,  # noqa: F401
+    runs,  # noqa: F401
+    tools,  # noqa: F401
+)

@@ -3,7 +3,6 @@
 Plain data and a check of it: a mistyped config is told at once, without NumPy or Keras.
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,8 +52,7 @@ def problems(arguments: Mapping[str, Any]) -> dict[str, str]:
         if name in REFUSED:
             found[name] = f"is refused: {REFUSED[name]}"
         elif name not in GENERATOR_DEFAULTS:
-            near = difflib.get_close_matches(name, GENERATOR_DEFAULTS, n=1, cutoff=0.4)
-            found[name] = "is unknown" + (f"; did you mean `{near[0]}`?" if near else "")
+            found[name] = f"is unknown; known are: {', '.join(GENERATOR_DEFAULTS)}"
         elif name == "fill_mode" and value not in FILL_MODES:
             found[name] = f"is {value!r}, not one of {', '.join(FILL_MODES)}"
         elif name == "cval" and not 0 <= value <= 255:

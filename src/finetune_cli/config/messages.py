@@ -11,52 +11,48 @@ from pydantic.fields import FieldInfo
 
 from finetune_cli.config.generator import REFUSED
 
-# Names that people know from Keras, Ultralytics, fastai and timm, and the key that does the same here.
-KNOWN_ELSEWHERE = {
-    "arch": "model.backbone",
-    "architecture": "model.backbone",
-    "batch": "training.batch_size",
-    "bs": "training.batch_size",
-    "bs_val": "runtime.batch_size",
-    "class_weight": "training.class_weights",
-    "cls_names": "data.train",
-    "data_dir": "data.train",
-    "degrees": "augmentation.rotation_range",
-    "drop": "model.dropout",
-    "drop_rate": "model.dropout",
-    "epoch": "training.epochs",
-    "fliplr": "augmentation.horizontal_flip",
-    "flipud": "augmentation.vertical_flip",
-    "hflip": "augmentation.horizontal_flip",
-    "image_size": "image.size",
-    "img_size": "image.size",
-    "imgsz": "image.size",
-    "item_tfms": "image.resize",
-    "learn_rate": "training.learning_rate",
-    "lr": "training.learning_rate",
-    "lr0": "training.learning_rate",
-    "model_name": "model.backbone",
-    "num_workers": "runtime.workers",
-    "optimizer": "training.solver",
-    "output_dir": "output.directory",
-    "patience": "training.early_stopping_patience",
-    "pretrained": "model.weights",
-    "project": "output.directory",
-    "random_seed": "training.seed",
-    "save_dir": "output.directory",
-    "seed": "training.seed",
-    "shear": "augmentation.shear_range",
-    "smoothing": "training.label_smoothing",
-    "split": "data.val_split",
-    "target_size": "image.size",
-    "train_dir": "data.train",
-    "val_dir": "data.val",
-    "valid_pct": "data.val_split",
-    "validation_split": "data.val_split",
-    "vflip": "augmentation.vertical_flip",
-    "weight_decay": "training.l2",
-    "workers": "runtime.workers",
+# Names that people know from Keras, Ultralytics, fastai, timm and torchvision, in lower case and without underscores,
+# for the key that does the same here.
+_ELSEWHERE = {
+    "augmentation.brightness_range": "brightness colorjitter hsvv maxlighting randombrightness",
+    "augmentation.channel_shift_range": "channelshift",
+    "augmentation.height_shift_range": "heightshift",
+    "augmentation.horizontal_flip": "doflip fliplr hflip horizontalflips randomflip randomhorizontalflip",
+    "augmentation.rotation_range": "degrees maxrotate randomrotation rotate rotation rotationdegrees",
+    "augmentation.shear_range": "randomshear shear",
+    "augmentation.vertical_flip": "flipud flipvert randomverticalflip vflip",
+    "augmentation.views": "numviews",
+    "augmentation.width_shift_range": "randomtranslation translate translation widthshift",
+    "augmentation.zoom_range": "maxzoom randomresizedcrop randomzoom scale zoom",
+    "data.group_regex": "groupby groups",
+    "data.test": "testdata testdir testpath",
+    "data.train": "clsnames datadir datapath dataset traindata traindir trainpath",
+    "data.val": "valdir validation validationdata validpath valpath",
+    "data.val_split": "split valfraction validationfraction validationsplit validfraction validpct",
+    "image.max_pixels": "maximagepixels",
+    "image.resize": "centercrop cropmode itemtfms",
+    "image.size": "cropsize imagesize imgsize imgsz inputshape inputsize resizesize targetsize traincropsize",
+    "model.backbone": "arch architecture backbonename basemodel encoder modelname",
+    "model.dropout": "drop droprate",
+    "model.weights": "checkpoint initialcheckpoint pretrained pretrainedweights",
+    "output.directory": "logdir outputdir outputpath project savedir saveto",
+    "output.name": "experiment expname runname",
+    "runtime.batch_size": "bsval evalbatchsize valbatchsize validationbatchsize",
+    "runtime.cache_dir": "cache cachedir",
+    "runtime.device": "accelerator gpu gpus",
+    "runtime.feature_precision": "amp bf16 fp16 half mixedprecision precision",
+    "runtime.workers": "numthreads numworkers nworkers threads workers",
+    "training.batch_size": "batch bs minibatch",
+    "training.class_weights": "classweight",
+    "training.early_stopping_patience": "earlystopping patience",
+    "training.epochs": "epoch maxepochs nepoch nepochs numepochs",
+    "training.l2": "kernelregularizer l2regularization regularization wd weightdecay",
+    "training.label_smoothing": "labelsmooth smoothing",
+    "training.learning_rate": "baselr initiallearningrate initiallr learnrate lr lr0 lrmax",
+    "training.seed": "manualseed randomseed randomstate rngseed seed",
+    "training.solver": "opt optim optimizer",
 }
+KNOWN_ELSEWHERE = {name: key for key, names in _ELSEWHERE.items() for name in names.split()}
 
 
 # Where pydantic's words would be about patterns and unions.
@@ -141,14 +137,15 @@ def _unknown(keys: tuple[str | int, ...], schema: type[BaseModel]) -> str:
     if keys[0] == "augmentation" and last in REFUSED:
         return f"`{name}` is refused: {REFUSED[last]}"
     known = list(known_keys(schema))
-    if last in KNOWN_ELSEWHERE:
-        return f"`{name}` is not a key here; its name is `{KNOWN_ELSEWHERE[last]}`"
-    same_name = [key for key in known if key.split(".")[-1] == last]
-    close = same_name or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    if not close:
-        by_last = {key.split(".")[-1]: key for key in known}
-        close = [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
-    if close:
+    elsewhere = KNOWN_ELSEWHERE.get(last.lower().replace("_", "").replace("-", ""))
+    if elsewhere is not None:
+        return f"`{name}` is not a key here; its name is `{elsewhere}`"
+    by_last: dict[str, list[str]] = {}
+    for key in known:
+        by_last.setdefault(key.split(".")[-1], []).append(key)
+    # 0.8: a letter of five is wrong, or two are swapped. Less alike is most often something else, such as amp and cval.
+    for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.8):
+        close = [key for key in by_last[match] if key.startswith(f"{keys[0]}.")] or by_last[match]
         return f"`{name}` is unknown; did you mean `{close[0]}`?"
     siblings = [key for key in known if key.startswith(f"{keys[0]}.")] or list(schema.model_fields)
     return f"`{name}` is unknown; known are: {', '.join(siblings)}"

@@ -65,8 +65,8 @@ def answers(
 ) -> Iterator[tuple[Photo, NDArray[np.float32] | BadImage]]:
     """Each photo with its probabilities ``float32 (C,)``, or with the reason why it has none; in order.
 
-    groups: the photos in the portions that a thread takes, see `chunks`; `None` before a long wait. decode: photo -> ``uint8 (size, size, 3)``, or
-    it raises `BadImage`. Memory does not grow with the number of photos.
+    groups: the photos in the portions that a thread takes, see `chunks`; `None` before a long wait. decode: photo ->
+    ``uint8 (size, size, 3)``, or it raises `BadImage`. Memory does not grow with the number of photos.
     """
 
     def work(chunk: tuple[Photo, ...]) -> list[tuple[Photo, NDArray[np.float32] | BadImage]]:

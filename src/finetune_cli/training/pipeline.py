@@ -244,7 +244,7 @@ def _manifest(
         classes=prepared.data.classes,
         image=image_settings(config),
         backbone=Backbone(
-            name=config.model.backbone if config.is_named_backbone else Path(config.model.backbone).name,
+            name=backbone.name if config.is_named_backbone else Path(config.model.backbone).name,
             width=backbone.width,
             fingerprint=backbone.fingerprint,
             weights_sha256=backbone.weights_sha256,
