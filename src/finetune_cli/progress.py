@@ -27,6 +27,10 @@ class Observer(Protocol):
         """Tell a fact that the person should know."""
         ...
 
+    def epoch(self, number: int, total: int, text: str) -> None:
+        """Tell of epoch `number` of at most `total`; of many, some may be left out."""
+        ...
+
     def warn(self, text: str) -> None:
         """Tell something that may be wrong."""
         ...
@@ -47,6 +51,10 @@ class Silent:
     def note(self, text: str) -> None:
         """Keep the note."""
         self.notes.append(text)
+
+    def epoch(self, number: int, total: int, text: str) -> None:  # noqa: ARG002
+        """Keep it as a note."""
+        self.note(text)
 
     def warn(self, text: str) -> None:
         """Keep the warning."""

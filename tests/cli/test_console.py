@@ -88,3 +88,63 @@ def test_a_signal_is_seen_at_the_next_sign_of_progress(monkeypatch, quiet):
         advance(1)
         monkeypatch.setattr(signals, "_received", [15])
         advance(1)
+
+
+def narrow(header, rows, right=()):
+    """The lines of a table on a terminal of 60 columns."""
+    from rich.console import Console as RichConsole
+
+    made = Console()
+    out = io.StringIO()
+    made.out = RichConsole(file=out, force_terminal=True, color_system=None, width=60, highlight=False, soft_wrap=True)
+    made.table(header, rows, right)
+    lines = out.getvalue().splitlines()
+    assert all(len(line) <= 60 for line in lines)
+    return [line.rstrip() for line in lines if line.strip()]
+
+
+def test_a_table_is_folded_between_words_only():
+    header = ("temperature", "log loss", "Brier score", "calibration error")
+    lines = narrow(header, [("with (cross-fitted)", "0.1306", "0.0700", "0.1057")], (1, 2, 3))
+    assert lines[-1].split() == ["with", "(cross-fitted)", "0.1306", "0.0700", "0.1057"]
+    lines = narrow(("what", "it was"), [("packages.keras", "one two three " * 6)])
+    assert lines[1].startswith("packages.keras  one two three")
+    assert {"one", "two", "three"} == {word for line in lines[2:] for word in line.split()}
+
+
+def test_a_table_that_is_too_wide_becomes_a_few_lines_a_row():
+    header = ("true \\ predicted", *(f"class number {i:02}" for i in range(12)))
+    lines = narrow(header, [(f"class {i}", *range(1000, 1012)) for i in range(12)], range(1, 13))
+    assert lines[:3] == ["true \\ predicted: class 0", "  class number 00: 1000", "  class number 01: 1001"]
+    assert len(lines) == 12 * 13
+
+
+def test_no_color_leaves_no_control_codes(monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # Rich takes the output for a terminal then
+    written = io.StringIO()
+    monkeypatch.setattr("sys.stdout", written)
+    monkeypatch.setattr("sys.stderr", written)
+    made = Console()
+    assert made.out.is_terminal
+    made.title("a title")
+    made.note("a note")
+    made.error(FinetuneError("it broke", "repair it"))
+    made.table(("a", "b"), [(1, 2)])
+    with made.stage("features", 3) as advance:
+        advance(3)
+    assert "a title" in written.getvalue()
+    assert "\x1b" not in written.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_epochs_are_thinned_out_in_a_log(terminal):
+    made, _out, err = console(terminal)
+    for i in range(1, 124):
+        made.epoch(i, 123, f"epoch {i}/123")
+    shown = [line for line in err.getvalue().splitlines() if "epoch" in line]
+    if terminal:
+        assert len(shown) == 123
+    else:
+        numbers = [*range(1, 11), *range(20, 101, 10), 123]
+        assert shown == [f"epoch {i}/123" for i in numbers]

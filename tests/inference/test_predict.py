@@ -49,15 +49,10 @@ def test_a_class_named_unsure_is_not_mixed_up_with_the_answer(tmp_path):
 def test_training_warns_of_a_class_named_unsure(tmp_path, name, warned):
     for i in range(12):
         write_photo(tmp_path / "photos" / ("ant" if i % 2 else name) / f"{i}.png", str(i))
-    warnings: list[str] = []
-
-    class Listening(Silent):
-        def warn(self, text: str) -> None:
-            warnings.append(text)
-
+    observer = Silent()
     settings = [f"data.train={tmp_path / 'photos'}", f"runtime.cache_dir={tmp_path / 'cache'}"]
-    prepare.index(schema.load(None, settings), Listening())
-    assert any("--min-confidence" in text for text in warnings) == warned
+    prepare.index(schema.load(None, settings), observer)
+    assert any("--min-confidence" in text for text in observer.warnings) == warned
 
 
 def rows_of(folder, names="a.png bad.png c.png"):

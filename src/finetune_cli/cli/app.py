@@ -29,7 +29,6 @@ app = typer.Typer(
     name="finetune",
     help="A folder of photos in, an image classifier that you can trust out.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -5,10 +5,11 @@ classes may hold anything; `text.shown` makes control characters visible instead
 """
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from finetune_cli import signals
 from finetune_cli.errors import FinetuneError, Interrupted
@@ -27,8 +28,11 @@ class Console:
         self.quiet = quiet
         # A file or a pipe has no width, so nothing is folded there.
         width = None if sys.stdout.isatty() else 10_000
-        self.out = RichConsole(highlight=False, emoji=False, soft_wrap=True, width=width)
-        self.err = RichConsole(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+        # Rich leaves bold and dim under NO_COLOR (https://no-color.org); a bar is nothing but control codes.
+        self.plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+        colours: Literal["auto"] | None = None if self.plain else "auto"
+        self.out = RichConsole(color_system=colours, highlight=False, emoji=False, soft_wrap=True, width=width)
+        self.err = RichConsole(stderr=True, color_system=colours, highlight=False, emoji=False, soft_wrap=True)
 
     def results_to_stderr(self) -> None:
         """Write results to stderr, too: stdout is for what a script reads."""
@@ -49,6 +53,13 @@ class Console:
             for line in text.splitlines():
                 self.err.print(shown(line), markup=False, style="dim" if self.err.is_terminal else "")
 
+    def epoch(self, number: int, total: int, text: str) -> None:
+        """A note; in a log only of epochs 1 to 10, 20, ..., 100, 200, ..., and the last, so that it stays short."""
+        if self.err.is_terminal or number == total or not int(str(number)[1:] or 0):
+            self.note(text)
+        else:
+            signals.check()
+
     def warn(self, text: str) -> None:
         """Something that may be wrong."""
         self._labelled("warning", "yellow", text)
@@ -67,18 +78,47 @@ class Console:
             self.err.print(Text(shown(line)))
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[int] = ()) -> None:
-        """A table of results; `right`: the columns that are aligned to the right."""
-        from rich import box
+        """A table of results; `right`: the columns that are aligned to the right, which are never folded.
+
+        In a narrow terminal, texts are folded between words; where that is not enough, each row becomes a few lines.
+        """
+        from rich.box import SIMPLE_HEAD
+        from rich.cells import cell_len
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD if self.out.is_terminal else box.ASCII2, pad_edge=False)
-        table.box = box.SIMPLE_HEAD if self.out.is_terminal else None
-        for i, name in enumerate(header):
-            table.add_column(Text(shown(name)), justify="right" if i in right else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(shown(cell)) for cell in row))
+        names = [shown(name) for name in header]
+        cells = [[shown(cell) for cell in row] for row in rows]
+        columns = list(zip(*cells, strict=True)) or [()] * len(names)
+        widest = [max(1, *map(cell_len, (name, *column))) for name, column in zip(names, columns, strict=True)]
+        least = [
+            max(map(cell_len, (*name.split(), *(column if i in right else " ".join(column).split()), "")))
+            for i, (name, column) in enumerate(zip(names, columns, strict=True))
+        ]
+        boxed = self.out.is_terminal and sum(widest) + 3 * len(names) <= self.out.width
+        room = self.out.width if boxed else self.out.width - 2 * (len(names) - 1)
+        if sum(least) > room:
+            self._records(names, cells)
+            return
+        widths = widest.copy()
+        while sum(widths) > room:  # by the column that has most to give
+            spare = [width - needed for width, needed in zip(widths, least, strict=True)]
+            widths[spare.index(max(spare))] -= 1
+        table = Table(box=SIMPLE_HEAD if boxed else None, padding=(0, 1) if boxed else (0, 2, 0, 0), pad_edge=False)
+        for i, (name, width) in enumerate(zip(names, widths, strict=True)):
+            table.add_column(Text(name), justify="right" if i in right else "left", width=width, overflow="fold")
+        for row in cells:
+            table.add_row(*map(Text, row))
         self.out.print(table)
+
+    def _records(self, names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """The rows of a table one below the other: the first cell, and below it the others with their names."""
+        for row in rows:
+            first, *others = zip(names, row, strict=True)
+            self.print(": ".join(filter(None, first)))
+            for name, cell in others:
+                if cell:
+                    self.print(f"  {name}: {cell}" if name else f"  {cell}")
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int | None, unit: str = "photos") -> Iterator[Meter]:
@@ -86,7 +126,7 @@ class Console:
         signals.check()
         if self.quiet:
             yield lambda _n, _total=None, /: signals.check()  # noqa: PLW0108 - it must take what a meter takes
-        elif self.err.is_terminal:
+        elif self.err.is_terminal and not self.plain:
             with self._bar(name, total, unit) as advance:
                 yield advance
         else:

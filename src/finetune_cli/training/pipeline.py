@@ -154,7 +154,7 @@ def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observe
         for state in fit.keras(config, parts["train"], parts["val"], classes, l2, start, resumed):
             facts = {**state.info(), "classes": list(classes), "l2": l2, "begun": begun}
             checkpoints.save(folder / "checkpoints", state.epoch, state.arrays(), facts, state.is_best)
-            observer.note(_epoch_line(state, training.epochs))
+            observer.epoch(state.epoch, training.epochs, _epoch_line(state, training.epochs))
             advance(1)
     assert state is not None
     if text := fit.still_improving(state.history, training.solver, training.epochs):
