@@ -88,7 +88,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_litter(tmp_path):
         (errno.ENOSPC, ["no space left", "7 bytes are needed", "free some space"]),
         (errno.EDQUOT, ["quota", "7 bytes"]),
         (errno.EFBIG, ["larger than the system allows", "ulimit -f"]),
-        (errno.EACCES, ["no permission", "choose a folder"]),
+        (errno.EACCES, ["no permission", "give yourself permission"]),
         (errno.EROFS, ["no permission"]),
         (errno.EXDEV, ["mounted by itself"]),
         (errno.EBUSY, ["mounted by itself"]),

@@ -57,11 +57,11 @@ def storage_error(exc: OSError, path: Path, needed: int | None = None) -> Storag
     if exc.errno == errno.EFBIG:
         return StorageError(f"{path} would be larger than the system allows{wanted}", "see the limit with: ulimit -f")
     if exc.errno in _NOT_ALLOWED and not _another_file(exc, path):
-        return StorageError(f"no permission to write {path}", "choose a folder that you can write to")
+        return StorageError(f"no permission to write {path}", "give yourself permission to write there")
     if exc.errno in {errno.EXDEV, errno.EBUSY}:
         return StorageError(f"cannot replace {path}: it is mounted by itself", "mount the folder that it is in instead")
     reason = f"{exc.strerror or exc}{_another_file(exc, path)}"
-    return StorageError(f"cannot write {path}: {reason}", "choose another folder, or look after that disk")
+    return StorageError(f"cannot write {path}: {reason}", "check that path and its disk, then run the command again")
 
 
 def _another_file(exc: OSError, path: Path) -> str:
@@ -233,7 +233,7 @@ def free_space_check(folder: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise StorageError(
             f"{folder} needs {human_bytes(needed_bytes)} of disk space, and {human_bytes(free)} are free",
-            f"free {human_bytes(needed_bytes - free)} or choose a folder on another disk",
+            f"free {human_bytes(needed_bytes - free)} there",
         )
 
 

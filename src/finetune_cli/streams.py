@@ -66,9 +66,7 @@ def translated(exc: OSError) -> FinetuneError | None:
         return StorageError(f"cannot write to standard output: {reason}", "send it to a file or a disk that has room")
     if exc.filename is None:
         return None
-    return FinetuneError(
-        f"cannot open {os.fsdecode(exc.filename)}: {exc.strerror}", "check the path and who may use it"
-    )
+    return FinetuneError(f"cannot open {exc.filename}: {exc.strerror}", "check that path and its permissions")
 
 
 def drop_output() -> None:

@@ -102,12 +102,14 @@ def test_no_run_yet(tmp_path, monkeypatch):
     answer = run("train", "--resume")
     assert answer.exit_code == 1
     assert "no unfinished run in runs\n" in answer.stderr
-    assert "finetune train --resume DIR" in answer.stderr
+    assert "finetune train --resume runs/NAME" in answer.stderr
     (tmp_path / "config.yaml").write_text("data: {train: x}")
     for name in ("nowhere", "config.yaml"):
         answer = run("train", "--resume", name)
         assert answer.exit_code == 2
-        assert f"{name} is no run directory" in answer.stderr
+        assert (
+            f"{name} is no run directory: it is {'a file' if name == 'config.yaml' else 'not there'}" in answer.stderr
+        )
 
 
 def test_resume_finds_the_newest_in_a_named_folder(tmp_path):
@@ -384,3 +386,15 @@ def test_the_suffix_chooses_the_format(tiny_run, photos, tmp_path):
     (tmp_path / "none").mkdir()
     assert run("predict", tmp_path / "none", *common[2:], "--output", tmp_path / "no.csv").exit_code == 3
     assert not (tmp_path / "no.csv").exists()
+
+
+def test_resume_does_not_take_the_folder_of_a_project_for_a_run(tmp_path):
+    """Such a folder has a config.yaml, too; it was once called a run that was not begun, and to be removed."""
+    (tmp_path / "config.yaml").write_text("data: {train: x}")
+    answer = run("train", "--resume", tmp_path)
+    assert answer.exit_code == 1
+    assert f"there is no unfinished run in {tmp_path}\n" in answer.stderr
+    assert "remove" not in answer.stderr
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "run.json").write_text("{}")
+    assert f"in {tmp_path}; all that are there are finished\n" in run("train", "--resume", tmp_path).stderr

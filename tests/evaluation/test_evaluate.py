@@ -276,7 +276,7 @@ def test_a_run_that_cannot_be_written_to_is_told_before_the_work(tiny, monkeypat
 
     def refuse(folder):
         asked.append(folder)
-        raise StorageError(f"no permission to write {folder}", "choose a folder that you can write to")
+        raise StorageError(f"no permission to write {folder}", "give yourself permission to write there")
 
     monkeypatch.setattr(files, "check_writable", refuse)
     monkeypatch.setattr(judge, "judge", lambda *_args: pytest.fail("worked in vain"))

@@ -386,8 +386,9 @@ def test_a_forbidden_folder_is_told_before_the_work(shop, killed, forbidden):
         )
         (folder / forbidden).chmod(0o755)
         assert answer.returncode == 1, answer.stderr
-        key = {"runs": ": output.directory", "cache": ": runtime.cache_dir"}.get(forbidden, "")
-        told = rf"no permission to write \S*{forbidden}\ntry: choose a folder that you can write to{key}\n"
+        key = {"runs": "output.directory", "cache": "runtime.cache_dir"}.get(forbidden, "")
+        other = f", or set {key} to another folder" if key else ""
+        told = rf"no permission to write \S*{forbidden}\ntry: give yourself permission to write there{other}\n"
         assert re.search(told, answer.stderr), answer.stderr
         assert "preflight" not in answer.stderr
         assert time.monotonic() - started < 30

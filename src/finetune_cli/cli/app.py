@@ -101,7 +101,7 @@ def command(group: typer.Typer) -> Callable[[Callable[P, None]], Callable[P, Non
                 streams.drop_output()
                 raise typer.Exit(0) from None
             except MemoryError as exc:
-                error = FinetuneError(f"out of memory: {exc}", "close other programs, or lower runtime.workers")
+                error = FinetuneError(f"out of memory: {exc}", "close other programs; for train, lower runtime.workers")
                 error.__cause__ = exc
                 _fail(error, bool(kwargs.get("debug")))
             except Exception as exc:  # noqa: BLE001 - the last line of defence: a bug is told in a line, too

@@ -103,8 +103,11 @@ def _resume(console: "Console", run_folder: Path | None, overrides: list[str] | 
         raise UsageError("--name and --resume exclude each other", "a resumed run keeps its name")
     named = run.DIRECTORY if run_folder is None else run.located(run_folder)
     if run_folder and not named.is_dir():
-        raise UsageError(f"{named} is no run directory", "name it, or the folder that it is in: --resume runs/x")
-    folder = named if (named / "config.yaml").is_file() else run.find_unfinished(named)
+        what = "a file" if named.is_file() else "not there"
+        raise UsageError(
+            f"{named} is no run directory: it is {what}",
+            "name the run to go on with, such as finetune train --resume runs/NAME; for a new run, leave --resume out",
+        )
     allowed = ("training.epochs=", "training.early_stopping_patience=", "runtime.", "data.")
     for override in overrides or ():
         if not override.startswith(allowed):
@@ -112,6 +115,9 @@ def _resume(console: "Console", run_folder: Path | None, overrides: list[str] | 
                 f"{override.split('=')[0]} cannot change when a run is resumed",
                 "only training.epochs, training.early_stopping_patience, data and runtime can; or train a new run",
             )
+    # Not by config.yaml, which the folder of a project has as well.
+    is_run = (named / "split.csv").is_file() or (named / run.MANIFEST).is_file()
+    folder = named if is_run else run.find_unfinished(named)
     from finetune_cli.training import pipeline as command_train
 
     console.note(f"resuming {folder}")

@@ -154,7 +154,8 @@ def photos_of_run(run: Run, root: Path | None, workers: int, advance: Advance, p
     if not samples:
         raise DataError(
             f"none of the {len(rows)} {source} is under {folder}",
-            "say where they are with --data FOLDER (they are recognised by content), or name other labelled photos",
+            "say where they are with --data FOLDER (they are recognised by content); "
+            "evaluate can judge other labelled photos, too",
         )
     return Photos(part, source, tuple(samples), tuple(bad), places=places or {})
 

@@ -116,4 +116,4 @@ def _constant(value: Any) -> NDArray[Any] | None:
 
 
 def _foreign(what: str) -> RunError:
-    return RunError(f"the inference model has no linear softmax head: {what}", "was it made by another program?")
+    return RunError(f"the inference model has no linear softmax head: {what}", "use a run that `finetune train` made")

@@ -91,7 +91,7 @@ def find_sources(train: Path, val: Path | None, test: Path | None) -> Sources:
         if len(folders) > 1:
             raise DataError(
                 f"{' and '.join(shown(f) for f in folders)} both look like the {words} photos",
-                f"say which one counts with data.{split}",
+                f"rename the one that does not count, or name the other in a config as data.{split}",
             )
         if not _subfolders(folders[0]):
             notes.append(f"{shown(folders[0])} has no class folders and is not used")
@@ -245,7 +245,7 @@ def _not_used(folder: Path, splits: Mapping[str, list[Path]]) -> list[str]:
     if len(splits) == 1:
         raise DataError(
             f"{shown(folder)} holds train/ and also {listed}: is train a class, or are these the training photos?",
-            f"training photos: set data.train to {shown(folder / 'train')}; a class: give that folder another name",
+            f"training photos: name {shown(folder / 'train')} instead; a class: give that folder another name",
         )
     return [f"not used, because they are beside {shown(folder / 'train')}: {listed}"]
 

@@ -185,10 +185,11 @@ def find_unfinished(directory: Path) -> Path:
     """The newest run in `directory` that was begun and not finished. Raises `RunError` when there is none."""
     found = [path.parent for path in directory.glob("*/split.csv") if not (path.parent / MANIFEST).exists()]
     if not found:
+        finished = any(directory.glob(f"*/{MANIFEST}"))
         raise RunError(
-            f"there is no unfinished run in {directory}",
-            "name it, or the folder that it is in: finetune train --resume DIR; what was interrupted before it had a "
-            "run directory goes on with the command that began it",
+            f"there is no unfinished run in {directory}" + ("; all that are there are finished" if finished else ""),
+            "name the run, or the folder that it is in: finetune train --resume runs/NAME; if it was interrupted "
+            "before it had a folder there, run the command that began it again",
         )
     return max(found, key=lambda folder: ((folder / "split.csv").stat().st_mtime_ns, folder.name))
 

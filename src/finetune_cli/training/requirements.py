@@ -86,11 +86,11 @@ def check_places(config: Config) -> None:
 
 @contextmanager
 def _named(key: str) -> Iterator[None]:
-    """Say which key of the config chooses another folder."""
+    """Add to the advice which key of the config takes another folder."""
     try:
         yield
     except StorageError as exc:
-        exc.remedy = f"{exc.remedy}: {key}"
+        exc.remedy = f"{exc.remedy}, or set {key} to another folder"
         raise
 
 

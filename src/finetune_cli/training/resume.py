@@ -101,7 +101,7 @@ def check(folder: Path) -> None:
             f"{folder} is finished; there is nothing to resume", "to train on, set model.start_from to that folder"
         )
     if not (folder / "split.csv").exists():
-        raise RunError(f"{folder} was not begun: it has no split.csv", "remove that folder, and train a new run")
+        raise RunError(f"{folder} was not begun: it has no split.csv", "train a new run")
     record = _read(folder)
     if files.sha256(folder / environment.FILE) not in record.environments[-2:]:
         raise RunError(f"{folder / environment.FILE} is damaged", "restore it from a copy, or train a new run")
