@@ -398,3 +398,9 @@ def test_resume_does_not_take_the_folder_of_a_project_for_a_run(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "run.json").write_text("{}")
     assert f"in {tmp_path}; all that are there are finished\n" in run("train", "--resume", tmp_path).stderr
+
+
+def test_an_output_that_is_no_file_is_not_probed(monkeypatch):
+    monkeypatch.setattr("finetune_cli.files.check_writable", lambda folder: pytest.fail(f"probed {folder}"))
+    answer = run("predict", "x.jpg", "--run", "absent", "--output", "/dev/null", "--format", "csv")
+    assert "there is no run absent" in answer.stderr

@@ -213,7 +213,8 @@ def _output_format(wanted: OutputFormat | None, output: Path | None, force: bool
         raise UsageError(f"{output} is a folder", f"name a file, such as {output / 'answers'}.{form.value}")
     if output.is_file() and not force:
         raise UsageError(f"{output} exists already", "choose another name, or replace it with --force")
-    files.check_writable(output.parent)
+    if output.is_file() or not output.exists():  # not /dev/null, nor a pipe
+        files.check_writable(output.parent)
     if form is OutputFormat.parquet:
         import_pyarrow()
     return form.value
@@ -242,7 +243,7 @@ def _names(stream: BinaryIO) -> Iterator[bytes]:
             separator = b"\0"
         *names, rest = rest.split(separator)
         yield from names if separator == b"\0" else (name.removesuffix(b"\r") for name in names)
-    yield rest.removesuffix(b"\r")
+    yield rest if separator == b"\0" else rest.removesuffix(b"\r")
 
 
 @command(app)
