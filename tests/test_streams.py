@@ -87,3 +87,12 @@ def test_warnings_as_errors_do_not_reach_libraries():
     answer = subprocess.run(command, capture_output=True, timeout=60, check=True, env=ENVIRONMENT)
     assert answer.stdout == b"1\n"
     assert b"UserWarning: of a library" in answer.stderr
+
+
+@pytest.mark.slow
+def test_training_in_keras_survives_warnings_as_errors(tmp_path):
+    assert shell(f"sample {tmp_path}/photos --photos 8").returncode == 0
+    keys = "model.backbone=efficientnet_lite0 augmentation=null training.solver=adam training.epochs=2"
+    folders = f"data.train={tmp_path}/photos output.directory={tmp_path}/runs runtime.cache_dir={tmp_path}/cache"
+    answer = shell(f"train {folders} {keys}", PYTHONWARNINGS="error")
+    assert answer.returncode == 0, answer.stderr
