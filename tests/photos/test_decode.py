@@ -50,9 +50,9 @@ def png(width, height, depth, colour_type, raw, *chunks):
     return b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b"")
 
 
-def tiff(width, height, bits, data, sample_format=1):
-    """A little-endian gray TIFF of one uncompressed strip."""
-    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, 1), (273, 4, 0)]
+def tiff(width, height, bits, data, sample_format=1, photometric=1):
+    """A little-endian gray TIFF of one uncompressed strip; 0 is black, or white with `photometric` 0."""
+    tags = [(256, 4, width), (257, 4, height), (258, 3, bits), (259, 3, 1), (262, 3, photometric), (273, 4, 0)]
     tags += [(277, 3, 1), (278, 4, height), (279, 4, len(data)), (339, 3, sample_format)]
     start = 8 + 2 + 12 * len(tags) + 4
     entries = b"".join(struct.pack("<HHII", tag, kind, 1, start if tag == 273 else v) for tag, kind, v in tags)
@@ -211,6 +211,22 @@ def test_12_bit_gray_is_scaled_by_its_own_white():
     assert sorted(set(decoded(tiff(8, 8, 12, packed), 8).ravel().tolist())) == [128, 255]
 
 
+@pytest.mark.parametrize(("photometric", "expected"), [(0, [225, 254, 155, 0]), (1, [30, 1, 100, 255])])
+@pytest.mark.parametrize("kind", ["8 bit", "16 bit", "16 bit LZW"])
+def test_gray_tiff_whose_white_is_zero_is_no_negative(kind, photometric, expected):
+    levels = np.array([30, 1, 100, 255], np.uint8).repeat(8)[None].repeat(32, 0)
+    wide = levels.astype(np.uint16) * 257
+    if kind == "16 bit LZW":
+        data = encode(Image.fromarray(wide), "TIFF", compression="tiff_lzw", tiffinfo={262: photometric})
+        with Image.open(io.BytesIO(data)) as image:
+            assert (image.tag_v2[262], image.mode) == (photometric, "I;16")
+    elif kind == "16 bit":
+        data = tiff(32, 32, 16, wide.astype("<u2").tobytes(), photometric=photometric)
+    else:
+        data = tiff(32, 32, 8, levels.tobytes(), photometric=photometric)
+    assert decoded(data)[4, 4::8, 0].tolist() == expected
+
+
 def test_16_bit_rgb_is_scaled():
     pixel = struct.pack(">HHH", 65535, 32768, 0)
     assert colour_of(png(4, 4, 16, 2, [pixel * 4] * 4)) == [255, 128, 0]
@@ -221,6 +237,7 @@ def test_16_bit_rgb_is_scaled():
     "data",
     [
         tiff(4, 4, 32, np.full(16, 0.5, "<f4").tobytes(), sample_format=3),
+        tiff(4, 4, 32, np.full(16, 0.5, "<f4").tobytes(), sample_format=3, photometric=0),
         tiff(4, 4, 32, np.full(16, 70000, "<u4").tobytes()),
         tiff(4, 4, 16, np.full(16, -5, "<i2").tobytes(), sample_format=2),
         b"Pf 4 4 -1.0\n" + np.full(16, 0.5, "<f4").tobytes(),

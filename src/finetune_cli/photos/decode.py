@@ -49,7 +49,9 @@ _UPRIGHT = {
     8: "ROTATE_90",
 }
 _ORIENTATION = 0x0112
-_BITS_PER_SAMPLE = 258
+# Tags of TIFF 6.0, and the value of the second that says that 0 is white.
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+_WHITE_IS_ZERO = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ def decoder() -> str:
     """
     import PIL
 
-    return f"1, Pillow {PIL.__version__}"
+    return f"2, Pillow {PIL.__version__}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +185,10 @@ def _eight_bits(image: "Image") -> "Image":
         transparent = image.info.get("transparency")
         if isinstance(transparent, int):
             values[values == transparent] = np.iinfo(np.uint16).max
-        bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))[0]
+        tags = getattr(image, "tag_v2", {})
+        bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts pixels of up to 8 bits only
+            values = (1 << bits) - 1 - values
         return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
     if image.mode in {"I", "F"}:
         raise Refused(
