@@ -8,8 +8,10 @@ import signal
 import subprocess
 import sys
 
+import pillow_heif
 import pytest
 from photo_files import write_photo
+from PIL import Image
 from typer.testing import CliRunner
 
 from finetune_cli import __version__
@@ -163,6 +165,31 @@ def test_predict_answers_in_every_form(tiny_run, photos):
     assert all("%" in line for line in answer.stdout.splitlines())
 
 
+def test_predict_says_what_it_left_out(tiny_run, photos):
+    for name in ("notes.txt", "raw.cr2", "more.cr2", ".hidden.jpg"):
+        (photos / name).write_bytes(b"")
+    answer = run("predict", photos, "--run", tiny_run.run.folder)
+    assert [line for line in answer.stderr.splitlines() if line.startswith("ignored")] == [
+        "ignored in the folders: 2 .cr2 files, 1 .txt files, 1 hidden"
+    ]
+    (photos / "empty").mkdir()
+    (photos / "empty" / "clip.mov").write_bytes(b"")
+    answer = run("predict", photos / "empty", "--run", tiny_run.run.folder)
+    assert answer.exit_code == 3
+    assert "ignored in the folders: 1 .mov files" in answer.stderr
+
+
+def test_heic_photos_are_predicted(tiny_run, tmp_path):
+    source = min((tiny_run.photos / "test").rglob("*.*"))
+    with Image.open(source) as image:
+        pillow_heif.from_pillow(image.convert("RGB")).save(tmp_path / "photo.heic", quality=-1, chroma=444)
+    answer = run("predict", source, tmp_path, "--run", tiny_run.run.folder, "--format", "jsonl")
+    assert answer.exit_code == 0, answer.output
+    stored, heic = (json.loads(line) for line in answer.stdout.splitlines())
+    assert heic["label"] == stored["label"]
+    assert heic["probability"] == pytest.approx(stored["probability"], abs=0.05)
+
+
 def test_predict_writes_a_file(tiny_run, photos, tmp_path):
     answer = run("predict", photos, "--run", tiny_run.run.folder, "--format", "jsonl", "--output", tmp_path / "o.jsonl")
     assert answer.exit_code == 3
@@ -279,6 +306,8 @@ def test_sample_init_check_preview(tmp_path, monkeypatch):
     assert run("sample", "photos", "--photos", 6).exit_code == 0
     assert run("init", "photos").exit_code == 0
     assert run("init", "photos").exit_code == 2  # the config exists
+    (tmp_path / "photos" / "notes.txt").write_text("")
+    assert "2 .txt files" in run("init", "photos", "--output", "other.yaml").stderr
     answer = run("check", "config.yaml", f"runtime.cache_dir={tmp_path / 'cache'}")
     assert answer.exit_code == 0, answer.output
     assert "every photo was decoded" in answer.stdout

@@ -2,6 +2,7 @@ import hashlib
 import itertools
 import os
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -394,7 +395,16 @@ def test_iter_photos(two_classes, tmp_path):
     os.mkfifo(two_classes / "city" / "pipe.png")
     (two_classes / "city" / "loop").symlink_to("..")
     paths = [Path("missing.jpg"), two_classes, two_classes / "city" / "pipe.png", tmp_path / "notes.txt"]
-    found = list(iter_photos(iter(paths)))
+    write_photos(two_classes, "notes.txt more.txt city/.hidden.png city/list.csv")
+    ignored = Counter()
+    found = list(iter_photos(iter(paths), ignored))
+    assert ignored == {
+        ".txt files": 2,
+        "hidden": 1,
+        ".csv files": 1,
+        "pipes, sockets or devices": 1,
+        "links to folders that were seen already": 1,
+    }
     assert found[0] == paths[0]
     assert found[-2:] == paths[-2:]
     assert [path.relative_to(two_classes).as_posix() for path in found[1:-2]] == [

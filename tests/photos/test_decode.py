@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
@@ -24,7 +25,10 @@ WHITE = [255, 255, 255]
 
 def encode(image, kind, **options):
     buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
+    if kind == "HEIF":
+        pillow_heif.from_pillow(image).save(buffer, **{"quality": -1, "chroma": 444, **options})
+    else:
+        image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -328,10 +332,128 @@ def test_the_first_picture_of_an_mpo_counts():
     assert np.abs(np.subtract(colour_of(data), [200, 0, 0])).max() <= 2
 
 
+# HEIF
+
+
+def test_heif_gives_the_pixels_that_were_stored():
+    for image in (smooth(), smooth().convert("L"), flat("RGB", (200, 30, 90))):
+        assert difference(decoded(encode(image, "HEIF")), decoded(encode(image, "PNG"))) < 1
+    for bits, colour in (("RGB;16", [156] * 3), ("RGBA;16", [195] * 3)):  # half of it transparent, on white
+        channels = np.full((64, 64, len(bits) - 3), 40000, np.uint16)  # 40000 / 257 = 155.6; alpha is 0.61, too
+        buffer = io.BytesIO()
+        pillow_heif.from_bytes(bits, (64, 64), channels.tobytes()).save(buffer, quality=-1, chroma=444)
+        assert pillow_heif.open_heif(buffer).info["bit_depth"] == 10
+        assert np.abs(np.subtract(colour_of(buffer.getvalue()), colour)).max() <= 1
+
+
+def test_heif_transparency_lies_on_white():
+    half = Image.new("RGBA", (64, 64), (0, 0, 200, 128))
+    assert np.abs(np.subtract(colour_of(encode(half, "HEIF")), [127, 127, 227])).max() <= 1
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_heif_is_turned_once(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    plain = decoded(encode(smooth(), "HEIF"), resize="squash")
+    stored = encode(smooth(), "HEIF", exif=exif.tobytes())
+    assert (b"irot" in stored or b"imir" in stored) == (orientation != 1)
+    turned = decoded(stored, resize="squash")
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(encode(smooth(), "PNG", exif=exif))))
+    assert difference(turned, decoded(encode(upright, "PNG"), resize="squash")) < 1.5
+    assert (difference(turned, plain) > 5) == (orientation != 1)
+
+
+def test_the_primary_picture_of_a_heif_file_counts():
+    images = [flat("RGB", colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))]
+    buffer = io.BytesIO()
+    heif = pillow_heif.HeifFile()
+    for image in images:
+        heif.add_from_pillow(image)
+    heif.save(buffer, quality=-1, chroma=444, primary_index=1)
+    data = buffer.getvalue()
+    assert len(pillow_heif.open_heif(data)) == 3
+    assert np.abs(np.subtract(colour_of(data), [0, 200, 0])).max() <= 2
+
+
+def tiled_heif():
+    """Tiles of 64 pixels, as telephones write them (theirs have 512)."""
+    return encode(smooth(320, 192), "HEIF", tile_size=64)
+
+
+def test_heif_in_tiles_is_whole_or_refused():
+    data = tiled_heif()
+    assert difference(decoded(data), decoded(encode(smooth(320, 192), "PNG"))) < 1.5
+    for cut in (len(data) - 1, len(data) - 100, len(data) // 2, 300, 30, 13):
+        assert "truncated HEIF file" in refusal(data[:cut])
+
+
+def test_a_small_heif_picture_of_many_tiles_is_refused():
+    data = tiled_heif()
+    for name in (bytes((0, 0, 2, 4)), b"ispe" + bytes(4)):
+        kind = ">HH" if len(name) == 4 else ">II"
+        sizes = name + struct.pack(kind, 320, 192)
+        assert data.count(sizes) == 1
+        data = data.replace(sizes, name + struct.pack(kind, 8, 8))
+    assert "15 tiles for 8 x 8 pixels" in refusal(data, ImageSettings(32, max_pixels=30_000))
+
+
+def test_heif_headers_that_lie(tmp_path):
+    data = encode(smooth(320, 192), "HEIF")
+    size = b"ispe" + bytes(4) + struct.pack(">II", 320, 192)
+    assert data.count(size) == 1
+    for width, height in ((8, 8), (9000, 7000), (320, 193)):
+        lie = data.replace(size, b"ispe" + bytes(4) + struct.pack(">II", width, height))
+        assert "size" in refusal(lie)
+    lie = data.replace(size, b"ispe" + bytes(4) + struct.pack(">II", 20000, 20000))
+    assert "20000 x 20000 pixels, more than 70% (for Heif) of image.max_pixels" in refusal(lie)
+    with (tmp_path / "hole.heic").open("wb") as file:
+        file.write(data)
+        file.truncate(1 << 40)
+    assert "more than a HEIF photo" in refusal(tmp_path / "hole.heic")
+
+
+@pytest.mark.parametrize(
+    ("brands", "kind"),
+    [
+        (b"heic 0 mif1 heic", "Heif"),
+        (b"mif1 0 mif1 heic miaf", "Heif"),
+        (b"mif1 0 mif1 avif miaf", "Avif"),
+        (b"avif 0 mif1 heic", "Avif"),
+        (b"mif1 0 mif1", "Heif"),
+        (b"msf1 0", "Heif"),
+        (b"avis 0", "Avif"),
+    ],
+)
+def test_heif_and_avif_are_told_apart_by_their_brands(brands, kind):
+    box = b"".join(b"\0\0\0\0" if word == b"0" else word for word in brands.split())
+    data = struct.pack(">I", 8 + len(box)) + b"ftyp" + box
+    assert f" {kind.upper()}" in refusal(data)
+
+
+def test_damaged_heif_is_decoded_or_refused(capfd):
+    rng = np.random.default_rng(0)
+    files = [encode(smooth(96, 64), "HEIF", quality=60), tiled_heif(), encode(flat("RGBA", (1, 2, 3, 99)), "HEIF")]
+    outcomes = set()
+    for i in range(300):
+        data = bytearray(files[i % 3])
+        for place in rng.integers(0, len(data) if i % 2 else 400, rng.integers(1, 6)):
+            data[place] = rng.integers(256)
+        try:
+            decoded(bytes(data))
+        except BadImage as exc:
+            outcomes.add(exc.reason)
+        else:
+            outcomes.add("")
+    assert "" in outcomes
+    assert len(outcomes) > 5
+    assert capfd.readouterr() == ("", "")
+
+
 # What is refused
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "BMP", "PPM", "TIFF", "WEBP", "AVIF"])
+@pytest.mark.parametrize("kind", ["JPEG", "BMP", "PPM", "TIFF", "WEBP", "AVIF", "HEIF"])
 def test_a_file_cut_by_two_bytes_is_refused(kind, tmp_path):
     path = tmp_path / "photo.jpg"
     path.write_bytes(encode(smooth(), kind)[:-2])
@@ -436,7 +558,7 @@ def test_small_run_length_bmp():
         (b"plain text", "not an image"),
         (b"\n <!DOCTYPE html><html>404</html>", "web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1", "git lfs pull"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x14ftypqt  \0\0\0\0qt  ", "a video"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
         (b"\xff\xd8\xff", "JPEG"),
         (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -478,7 +600,7 @@ def test_a_damaged_tiff_prints_nothing(compression, capfd):
 # The rest
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM", "HEIF"])
 def test_headers(kind, tmp_path):
     path = tmp_path / "photo.anything"
     path.write_bytes(encode(smooth(), kind))
@@ -487,12 +609,13 @@ def test_headers(kind, tmp_path):
 
 
 def test_extensions_are_those_that_are_promised():
-    names = "jpg jpeg jfif png webp bmp gif tif tiff avif ppm"
+    names = "jpg jpeg jfif png webp bmp gif tif tiff avif ppm heic heif hif"
     assert {f".{name}" for name in names.split()} == EXTENSIONS
 
 
 def test_many_threads_give_the_same_pixels():
-    files = [encode(smooth(300 + i, 200), kind) for i in range(6) for kind in ("JPEG", "PNG", "WEBP", "TIFF", "GIF")]
+    kinds = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "HEIF")
+    files = [encode(smooth(300 + i, 200), kind) for i in range(6) for kind in kinds]
     files[7] = files[7][:100]
 
     def work(data):

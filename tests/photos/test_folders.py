@@ -45,7 +45,7 @@ def test_whole_paths_are_in_bytewise_order(tmp_path):
 
 def test_what_is_left_out_is_counted(tmp_path):
     write_photos(tmp_path, "a/1.png a/.2.png a/.git/3.png a/__MACOSX/4.png .cache/5.png loose.png b/6.png")
-    write_photos(tmp_path, "a/notes.txt a/more.TXT a/LICENSE a/raw.heic")
+    write_photos(tmp_path, "a/notes.txt a/more.TXT a/LICENSE a/raw.cr2")
     os.mkfifo(tmp_path / "a" / "pipe.png")
     (tmp_path / "a" / "gone.png").symlink_to("nowhere.png")
     (tmp_path / "a" / "self.png").symlink_to("self.png")
@@ -55,7 +55,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     counts = (
         "4 hidden",
         "2 .txt files",
-        "1 .heic files",
+        "1 .cr2 files",
         "1 files without an extension",
         "2 broken links",
         "1 pipes, sockets or devices",

@@ -33,7 +33,7 @@ def test_the_config_loads_and_its_photos_are_found_from_there(tmp_path: Path) ->
     photos(tmp_path / "my photos" / "cat", 8)
     photos(tmp_path / "my photos" / "dög", 6)
     target = tmp_path / "configs" / "pets.yaml"
-    text = starter_config(tmp_path / "my photos", target)
+    text = starter_config(tmp_path / "my photos", target, Silent())
     files.write_text(target, text)
     loaded = schema.load(target)
     assert yaml.safe_load(text)["data"]["train"] == "../my photos"
@@ -53,7 +53,7 @@ def test_the_head_tells_what_was_found(tmp_path: Path) -> None:
     photos(tmp_path / "set" / "val" / "dog", 3)
     photos(tmp_path / "set" / "test" / "cat", 1)
     photos(tmp_path / "set" / "test" / "dog", 1)
-    text = starter_config(tmp_path / "set", tmp_path / "config.yaml")
+    text = starter_config(tmp_path / "set", tmp_path / "config.yaml", Silent())
     head = text.partition("data:")[0]
     assert all(line.startswith("#") or not line for line in head.splitlines())
     assert "Found 21 photos of 2 classes: 14 for training, 5 for validation, 2 for test." in head
@@ -67,7 +67,7 @@ def test_a_csv_will_do(tmp_path: Path) -> None:
     rows = [f"all/{index}.png,{'odd' if index % 2 else 'even'}" for index in range(10)]
     (tmp_path / "labels.csv").write_text("image_path,label\n" + "\n".join(rows) + "\n")
     target = tmp_path / "config.yaml"
-    files.write_text(target, starter_config(tmp_path / "labels.csv", target))
+    files.write_text(target, starter_config(tmp_path / "labels.csv", target, Silent()))
     assert prepare.index(schema.load(target), Silent()).classes == ("even", "odd")
 
 
@@ -76,7 +76,7 @@ def test_bad_photos_are_told_and_skipped(tmp_path: Path) -> None:
     photos(tmp_path / "set" / "dog", 20)
     (tmp_path / "set" / "dog" / "broken.jpg").write_bytes(b"not a photo")
     target = tmp_path / "config.yaml"
-    text = starter_config(tmp_path / "set", target)
+    text = starter_config(tmp_path / "set", target, Silent())
     assert "1 cannot be read, such as dog/broken.jpg: " in text
     files.write_text(target, text)
     assert schema.load(target).data.on_bad_image == "skip"
@@ -88,7 +88,7 @@ def test_too_many_bad_photos_are_told(tmp_path: Path) -> None:
     for i in range(2):
         (tmp_path / "set" / "dog" / f"broken-{i}.jpg").write_bytes(b"not a photo")
     with pytest.raises(DataError, match="2 of 12 photos cannot be used, which is more than"):
-        starter_config(tmp_path / "set", tmp_path / "config.yaml")
+        starter_config(tmp_path / "set", tmp_path / "config.yaml", Silent())
 
 
 @pytest.mark.parametrize(("number", "balanced"), [(10, "none"), (40, "balanced")])
@@ -96,14 +96,14 @@ def test_rare_classes_get_more_weight(number: int, balanced: str, tmp_path: Path
     photos(tmp_path / "set" / "common", number)
     photos(tmp_path / "set" / "rare", 10)
     target = tmp_path / "config.yaml"
-    files.write_text(target, starter_config(tmp_path / "set", target))
+    files.write_text(target, starter_config(tmp_path / "set", target, Silent()))
     assert schema.load(target).training.class_weights == balanced
 
 
 def test_a_folder_that_cannot_be_trained_on_is_an_error(tmp_path: Path) -> None:
     photos(tmp_path / "set" / "alone", 3)
     with pytest.raises(DataError):
-        starter_config(tmp_path / "set", tmp_path / "config.yaml")
+        starter_config(tmp_path / "set", tmp_path / "config.yaml", Silent())
 
 
 @pytest.mark.parametrize(

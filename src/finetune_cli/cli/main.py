@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -175,19 +176,30 @@ def predict(
         predictor = opening.open_model(model, cores())
     else:
         raise UsageError("--run and --model exclude each other", "drop one of them")
-    photos = iter_photos(_paths(paths))
+    ignored: Counter[str] = Counter()
+    photos = iter_photos(_paths(paths), ignored)
     predictions = command_predict.predict(predictor, photos, top_k, min_confidence=min_confidence, at_once="-" in paths)
     first = next(predictions, None)
     if first is None:
+        _note_ignored(console, ignored)
         raise DataError("no photo was found under the given paths", "name photos, or folders with photos in them")
     rows = itertools.chain([first], predictions)
     written, failed = render_predictions.predictions(rows, form, output, min(top_k, len(predictor.classes)))
+    _note_ignored(console, ignored)
     if output is not None:
         console.print(f"wrote {counted(written, 'row')} to {output}")
     if failed:
         raise DataError(
             f"{failed} of {counted(written, 'photo')} could not be read; their rows say why", "repair or remove those"
         )
+
+
+def _note_ignored(console: "Console", ignored: Counter[str]) -> None:
+    """Say which files of the folders were left out."""
+    from finetune_cli.photos.folders import describe_ignored
+
+    for note in describe_ignored(ignored, "the folders"):
+        console.note(note)
 
 
 def _output_format(wanted: OutputFormat | None, output: Path | None, force: bool) -> str:

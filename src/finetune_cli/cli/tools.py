@@ -143,7 +143,7 @@ def init(
     console = new_console()
     if output.exists():
         raise UsageError(f"{output} exists already", "choose another name with --output")
-    files.write_text(output, starter_config.starter_config(data, output))
+    files.write_text(output, starter_config.starter_config(data, output, console))
     console.print(f"wrote {output}; train with: finetune train {shlex.quote(str(output))}")
 
 

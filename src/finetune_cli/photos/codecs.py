@@ -33,12 +33,18 @@ _SIGNATURES = (
     (rb"GIF8[79]a", "Gif"),
     (rb"BM", "Bmp"),
     (rb"II[*+]\0|MM\0[*+]", "Tiff"),
-    (rb"....ftyp(avi[fs]|mif1|msf1)", "Avif"),
     (rb"P[1-6fF]", "Ppm"),
 )
+# The same for a container that holds either: by the brands that it names (ISO/IEC 23008-12, 10; AVIF 1.1, 6).
+_BRANDS = {
+    b"avif": "Avif",
+    b"avis": "Avif",
+    **dict.fromkeys((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs"), "Heif"),
+}
+_HEAD_BYTES = 256
 _NOT_PHOTOS = (
     (rb"$", "the file is empty"),
-    (rb"....ftyphe", "a HEIC photo, which is not read here; save it as JPEG"),
+    (rb"....ftyp", "a video, or a kind of photo that is not read here; save it as JPEG"),
     (rb"version https://git-lfs", "a Git LFS pointer instead of the photo; run: git lfs pull"),
     (rb"\s*<", "a web page or another text in angle brackets, not an image"),
     (rb"", "not an image in a format that is read here"),
@@ -54,8 +60,11 @@ _SCAN_SEARCH_BYTES = 1 << 28
 _SLOW_CODECS = frozenset(("ppm", "ppm_plain", "bmp_rle"))
 _MOST_SLOW_SAMPLES = 1e7
 
-# A pixel of a WebP file takes Pillow 16 bytes, where the worst of the others takes 10; 38 bytes can promise any size.
-_WEBP_SHARE = 0.8
+# A pixel takes up to 16 bytes in a WebP file and 19 in a HEIF file (10 bits and alpha), where the worst of the others
+# takes 10; 38 bytes can promise any size.
+_SHARES = {"WebP": 0.8, "Heif": 0.7}
+# libheif holds the whole file. 100 megapixels without loss take about that much.
+_MOST_HEIF_BYTES = 1 << 28
 
 _PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
@@ -75,12 +84,14 @@ def opened(source: Path | bytes, max_pixels: int) -> Iterator["ImageFile"]:
     try:
         with _stream(source) as stream:
             kind = _format(stream)
+            if kind == "Heif":
+                _refuse_cut_boxes(stream)
             image = _plugin(kind)(stream, "")
             width, height = image.size
-            allowed = int(max_pixels * _WEBP_SHARE) if kind == "WebP" else max_pixels
-            if width * height > allowed:
+            if width * height > int(max_pixels * _SHARES.get(kind, 1.0)):
                 raise Refused(too_large(width, height, max_pixels, kind))
             _limit_work(image)
+            _limit_tiles(image, max_pixels)
             if kind == "Jpeg":
                 _limit_scans(image, stream)
             yield image
@@ -91,7 +102,7 @@ def opened(source: Path | bytes, max_pixels: int) -> Iterator["ImageFile"]:
 
 def too_large(width: int, height: int, max_pixels: int, kind: str = "") -> str:
     """The reason why an image of more than `max_pixels` is refused."""
-    share = f"{_WEBP_SHARE:.0%} (for WebP) of " if kind == "WebP" else ""
+    share = f"{_SHARES[kind]:.0%} (for {kind}) of " if kind in _SHARES else ""
     return (
         f"{width} x {height} pixels, more than {share}image.max_pixels = {max_pixels}; "
         "make it smaller, or raise the limit if you trust it"
@@ -112,20 +123,46 @@ def _stream(source: Path | bytes) -> Iterator[BinaryIO]:
 
 
 def _format(stream: BinaryIO) -> str:
-    head = stream.read(32)
+    head = stream.read(_HEAD_BYTES)
     stream.seek(0)
+    if head[4:8] == b"ftyp" and (kind := _by_brand(head)):
+        return kind
     for pattern, kind in _SIGNATURES:
         if re.match(pattern, head, re.DOTALL):
             return kind
     raise Refused(next(text for pattern, text in _NOT_PHOTOS if re.match(pattern, head, re.DOTALL)))
 
 
+def _by_brand(head: bytes) -> str | None:
+    """The plug-in for a file that begins with the box ``ftyp``: size, "ftyp", brand, version, compatible brands.
+
+    The first known brand counts; a HEIF file may name only the general one (``mif1`` or, for sequences, ``msf1``).
+    """
+    box = head[8 : int.from_bytes(head[:4], "big")]
+    brands = [box[start : start + 4] for start in (0, *range(8, len(box), 4))]
+    known = [_BRANDS[brand] for brand in brands if brand in _BRANDS]
+    return known[0] if known else "Heif" if brands[0] in {b"mif1", b"msf1"} else None
+
+
 def _plugin(kind: str) -> type["ImageFile"]:
     # Not `Image.open`: it tries other formats, and warns of, or refuses, sizes that `max_pixels` allows.
+    if kind == "Heif":
+        return _heif_plugin()
     if kind == "Tiff":
         _silence_libtiff()
     plugin: type[ImageFile] = getattr(importlib.import_module(f"PIL.{kind}ImagePlugin"), f"{kind}ImageFile")
     return plugin
+
+
+@functools.cache
+def _heif_plugin() -> type["ImageFile"]:
+    """What reads HEIF files; imported when the first one is met, since most sets have none."""
+    import pillow_heif
+
+    # Only the primary image counts: an embedded thumbnail may show something else.
+    options = pillow_heif.options
+    options.THUMBNAILS = options.DEPTH_IMAGES = options.AUX_IMAGES = False
+    return pillow_heif.HeifImageFile
 
 
 def _silence_pillow() -> None:
@@ -164,6 +201,34 @@ def _limit_work(image: "ImageFile") -> None:
             f"{image.width} x {image.height} pixels of a rare kind of {image.format} that takes too long to decode; "
             "save it as PNG or JPEG"
         )
+
+
+def _limit_tiles(image: "ImageFile", max_pixels: int) -> None:
+    """Refuse a HEIF file whose tiles hold far more pixels than the picture that they make up: all are decoded."""
+    tiling = image.info.get("tiling") or {}
+    count = tiling.get("num_columns", 0) * tiling.get("num_rows", 0)
+    if count * tiling.get("tile_width", 0) * tiling.get("tile_height", 0) > 2 * max_pixels:
+        raise Refused(f"{count} tiles for {image.width} x {image.height} pixels would take too long to decode")
+
+
+def _refuse_cut_boxes(stream: BinaryIO) -> None:
+    """Refuse a HEIF file that ends within a box (ISO/IEC 14496-12, 4.2): libheif fills missing tiles up silently."""
+    end = stream.seek(0, os.SEEK_END)
+    if end > _MOST_HEIF_BYTES:
+        raise Refused(f"{end / 1e6:.0f} MB, more than a HEIF photo of the largest size takes; save it as JPEG")
+    start = 0
+    while start < end:
+        stream.seek(start)
+        head = stream.read(16)
+        size = int.from_bytes(head[:4], "big")
+        if size == 1:
+            size = int.from_bytes(head[8:], "big")
+        elif size == 0:  # the last box: to the end of the file
+            size = end - start
+        if len(head) < 8 or size < 8 or start + size > end:
+            raise Refused("truncated HEIF file (it ends within a box); copy or download it again")
+        start += size
+    stream.seek(0)
 
 
 def _limit_scans(image: "ImageFile", stream: BinaryIO) -> None:

@@ -143,17 +143,19 @@ def load_labelled(
     return Labelled(samples, tuple(bad), tuple(listing.notes + memory.warnings), listing.root)
 
 
-def iter_photos(paths: Iterable[Path]) -> Iterator[Path]:
+def iter_photos(paths: Iterable[Path], ignored: Counter[str] | None = None) -> Iterator[Path]:
     """Files as they are, whatever they are; of folders all photos, lazily, in bytewise order.
 
-    A folder that cannot be read comes as itself, so that whoever tries to decode it tells the reason.
+    What is left out of folders is counted in `ignored`, by kind. A folder that cannot be read comes as itself, so that
+    whoever tries to decode it gives the reason.
     """
+    ignored = Counter() if ignored is None else ignored
     for path in paths:
         if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
             yield path
             continue
         unreadable: dict[Path, OSError] = {}
-        for name in folders.walk(path, Counter(), unreadable.__setitem__):
+        for name in folders.walk(path, ignored, unreadable.__setitem__):
             yield path / name
         yield from unreadable
 

@@ -35,7 +35,10 @@ if TYPE_CHECKING:
     from PIL.ImageFile import ImageFile
 
 EXTENSIONS = frozenset(
-    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm"),
+    (
+        *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"),
+        *(".avif", ".heic", ".heif", ".hif"),
+    )
 )
 
 # Exif orientation -> name of the `PIL.Image.Transpose` that turns the picture upright (Exif 2.32, tag 0x0112).
@@ -73,8 +76,9 @@ def decoder() -> str:
     Raise the number when `decode` gives other pixels than before.
     """
     import PIL
+    import pillow_heif
 
-    return f"2, Pillow {PIL.__version__}"
+    return f"2, Pillow {PIL.__version__}, libheif {pillow_heif.libheif_version()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +169,7 @@ class _PixelBudget:
                 self._changed.notify_all()
 
 
-# Pillow and what follows need 4 to 10 bytes a pixel, 16 for WebP.
+# Decoding and what follows needs 4 to 10 bytes a pixel, 16 for WebP, up to 19 for HEIF.
 _BUDGET = _PixelBudget(100_000_000)
 
 
@@ -239,7 +243,7 @@ def _upright(picture: "Image", image: "Image") -> "Image":
     """`picture`, turned as the Exif data of `image` say."""
     from PIL.Image import Transpose
 
-    if image.format == "TIFF":  # Pillow has turned it while loading
+    if image.format in {"TIFF", "HEIF"}:  # turned while loading
         return picture
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)

@@ -154,8 +154,9 @@ def describe_ignored(ignored: Counter[str], where: str) -> list[str]:
     """One note that says what was left out, or none."""
     if not ignored:
         return []
-    parts = [f"{count} {shown(what)}" for what, count in ignored.most_common(_KINDS_SHOWN)]
-    others = ignored.total() - sum(count for _what, count in ignored.most_common(_KINDS_SHOWN))
+    kinds = sorted(ignored.items(), key=lambda kind: (-kind[1], kind[0]))  # not in the order of the file system
+    parts = [f"{count} {shown(what)}" for what, count in kinds[:_KINDS_SHOWN]]
+    others = sum(count for _what, count in kinds[_KINDS_SHOWN:])
     return [f"ignored in {where}: {', '.join(parts + [f'{others} others'] * (others > 0))}"]
 
 

@@ -31,6 +31,7 @@ _PACKAGES = (
     "numpy",
     "scipy",
     "pillow",
+    "pillow-heif",
     "opencv-python-headless",
     "h5py",
 )

@@ -11,7 +11,7 @@ from finetune_cli.config.schema import Config, DataConfig
 from finetune_cli.errors import BadImage
 from finetune_cli.photos.dataset import Dataset, Sample, refuse_bad, refuse_empty
 from finetune_cli.photos.decode import read_header
-from finetune_cli.progress import Observer, Silent
+from finetune_cli.progress import Observer
 from finetune_cli.text import shown
 from finetune_cli.training import prepare
 
@@ -44,13 +44,13 @@ training:
 """
 
 
-def starter_config(data: Path, target: Path, observer: Observer | None = None) -> str:
+def starter_config(data: Path, target: Path, observer: Observer) -> str:
     """The text of a config for the photos in `data`, to be written to `target`; paths in it are relative to that.
 
     Raises `DataError` for photos that could not be trained on, with the reason.
     """
     config = Config(data=DataConfig(train=data.absolute(), on_bad_image="skip"))
-    found = prepare.index(config, observer or Silent())
+    found = prepare.index(config, observer)
     refuse_bad(found.bad, found.photos, "skip")
     refuse_empty(found.classes, found.splits, found.bad)
     folder = target.absolute().parent
