@@ -1,8 +1,9 @@
 import os
+from pathlib import Path
 
 import pytest
 
-from finetune_cli.text import brief, listed, shown
+from finetune_cli.text import address, brief, listed, shown
 
 
 @pytest.mark.parametrize(
@@ -19,6 +20,22 @@ from finetune_cli.text import brief, listed, shown
 def test_only_what_cannot_be_seen_is_escaped(text, expected):
     assert shown(text) == expected
     assert shown(shown(text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("https://host/a.jpg", "https://host/a.jpg"),
+        (Path("HTTP://host/a.jpg"), "HTTP://host/a.jpg"),
+        (Path("/home/me/s3://bucket/photos"), "s3://bucket/photos"),
+        ("https.jpg", None),
+        ("notes about http: what is it.jpg", None),
+        ("C:/photos/a.jpg", None),
+        ("a/myhttp:/b.jpg", None),
+    ],
+)
+def test_addresses_are_recognised_and_intact(path, expected):
+    assert address(path) == expected
 
 
 def test_the_middle_of_long_text_is_left_out():

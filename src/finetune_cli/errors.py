@@ -66,8 +66,8 @@ class DataError(FinetuneError):
 class BadImage(DataError):
     """One photo that cannot be used; `reason` is one line without the path."""
 
-    def __init__(self, path: Path | str, reason: str) -> None:
-        super().__init__(f"{path}: {reason}", "repair or remove it")
+    def __init__(self, path: Path | str, reason: str, remedy: str = "repair or remove it") -> None:
+        super().__init__(f"{path}: {reason}", remedy)
         self.path = path
         self.reason = reason
 

@@ -1,6 +1,10 @@
 """Text that is safe to show: file names and messages from files may hold anything."""
 
+import re
 from collections.abc import Sequence
+
+# `pathlib` and `os.path.normpath` make one slash of two.
+_ADDRESS = re.compile(r"(?:^|/)(https?|ftp|s3|gs)(:/+)(?=[^/])", re.IGNORECASE)
 
 
 def shown(text: object) -> str:
@@ -13,6 +17,16 @@ def brief(text: object, most: int = 100) -> str:
     whole = shown(text)
     half = most // 2
     return whole if len(whole) <= most else f"{whole[:half]}…{whole[half + 1 - most :]}"
+
+
+def address(path: object) -> str | None:
+    """The web address that `path` was typed as, such as ``https://host/photo.jpg``, though `Path` took a slash of it.
+
+    None for what looks like a path. A path below a folder counts, too, because paths in a config are made absolute.
+    """
+    text = str(path)
+    found = _ADDRESS.search(text)
+    return None if found is None else f"{found[1]}://{text[found.end() :]}"
 
 
 def counted(number: int, noun: str) -> str:

@@ -179,6 +179,36 @@ def test_predict_says_what_it_left_out(tiny_run, photos):
     assert "ignored in the folders: 1 .mov files" in answer.stderr
 
 
+def test_addresses_are_not_read_and_stay_intact(tiny_run, photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    web = "https://host/photos/a.jpg"
+    for arguments in (["predict", web], ["explain", web], ["train", web], ["init", web], ["evaluate", web]):
+        answer = run(*arguments)
+        assert answer.exit_code == 2
+        assert answer.stderr.splitlines()[0] == f"error: {web} is an address, not a path"
+    answer = run("train", "data.train=https://host/photos")
+    assert answer.exit_code == 3
+    assert "https://host/photos is an address, not a path" in answer.stderr
+    good = min(photos.glob("a.*"))
+    answer = run("predict", "-", "--run", tiny_run.run.folder, "--format", "jsonl", input=f"{web}\n{good}\n")
+    assert answer.exit_code == 3
+    first, second = (json.loads(line) for line in answer.stdout.splitlines())
+    assert (first["path"], "address" in first["error"], second["error"]) == (web, True, None)
+
+
+def test_a_missing_photo_and_a_folder_are_not_called_broken(tiny_run, photos, tmp_path):
+    for path, problem, remedy in (
+        (photos, "this is a folder", "name a photo in it"),
+        (tmp_path / "absent.jpg", "there is no such file", "check the path"),
+    ):
+        answer = run("explain", path, "--run", tiny_run.run.folder, "--output", tmp_path / "x.png")
+        assert answer.exit_code == 3
+        assert answer.stderr == f"error: {path}: {problem}\ntry: {remedy}\n"
+    answer = run("predict", tmp_path / "absent.jpg", "--run", tiny_run.run.folder)
+    assert "absent.jpg: error: there is no such file" in answer.stdout
+    assert "try: correct the path, or repair or remove the file" in answer.stderr
+
+
 def test_heic_photos_are_predicted(tiny_run, tmp_path):
     source = min((tiny_run.photos / "test").rglob("*.*"))
     with Image.open(source) as image:

@@ -68,7 +68,8 @@ def test_remembered_photos_are_not_read_again(two_classes, tmp_path, monkeypatch
     with DigestMemory(tmp_path / "m.sqlite") as memory:
         assert load(two_classes, memory=memory) == first
         text = problem(two_classes, memory=memory, max_pixels=3)
-    assert text.count("2 x 2 pixels, more than image.max_pixels = 3") == 40
+    assert text.count("2 x 2 pixels, more than image.max_pixels = 3") == 20
+    assert "and 20 more" in text
 
 
 def test_any_bytes_in_names(tmp_path):
@@ -243,6 +244,16 @@ def test_a_photo_in_two_named_splits_is_told(tmp_path):
     assert [text for text in warnings if text.startswith("1 photo of val also in train")]
 
 
+def test_class_names_that_differ_in_unicode_form_only_are_reported(tmp_path):
+    composed, decomposed = "caf\N{LATIN SMALL LETTER E WITH ACUTE}", "cafe\N{COMBINING ACUTE ACCENT}"
+    write_photos(tmp_path, " ".join(f"{c}/{i}.png" for c in (composed, decomposed, "tea") for i in range(4)))
+    (warning,) = load(tmp_path).warnings
+    assert warning == (
+        f"the classes {decomposed} and {composed} have the same name, but for its Unicode form "
+        "(composed or decomposed accents): are they one class?"
+    )
+
+
 def test_class_names_that_differ_in_case_only_are_told(tmp_path):
     write_photos(tmp_path, " ".join(f"{c}/{i}.png" for c in ("Ants", "ants", "bees") for i in range(4)))
     assert [text for text in load(tmp_path).warnings if "Ants and ants have almost the same name" in text]
@@ -285,6 +296,17 @@ def test_all_bad_photos_are_listed(some_bad):
     assert f"  {some_bad}/city/empty.jpg: the file is empty" in error.problem.splitlines()
     assert rf"{some_bad}/forest/page\n.jpg: a web page" in error.problem
     assert "data.on_bad_image=skip" in error.remedy
+
+
+def test_of_many_bad_photos_the_first_are_listed_and_all_are_counted():
+    bad = [BadPhoto(Path(f"{i}.png"), f"{i}.png", "there is no such file") for i in range(1_000_000)]
+    with pytest.raises(DataError) as caught:
+        refuse_bad(bad, 1_000_000, "error")
+    lines = caught.value.problem.splitlines()
+    assert lines[0].startswith("1000000 of 1000000 photos cannot be used")
+    assert lines[1] == "  0.png: there is no such file"
+    assert len(lines) == 22
+    assert lines[-1] == "  and 999980 more"
 
 
 def test_bad_photos_are_skipped_on_demand(some_bad):
@@ -338,7 +360,13 @@ def test_a_table_may_name_what_is_no_photo(tmp_path):
     text = refused(load(tmp_path / "t.csv"), "error").problem
     assert text.startswith("4 of 7 photos")
     assert f"{tmp_path}/pipe.png: not a regular file" in text
-    assert f"{tmp_path}/missing.png: cannot be read: No such file or directory" in text
+    assert f"{tmp_path}/missing.png: there is no such file" in text
+
+
+def test_addresses_in_a_table_or_a_config_are_named(tmp_path):
+    (tmp_path / "t.csv").write_text("image_path,label\nhttps://host/a//b.jpg,city\n")
+    assert "line 2: https://host/a//b.jpg is an address, not a path" in problem(tmp_path / "t.csv")
+    assert "https://host/photos is an address, not a path" in problem(tmp_path / "https://host/photos")
 
 
 def test_refuse_bad():

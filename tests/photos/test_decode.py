@@ -576,8 +576,8 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
     assert refusal(tmp_path / "pipe.jpg") == "not a regular file"
     assert "cannot be read" in refusal(tmp_path / "loop.jpg")
-    assert "cannot be read" in refusal(tmp_path)
-    assert refusal(tmp_path / "none.jpg") == "cannot be read: No such file or directory"
+    assert refusal(tmp_path) == "this is a folder"
+    assert refusal(tmp_path / "none.jpg") == "there is no such file"
     assert refusal(Path("/dev/zero")) == "not a regular file"
     assert "cannot be read" in refusal(Path("a\0b"))
 

@@ -8,7 +8,7 @@ import functools
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
@@ -18,7 +18,7 @@ from typer.core import TyperCommand
 
 from finetune_cli import __version__, signals, streams
 from finetune_cli.errors import BadPhotos, FinetuneError, Interrupted, UsageError
-from finetune_cli.text import listed
+from finetune_cli.text import address, listed, shown
 
 if TYPE_CHECKING:
     from finetune_cli.cli.console import Console
@@ -91,6 +91,7 @@ def command(group: typer.Typer) -> Callable[[Callable[P, None]], Callable[P, Non
             signals.catch()
             try:
                 try:
+                    _refuse_addresses(kwargs.values())
                     function(*args, **kwargs)
                 finally:
                     sys.stdout.flush()
@@ -115,6 +116,17 @@ def command(group: typer.Typer) -> Callable[[Callable[P, None]], Callable[P, Non
         return group.command(cls=_Command)(guarded)
 
     return register
+
+
+def _refuse_addresses(values: Iterable[object]) -> None:
+    """Raise `UsageError` for a web address in place of a path, among all that was typed."""
+    for value in values:
+        for each in value if isinstance(value, list | tuple) else (value,):
+            typed = address(each) if isinstance(each, str | Path) else None
+            if typed is not None and not Path(each).exists():
+                raise UsageError(
+                    f"{shown(typed)} is an address, not a path", "download it, and name the file or folder"
+                )
 
 
 def _fail(error: FinetuneError | Interrupted, debug: bool) -> None:

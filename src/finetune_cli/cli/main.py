@@ -190,7 +190,8 @@ def predict(
         console.print(f"wrote {counted(written, 'row')} to {output}")
     if failed:
         raise DataError(
-            f"{failed} of {counted(written, 'photo')} could not be read; their rows say why", "repair or remove those"
+            f"{failed} of {counted(written, 'photo')} could not be read; their rows say why",
+            "correct the path, or repair or remove the file",
         )
 
 

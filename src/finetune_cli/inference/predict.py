@@ -11,6 +11,7 @@ from finetune_cli.errors import BadImage, UsageError
 from finetune_cli.inference.predictor import PHOTOS_A_CALL, UNSURE, Predictor, RunPredictor, answers, best, chunks
 from finetune_cli.parallel import cores, groups_at_hand
 from finetune_cli.photos import decode as images
+from finetune_cli.text import address
 
 __all__ = ["UNSURE", "Prediction", "Predictor", "RunPredictor", "predict"]
 
@@ -77,7 +78,9 @@ def _predict(
 
     for path, answer in answers(predictor, groups, decode, workers):
         if isinstance(answer, BadImage):
-            yield Prediction(str(path), None, None, (), answer.reason)
+            typed = address(path)
+            reason = answer.reason if typed is None else "this is an address; download the photo and name the file"
+            yield Prediction(typed or str(path), None, None, (), reason)
         else:
             yield _prediction(str(path), answer, predictor.classes, top_k, min_confidence)
 

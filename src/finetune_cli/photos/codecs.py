@@ -97,7 +97,14 @@ def opened(source: Path | bytes, max_pixels: int) -> Iterator["ImageFile"]:
             yield image
     # Pillow raises a dozen unrelated types for files that it cannot read, and promises none of them.
     except Exception as exc:
-        raise BadImage("image" if isinstance(source, bytes) else source, reason(exc, kind)) from exc
+        name = "image" if isinstance(source, bytes) else source
+        if isinstance(exc, FileNotFoundError):
+            raise BadImage(name, "there is no such file", "check the path") from exc
+        if isinstance(exc, IsADirectoryError):
+            raise BadImage(name, "this is a folder", "name a photo in it") from exc
+        if isinstance(exc, PermissionError):
+            raise BadImage(name, reason(exc, kind), "grant yourself access") from exc
+        raise BadImage(name, reason(exc, kind)) from exc
 
 
 def too_large(width: int, height: int, max_pixels: int, kind: str = "") -> str:

@@ -8,6 +8,7 @@ Nothing is decoded and nothing is written. What is wrong is collected and said a
 import difflib
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -222,11 +223,11 @@ def _check_classes(listings: Mapping[str, Listing]) -> None:
 
 
 def _unknown(listing: Listing, classes: Sequence[str], who: str) -> list[str]:
-    known, lower = set(classes), {name.lower(): name for name in classes}
+    known, lower = set(classes), {_folded(name): name for name in classes}
     unknown = [name for name in listing.classes if name not in known]
     if not unknown:
         return []
-    close = (difflib.get_close_matches(name.lower(), lower, n=1) for name in unknown[:_SHOWN])
+    close = (difflib.get_close_matches(_folded(name), lower, n=1) for name in unknown[:_SHOWN])
     meant = _enumerated(list(dict.fromkeys(lower[names[0]] for names in close if names)))
     hint = f"; close to them: {meant}" if meant else ""
     return [f"{shown(listing.source)} has classes unknown to {who}: {_enumerated(unknown)}{hint}"]
@@ -284,14 +285,22 @@ def _copies(train: Sequence[Sample]) -> list[str]:
 
 
 def _alike(classes: Sequence[str]) -> list[str]:
-    """Warnings of classes whose names differ in case or blanks only: most likely one class."""
+    """Warnings of classes whose names differ in case, blanks or Unicode form only: most likely one class."""
     first: dict[str, str] = {}
     found = []
     for name in classes:
-        other = first.setdefault(name.casefold().strip(), name)
+        other = first.setdefault(_folded(name), name)
         if other != name:
-            found.append(f"the classes {shown(other)} and {shown(name)} have almost the same name: are they one class?")
+            how = "have almost the same name"
+            if unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", name):
+                how = "have the same name, but for its Unicode form (composed or decomposed accents)"
+            found.append(f"the classes {shown(other)} and {shown(name)} {how}: are they one class?")
     return found
+
+
+def _folded(name: str) -> str:
+    """`name` without what makes no difference to a reader: case, blanks around it, and Unicode form."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKD", name).casefold()).strip()
 
 
 def _overlaps(parts: Mapping[str, Sequence[Sample]]) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from finetune_cli.errors import DataError
 from finetune_cli.photos.decode import EXTENSIONS
-from finetune_cli.text import counted, shown
+from finetune_cli.text import address, counted, shown
 
 TABLE_SUFFIXES = frozenset((".csv", ".tsv"))
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -107,6 +107,8 @@ def read(source: Path) -> Listing:
         return _read_folders(source)
     if source.suffix.lower() in TABLE_SUFFIXES and source.is_file():
         return _read_table(source)
+    if typed := address(source):
+        raise DataError(f"{shown(typed)} is an address, not a path", "download the photos, and name their folder")
     state = "is neither a folder nor a regular file named .csv or .tsv" if source.exists() else "does not exist"
     raise DataError(f"{shown(source)} {state}", "name the folder that holds one folder per class, or a table of photos")
 
@@ -284,7 +286,7 @@ def _read_table(path: Path) -> Listing:
     if problems:
         more = [f"and {len(problems) - _LINES_SHOWN} more"] if len(problems) > _LINES_SHOWN else []
         lines = "\n  ".join(problems[:_LINES_SHOWN] + more)
-        raise DataError(f"wrong lines in {shown(path)}: {len(problems)}\n  {lines}", "mend or delete these lines")
+        raise DataError(f"wrong lines in {shown(path)}: {len(problems)}\n  {lines}", "correct or delete these lines")
     listing.photos.sort(key=lambda photo: byte_order(photo.name))
     listing.classes = _classes(listing.photos)
     if repeated:
@@ -319,6 +321,8 @@ def _photo_of(row: list[str], columns: dict[str, int], root: Path) -> Found | st
     typed, label, group, split = cell("image_path"), cell("label"), cell("group") or None, None
     if not typed or not label:
         return f"no {'label' if typed else 'image_path'}"
+    if address(typed):
+        return f"{shown(typed)} is an address, not a path"
     if "\0" in typed:
         return "image_path holds a NUL character"
     if any(line_break in label for line_break in "\r\n\0"):

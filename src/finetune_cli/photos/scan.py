@@ -18,6 +18,7 @@ from finetune_cli.photos.folders import Found, Listing
 from finetune_cli.text import counted, shown
 
 _MOST_BAD = 0.1
+_SHOWN = 20
 # Photos that a thread takes at once: few enough to share the work out, many enough for one look into the memory.
 _CHUNK = 32
 
@@ -50,7 +51,7 @@ def may_skip(bad: Sequence[BadPhoto], total: int, on_bad: str) -> bool:
 
 
 def refuse_bad(bad: Sequence[BadPhoto], total: int, on_bad: str) -> None:
-    """Raise `DataError` that lists all `bad` photos out of `total`, unless `may_skip` lets them be left out.
+    """Raise `DataError` that lists the first `bad` photos out of `total`, unless `may_skip` lets them be left out.
 
     It is a `BadPhotos` where ``skip`` would let them.
     """
@@ -66,8 +67,9 @@ def refuse_bad(bad: Sequence[BadPhoto], total: int, on_bad: str) -> None:
 
 
 def listed(bad: Sequence[BadPhoto]) -> str:
-    """A line for each photo, with its reason; each begins with a line break."""
-    return "".join(f"\n  {shown(photo.path)}: {shown(photo.reason)}" for photo in bad)
+    """A line for each of the first photos, with its reason, and how many more there are; each after a line break."""
+    lines = "".join(f"\n  {shown(photo.path)}: {shown(photo.reason)}" for photo in bad[:_SHOWN])
+    return lines + (f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else "")
 
 
 def preflight(

@@ -36,6 +36,8 @@ from finetune_cli.training import extract
 from finetune_cli.training.extract import Features, Request
 from finetune_cli.training.requirements import cache_folder, check_room, check_settings, check_start, start_digest
 
+_SHOWN = 20
+
 
 @dataclass
 class Prepared:
@@ -97,8 +99,10 @@ def prepare(config: Config, observer: Observer) -> Prepared:
     bad = [*data.bad, *(photo for part in parts.values() for photo in part.bad)]
     dataset.refuse_bad(bad, data.photos, config.data.on_bad_image)
     dataset.refuse_empty(data.classes, {split: part.samples for split, part in parts.items()}, bad)
-    for photo in bad:
+    for photo in bad[:_SHOWN]:
         observer.warn(f"skipped {photo.path}: {photo.reason}")
+    if len(bad) > _SHOWN:
+        observer.warn(f"skipped {len(bad) - _SHOWN} more photos; run.json will list all")
     return Prepared(
         config, data, backbone, device, precision, extractor.workers, parts, cache_bytes, started_from, seconds
     )
