@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from finetune_cli import __version__
 from finetune_cli.cli.main import app
+from finetune_cli.config import schema
 
 
 def run(*arguments, **options):
@@ -344,6 +345,43 @@ def test_sample_init_check_preview(tmp_path, monkeypatch):
     answer = run("preview", "config.yaml", f"runtime.cache_dir={tmp_path / 'cache'}", "--photos", 2)
     assert answer.exit_code == 0, answer.output
     assert (tmp_path / "preview.png").is_file()
+
+
+def test_init_and_check_propose_groups(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for label in ("cat", "dog"):
+        for i in range(40):
+            write_photo(tmp_path / "photos" / label / f"p{i // 4}-{i % 4}.png")
+    answer = run("check", "data.train=photos", "model.backbone=efficientnet_lite0")
+    assert answer.exit_code == 0, answer.output
+    assert "warning: photos such as " in answer.stderr
+    assert "'data.group_regex=(?:^|/)(p[0-9]+)'" in answer.stderr
+    answer = run("init", "photos")
+    assert "config.yaml sets data.group_regex" in answer.stderr
+    text = (tmp_path / "config.yaml").read_text()
+    assert "A guess: photos such as cat/p" in text
+    assert schema.load(tmp_path / "config.yaml").data.group_regex == "(?:^|/)(p[0-9]+)"
+    answer = run("check", "config.yaml")
+    assert answer.exit_code == 0, answer.output
+    assert "warning" not in answer.stderr
+
+
+def test_check_and_init_say_that_photos_of_one_moment_are_on_both_sides(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for i in range(40):
+        exif = Image.Exif()
+        exif.get_ifd(0x8769)[0x9003] = f"2017:12:12 11:{i // 4:02}:{i % 4:02}"
+        path = tmp_path / "photos" / "ab"[i % 2] / f"{i:04}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(path, exif=exif)
+    for arguments in (["check", "data.train=photos", "model.backbone=efficientnet_lite0"], ["init", "photos"]):
+        answer = run(*arguments)
+        assert answer.exit_code == 0, answer.output
+        assert "warning: 40 of 40 photos with a recording time (Exif)" in answer.stderr
+        assert "are in both train and val; if they show the same thing, name the groups" in answer.stderr
+    assert schema.load(tmp_path / "config.yaml").data.group_regex is None
 
 
 def test_inspect_shows_a_run_and_a_config(tiny_run, tmp_path, monkeypatch):

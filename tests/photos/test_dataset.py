@@ -254,6 +254,42 @@ def test_class_names_that_differ_in_unicode_form_only_are_reported(tmp_path):
     )
 
 
+def write_persons(folder, split=lambda person, number: ""):
+    names = [f"{split(p, n)}{label}/p{p}-{n}.png" for label in ("cat", "dog") for p in range(10) for n in range(4)]
+    write_photos(folder, " ".join(names))
+
+
+def test_likely_groups_on_both_sides_are_warned_of(tmp_path):
+    write_persons(tmp_path)
+    data = load(tmp_path)
+    (warning,) = data.warnings
+    sides = [{sample.name.split("/")[1].split("-")[0] for sample in part} for part in (data.train, data.val)]
+    torn = len(sides[0] & sides[1])
+    assert torn > 2
+    assert f"in 10 groups; {torn} of them are in both train and val, so the accuracy may look better" in warning
+    assert warning.endswith("keep each on one side with 'data.group_regex=(?:^|/)(p[0-9]+)'")
+    data = load(tmp_path, group_regex=data.proposal.regex)
+    assert data.warnings == ()
+    assert data.proposal is None
+    sides = [{sample.group for sample in part} for part in (data.train, data.val)]
+    assert sides[0].isdisjoint(sides[1])
+
+
+def test_likely_groups_on_both_sides_of_a_split_that_was_given(tmp_path):
+    write_persons(tmp_path, lambda _person, number: "val/" if number == 3 else "train/")
+    (warning,) = load(tmp_path).warnings
+    assert "in 10 groups; 10 of them are in both train and val" in warning
+    assert warning.endswith("make the split by these groups")
+
+
+def test_groups_of_a_table_are_not_guessed_at(tmp_path):
+    write_persons(tmp_path)
+    rows = [f"{path.relative_to(tmp_path)},{path.parent.name},{i}" for i, path in enumerate(tmp_path.rglob("*.png"))]
+    (tmp_path / "t.csv").write_text("image_path,label,group\n" + "\n".join(rows))
+    data = load(tmp_path / "t.csv")
+    assert (data.proposal, data.warnings) == (None, ())
+
+
 def test_class_names_that_differ_in_case_only_are_told(tmp_path):
     write_photos(tmp_path, " ".join(f"{c}/{i}.png" for c in ("Ants", "ants", "bees") for i in range(4)))
     assert [text for text in load(tmp_path).warnings if "Ants and ants have almost the same name" in text]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -243,6 +244,22 @@ def test_what_is_odd_about_the_photos_is_found(tiny_run):
     labels = found.text[found.text.index("Suspected wrong labels") : found.text.index("Would more photos help?")]
     assert tiny_run.wrong in labels
     assert f"train: {tiny_run.twin}; test: bee/twin.png" in labels
+
+
+def test_likely_groups_in_two_splits_are_found(tiny_run, monkeypatch):
+    assert "Groups in two splits" not in written(tiny_run.run).read_text("utf-8")
+    rows = tiny_run.run.split()
+    renamed = [replace(row, path=f"{row.label}/{IMG}{i // 4}-{i % 4}.png") for i, row in enumerate(rows)]
+    torn = [replace(row, split="val" if i % 4 == 0 else "train") for i, row in enumerate(renamed)]
+    found = report._likely_groups(SimpleNamespace(split=lambda: torn))
+    assert "are in both train and val. If they do" in found
+    assert "train with data.group_regex=" in found
+    assert report._likely_groups(SimpleNamespace(split=lambda: [replace(row, group="g") for row in torn])) is None
+    monkeypatch.setattr(report, "_likely_groups", lambda _run: found)
+    text = written(tiny_run.run).read_text("utf-8")
+    assert "Groups in two splits" in text
+    assert IMG not in text
+    assert "are in both train and val" in Tags(text).text
 
 
 def test_evaluated_photos_that_the_run_learnt_from_are_told_and_its_test_photos_are_not(tiny_run):

@@ -8,6 +8,7 @@ Nothing is decoded and nothing is written. What is wrong is collected and said a
 import difflib
 import os
 import re
+import shlex
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from finetune_cli.cache.digests import DigestMemory
 from finetune_cli.errors import DataError
 from finetune_cli.photos import folders, split
 from finetune_cli.photos.folders import Listing
+from finetune_cli.photos.groups import Proposal, propose
 from finetune_cli.photos.scan import BadPhoto, Progress, Sample, listed, may_skip, preflight, refuse_bad
 from finetune_cli.text import counted, shown
 
@@ -42,7 +44,8 @@ class Dataset:
     """All photos of a configuration; ``classes[sample.label]`` is a sample's class.
 
     `roots` maps each split that has photos to the folder that their names are relative to. `notes` are for the person,
-    and so are `warnings`, which tell what makes the numbers look better than they are.
+    and so are `warnings`, which tell what makes the numbers look better than they are. `proposal` holds likely groups,
+    where none were given.
     """
 
     classes: tuple[str, ...]
@@ -53,6 +56,7 @@ class Dataset:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     roots: dict[str, Path]
+    proposal: Proposal | None = None
 
     @property
     def splits(self) -> dict[str, tuple[Sample, ...]]:
@@ -107,15 +111,21 @@ def load(
     roots = {name: listing.root for name, listing in listings.items()}
     if group_regex is not None:
         notes += _ungrouped(parts["train"], group_regex)
-    if "val" not in parts:
+    val_is_given = "val" in parts
+    if not val_is_given:
         parts["train"], parts["val"] = _keep_for_validation(parts["train"], val_split)
         roots["val"] = roots["train"]
     notes += _copies(parts["train"]) + _lonely(parts, classes)
-    warnings = [*_overlaps(parts), *_alike(classes)]
+    proposal = None
+    if all(sample.group is None for samples in parts.values() for sample in samples):
+        proposal = propose(
+            {name: [(sample.name, classes[sample.label]) for sample in samples] for name, samples in parts.items()}
+        )
+    warnings = [*_overlaps(parts), *_alike(classes), *_torn(proposal, val_is_given)]
     ready = {name: tuple(parts.get(name, ())) for name in ("train", "val", "test")}
     roots = {name: root for name, root in roots.items() if ready[name]}
     return Dataset(
-        classes, ready["train"], ready["val"], ready["test"], tuple(bad), tuple(notes), tuple(warnings), roots
+        classes, ready["train"], ready["val"], ready["test"], tuple(bad), tuple(notes), tuple(warnings), roots, proposal
     )
 
 
@@ -316,6 +326,16 @@ def _overlaps(parts: Mapping[str, Sequence[Sample]]) -> list[str]:
         if groups:
             found.append(f"{counted(len(groups), 'group')} with photos in both {a} and {b}")
     return found
+
+
+def _torn(proposal: Proposal | None, val_is_given: bool) -> list[str]:
+    """A warning of likely groups with photos in two splits."""
+    if proposal is None or not proposal.shared:
+        return []
+    remedy = "make the split by these groups"
+    if not val_is_given and "val" in proposal.shared:
+        remedy = f"keep each on one side with {shlex.quote(f'data.group_regex={proposal.regex}')}"
+    return [f"{proposal}, so the accuracy may look better than it is; {remedy}"]
 
 
 def _lonely(parts: Mapping[str, Sequence[Sample]], classes: Sequence[str]) -> list[str]:

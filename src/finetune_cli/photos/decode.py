@@ -21,6 +21,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +53,7 @@ _UPRIGHT = {
     8: "ROTATE_90",
 }
 _ORIENTATION = 0x0112
+_EXIF_DATA, _RECORDED = 0x8769, 0x9003
 # Tags of TIFF 6.0, and the value of the second that says that 0 is white.
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 _WHITE_IS_ZERO = 0
@@ -97,6 +99,14 @@ def read_header(source: Path | bytes, max_pixels: int) -> Header:
     """
     with opened(source, max_pixels) as image:
         return Header(*image.size, str(image.format))
+
+
+def recorded(path: Path, max_pixels: int) -> datetime | None:
+    """When a photo was taken, without a time zone, as Exif says (2.32, DateTimeOriginal); None if it does not."""
+    with contextlib.suppress(BadImage), opened(path, max_pixels) as image:
+        text = image.getexif().get_ifd(_EXIF_DATA).get(_RECORDED)
+        return None if text is None else datetime.strptime(str(text), "%Y:%m:%d %H:%M:%S")
+    return None
 
 
 def decode(source: Path | bytes, settings: ImageSettings) -> NDArray[np.uint8]:

@@ -24,6 +24,7 @@ from finetune_cli.evaluation.judge import Judged
 from finetune_cli.inference.predictor import InsightfulPredictor
 from finetune_cli.parallel import cores
 from finetune_cli.photos.dataset import Sample
+from finetune_cli.photos.groups import propose
 from finetune_cli.progress import Observer
 from finetune_cli.report import charts, refit_data, refits, sentences, thumbnails
 from finetune_cli.report import matrix as confusion
@@ -73,6 +74,7 @@ def report(judged: Judged, folder: Path, observer: Observer) -> Path:
             judged.evaluation.coverage,
         ),
         "duplicates": _duplicates(judged),
+        "groups": _likely_groups(judged.run),
         "notes": [brief(note, 400) for note in judged.photos.notes],
         "bad": [(brief(photo.name), brief(photo.reason, 200)) for photo in judged.bad[:_MOST_ROWS]],
         "bad_count": len(judged.bad),
@@ -191,6 +193,21 @@ def _duplicates(judged: Judged) -> Values:
         for of_split in found[:_MOST_ROWS]
     ]
     return {"rows": rows, "more": len(found) - len(rows)}
+
+
+def _likely_groups(run: Run) -> str | None:
+    """A sentence about photos that seem to belong together but were split, if no groups were given."""
+    splits: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for row in run.split():
+        if row.group:
+            return None
+        splits[row.split].append((row.path, row.label))
+    proposal = propose(splits)
+    if proposal is None or not proposal.shared:
+        return None
+    return (
+        f"{proposal}. If they do, the accuracy may look better than it is: train with data.group_regex={proposal.regex}"
+    )
 
 
 def _from_training(judged: Judged, observer: Observer) -> Values:

@@ -10,7 +10,7 @@ from finetune_cli.head.lbfgs import class_weights
 from finetune_cli.photos.dataset import BadPhoto, Dataset, refuse_bad, refuse_empty
 from finetune_cli.progress import Observer
 from finetune_cli.runs import run
-from finetune_cli.training.prepare import decode_all, index
+from finetune_cli.training.prepare import decode_all, index, warn_of_series
 from finetune_cli.training.requirements import check_settings
 
 
@@ -31,6 +31,7 @@ def check(config: Config, observer: Observer) -> Report:
     run.check_target(config.output.directory, config.output.name)
     check_settings(config)
     data = index(config, observer)
+    warn_of_series(config, data, observer)
     class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
     bad = [*data.bad, *decode_all(config, data, observer)]
     refuse_bad(bad, data.photos, config.data.on_bad_image)

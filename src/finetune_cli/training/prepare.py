@@ -26,7 +26,7 @@ from finetune_cli.inference import runtimes
 from finetune_cli.inference.predictor import UNSURE
 from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.parallel import cores, ordered_map
-from finetune_cli.photos import dataset
+from finetune_cli.photos import dataset, groups
 from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import BadPhoto, Dataset, Sample
 from finetune_cli.photos.decode import ImageSettings
@@ -231,6 +231,15 @@ def index(config: Config, observer: Observer) -> Dataset:
             "that option will not work with this model unless the class gets another name"
         )
     return data
+
+
+def warn_of_series(config: Config, data: Dataset, observer: Observer) -> None:
+    """Say that photos taken at nearly the same time are in train and in val, if no groups are known or proposed."""
+    if data.proposal is not None or any(sample.group for part in data.splits.values() for sample in part):
+        return
+    paths = {split: [sample.path for sample in part] for split, part in data.splits.items()}
+    if said := groups.series(paths, config.image.max_pixels):
+        observer.warn(f"{said}; if they show the same thing, name the groups in the column `group` of a table")
 
 
 def advance_to(advance: Meter) -> Callable[[int, int], None]:

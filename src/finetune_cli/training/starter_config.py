@@ -3,6 +3,7 @@
 import os
 import re
 import statistics
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,8 @@ from finetune_cli.config.schema import Config, DataConfig
 from finetune_cli.errors import BadImage
 from finetune_cli.photos.dataset import Dataset, Sample, refuse_bad, refuse_empty
 from finetune_cli.photos.decode import read_header
-from finetune_cli.progress import Observer
+from finetune_cli.photos.groups import Proposal
+from finetune_cli.progress import Observer, Silent
 from finetune_cli.text import shown
 from finetune_cli.training import prepare
 
@@ -53,11 +55,17 @@ def starter_config(data: Path, target: Path, observer: Observer) -> str:
     found = prepare.index(config, observer)
     refuse_bad(found.bad, found.photos, "skip")
     refuse_empty(found.classes, found.splits, found.bad)
+    prepare.warn_of_series(config, found, observer)
+    proposal = found.proposal
+    if proposal is not None:
+        observer.note(f"{shown(target)} sets data.group_regex to keep such groups together; remove it if they are none")
+        grouped = config.data.model_copy(update={"group_regex": proposal.regex})
+        found = prepare.index(config.model_copy(update={"data": grouped}), Silent())
     folder = target.absolute().parent
     return _TEMPLATE.format(
         found="\n".join(f"# {line}".rstrip() for line in _description(data, found, config.image.max_pixels)),
         target=shown(target),
-        data="\n".join(_data_section(_relative(data, folder), data.is_file())),
+        data="\n".join(_data_section(_relative(data, folder), data.is_file(), proposal)),
         training="\n".join(_training_section(found)),
     )
 
@@ -97,12 +105,19 @@ def _sizes(samples: Sequence[Sample], max_pixels: int) -> str:
     return f" Typical size: {width} x {height} pixels."
 
 
-def _data_section(train: str, is_table: bool) -> Iterator[str]:
+def _data_section(train: str, is_table: bool, proposal: Proposal | None) -> Iterator[str]:
     yield f"  train: {yaml_text(train)}"
     yield "  on_bad_image: skip              # photos that cannot be decoded are left out and listed; or error"
     given = "a column `split` is" if is_table else "val and test folders beside train are"
     yield f"  # {given} used as they are; without, a part is kept for validation:"
     yield "  # val_split: 0.2"
+    if proposal is not None:
+        text = (
+            f"A guess: {proposal}. That is so without the next line, which keeps each group on one side when "
+            "validation photos are taken from the training photos. Remove it if these are no groups."
+        )
+        yield from (f"  # {line}" for line in textwrap.wrap(text, 110, break_long_words=False, break_on_hyphens=False))
+        yield f"  group_regex: {yaml_text(proposal.regex)}"
 
 
 def _training_section(found: Dataset) -> Iterator[str]:
