@@ -6,6 +6,7 @@
     +-- DataError              3   something about the photos
     |   +-- BadImage           3   one photo that cannot be decoded
     |   +-- BadPhotos          3   photos that cannot be used, but could be skipped
+    |   +-- ChangedPhoto       3   a photo that is not the one that was indexed
     +-- GateError              4   a quality or parity limit was missed
     +-- WeightsError           1   a weight or model file that is missing, foreign or damaged
     +-- RunError               1   a run directory that is missing, unfinished, locked or damaged
@@ -74,6 +75,14 @@ class BadImage(DataError):
 
 class BadPhotos(DataError):
     """Photos that cannot be used, few enough to be left out with ``data.on_bad_image: skip``."""
+
+
+class ChangedPhoto(DataError):
+    """The bytes of a photo are not those that were indexed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path} changed while the command was running", "run the same command again")
+        self.path = path
 
 
 class GateError(FinetuneError):

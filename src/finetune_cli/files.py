@@ -104,8 +104,8 @@ def fsync_file(path: Path) -> None:
         os.close(handle)
 
 
-def make_folder(folder: Path) -> None:
-    """Create `folder` and its parents durably; it may exist. Raises `StorageError`."""
+def make_folder(folder: Path, mode: int = 0o777) -> None:
+    """Create `folder`, with `mode` but for the umask, and its parents durably; it may exist. Raises `StorageError`."""
     with _translated(folder):
         missing = []
         existing = folder
@@ -113,7 +113,7 @@ def make_folder(folder: Path) -> None:
             missing.append(existing)
             existing = existing.parent
         for new in reversed(missing):
-            new.mkdir(exist_ok=True)
+            new.mkdir(mode if new == folder else 0o777, exist_ok=True)
             fsync_folder(new.parent)
         if not folder.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "a file has that name", str(folder))

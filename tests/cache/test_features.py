@@ -14,7 +14,7 @@ from paths import SOURCE
 
 from finetune_cli.cache import features
 from finetune_cli.cache import maintenance as command_cache
-from finetune_cli.cache.digests import DigestMemory
+from finetune_cli.cache.digests import DigestCache
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.errors import RunError, StorageError, UsageError
 from finetune_cli.files import human_bytes
@@ -371,12 +371,12 @@ import os, sys
 from pathlib import Path
 import numpy as np
 from finetune_cli.cache.features import FeatureStore
-from finetune_cli.cache.digests import DigestMemory
+from finetune_cli.cache.digests import DigestCache
 store = FeatureStore(Path(sys.argv[1]))
 for i in range(100):
     store.put([(bytes([i]) * 32, np.random.default_rng(i).normal(size=1280).astype(np.float32))])
-store._connection.execute("BEGIN IMMEDIATE")
-store._connection.execute("DELETE FROM features")
+store._file._connection.execute("BEGIN IMMEDIATE")
+store._file._connection.execute("DELETE FROM features")
 os._exit(9)
 """
     environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
@@ -392,13 +392,13 @@ os._exit(9)
 def test_a_full_disk_ends_writing_with_a_warning_and_reading_goes_on(tmp_path):
     fill(tmp_path, ITEMS[:100])
     with FeatureStore(tmp_path) as store:
-        store._connection.execute("PRAGMA max_page_count = 1")  # SQLite's own word for a full disk
+        store._file._connection.execute("PRAGMA max_page_count = 1")  # SQLite's own word for a full disk
         store.put(ITEMS[100:])
         assert_holds(store, ITEMS[:100])
         store.put(ITEMS[100:])
         assert store.get(KEYS[100:]) == {}
     assert len(store.warnings) == 1
-    assert "database or disk is full; at least 512 kB more are needed" in store.warnings[0]
+    assert "database or disk is full; at least 515 kB more are needed" in store.warnings[0]
     fill(tmp_path)
 
 
@@ -409,7 +409,7 @@ def test_a_folder_in_the_files_place_costs_no_run(tmp_path):
         store.put(ITEMS)
         assert store.get(KEYS) == {}
     assert len(store.warnings) == 1
-    assert "features are not kept for other runs" in store.warnings[0]
+    assert "nothing new is kept for other runs" in store.warnings[0]
 
 
 def test_a_file_in_the_folders_place_costs_no_run(tmp_path):
@@ -514,13 +514,13 @@ def test_the_commands_say_what_they_did(tmp_path):
     assert command_cache.clear(tmp_path) == f"removed the cache in {tmp_path}: 1.1 MB freed"
 
 
-def test_the_memory_of_digests_is_told_and_cleared(tmp_path):
-    with DigestMemory(tmp_path / "digests.sqlite"):
+def test_the_digest_cache_is_counted_and_cleared(tmp_path):
+    with DigestCache(tmp_path):
         pass
-    (tmp_path / "digests.sqlite.damaged").write_bytes(b"12345")
+    (tmp_path / "digests.sqlite.damaged-1").write_bytes(b"12345")
     size = (tmp_path / "digests.sqlite").stat().st_size + 5
-    told = command_cache.info(tmp_path)[1]
-    assert told == f"memory of photo digests {tmp_path / 'digests.sqlite'}: {human_bytes(size)}"
+    line = command_cache.info(tmp_path)[1]
+    assert line == f"digest cache {tmp_path / 'digests.sqlite'}: {human_bytes(size)}"
     command_cache.clear(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
@@ -529,7 +529,7 @@ def test_the_memory_of_digests_is_told_and_cleared(tmp_path):
 def test_clear_waits_for_whoever_is_opening_the_file(tmp_path, monkeypatch):
     from finetune_cli import files
 
-    monkeypatch.setattr(features, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("finetune_cli.cache.sqlite_file.BUSY_SECONDS", 0.1)
     fill(tmp_path)
     with files.lock(tmp_path), pytest.raises(RunError, match=f"in use by process {os.getpid()}"):
         features.clear(tmp_path)

@@ -19,7 +19,7 @@ from paths import PROGRAMS, ROOT, SOURCE
 from photo_files import write_photo
 from PIL import Image
 
-from finetune_cli.cache.digests import DigestMemory
+from finetune_cli.cache.digests import DigestCache
 from finetune_cli.errors import DataError
 from finetune_cli.photos.dataset import iter_photos, load, refuse_bad
 
@@ -167,7 +167,7 @@ def test_odd_names_pipes_and_loops(answers, tmp_path):
         os.mkfifo(tmp_path / "data" / os.fsdecode(label) / "pipe.png")
         (tmp_path / "data" / os.fsdecode(label) / "loop").symlink_to("..")
         (tmp_path / "data" / os.fsdecode(label) / "self.png").symlink_to("self.png")
-    with DigestMemory(tmp_path / "digests.sqlite") as memory:
+    with DigestCache(tmp_path / "digests.sqlite") as memory:
         data = load(tmp_path / "data", None, None, 0.2, None, 10**8, memory, lambda done, total: None)
     assert memory.warnings == []
     assert len(data.train) + len(data.val) == 2 * len(ODD_NAMES)
@@ -183,7 +183,7 @@ def test_odd_names_of_bad_photos_stay_on_one_line(tmp_path):
     for name in ODD_NAMES:
         write_photo(tmp_path / "a" / os.fsdecode(name)).write_bytes(b"no photo")
         write_photo(tmp_path / "b" / os.fsdecode(name))
-    data = load(tmp_path, None, None, 0.2, None, 10**8, DigestMemory(None), lambda done, total: None)
+    data = load(tmp_path, None, None, 0.2, None, 10**8, DigestCache(None), lambda done, total: None)
     with pytest.raises(DataError) as caught:
         refuse_bad(data.bad, data.photos, "error")
     lines = str(caught.value).splitlines()

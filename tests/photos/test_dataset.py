@@ -8,15 +8,15 @@ from pathlib import Path
 import pytest
 from photo_files import photo_bytes, write_photo, write_photos
 
-from finetune_cli.cache.digests import DigestMemory, Facts
+from finetune_cli.cache.digests import DigestCache, Facts
 from finetune_cli.errors import BadPhotos, DataError
 from finetune_cli.photos import dataset
 from finetune_cli.photos.dataset import BadPhoto, iter_photos, load_labelled, refuse_bad
 
 
 def load(train, val=None, test=None, val_split=0.2, group_regex=None, max_pixels=10**8, **options):
-    options = {"memory": DigestMemory(None), "progress": lambda done, total: None} | options
-    return dataset.load(train, val, test, val_split, group_regex, max_pixels, options["memory"], options["progress"])
+    options = {"cache": DigestCache(None), "progress": lambda done, total: None} | options
+    return dataset.load(train, val, test, val_split, group_regex, max_pixels, options["cache"], options["progress"])
 
 
 def names(samples):
@@ -60,14 +60,15 @@ def test_progress_counts_all_photos_once(two_classes):
     assert calls == [(i, 40) for i in range(1, 41)]
 
 
-def test_remembered_photos_are_not_read_again(two_classes, tmp_path, monkeypatch):
+def test_photos_in_the_digest_cache_are_not_read_again(two_classes, tmp_path, monkeypatch):
     monkeypatch.setattr("finetune_cli.cache.digests._SETTLED_NS", -1)
-    with DigestMemory(tmp_path / "m.sqlite") as memory:
-        first = load(two_classes, memory=memory)
+    monkeypatch.setattr("finetune_cli.cache.mounts.ChangeTimes.trusted", lambda *_arguments: True)
+    with DigestCache(tmp_path / "cache") as cache:
+        first = load(two_classes, cache=cache)
     monkeypatch.setattr("finetune_cli.photos.scan.examine", lambda path: pytest.fail(f"{path} is read again"))
-    with DigestMemory(tmp_path / "m.sqlite") as memory:
-        assert load(two_classes, memory=memory) == first
-        text = problem(two_classes, memory=memory, max_pixels=3)
+    with DigestCache(tmp_path / "cache") as cache:
+        assert load(two_classes, cache=cache) == first
+        text = problem(two_classes, cache=cache, max_pixels=3)
     assert text.count("2 x 2 pixels, more than image.max_pixels = 3") == 20
     assert "and 20 more" in text
 
@@ -418,7 +419,7 @@ def test_refuse_bad():
 
 
 def labelled(path, classes=("city", "forest", "sea")):
-    return load_labelled(path, classes, 10**8, DigestMemory(None), lambda done, total: None)
+    return load_labelled(path, classes, 10**8, DigestCache(None), lambda done, total: None)
 
 
 def test_labelled_photos_are_aligned_by_name(two_classes):

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from finetune_cli.cache import digests, features
+from finetune_cli.cache import digests, features, sqlite_file
 from finetune_cli.errors import UsageError
 from finetune_cli.files import human_bytes
 
@@ -36,17 +36,19 @@ def info(folder: Path) -> list[str]:
             f"{len(found.aside)} damaged file(s) set aside, {human_bytes(found.aside_size)}: "
             + ", ".join(path.name for path in found.aside)
         )
-    memory = digests.companions(folder / digests.NAME)
-    if memory[0].exists():
-        size = sum(path.stat().st_size for path in memory if path.exists())
-        lines.append(f"memory of photo digests {memory[0]}: {human_bytes(size)}")
+    if size := sqlite_file.size(_digest_files(folder)):
+        lines.append(f"digest cache {folder / digests.KIND.name}: {human_bytes(size)}")
     return lines
 
 
 def clear(folder: Path) -> str:
     """Remove features and digests in `folder`; a line that says what was freed. Raises `StorageError` or `RunError`."""
-    freed = features.clear(folder, digests.companions(folder / digests.NAME))
+    freed = features.clear(folder) + sqlite_file.remove(_digest_files(folder), folder)
     return f"removed the cache in {folder}: {human_bytes(freed)} freed"
+
+
+def _digest_files(folder: Path) -> list[Path]:
+    return [*sqlite_file.companions(folder / digests.KIND.name), *sqlite_file.aside(folder, digests.KIND)]
 
 
 def prune(folder: Path, max_size: str) -> str:

@@ -1,30 +1,35 @@
-"""The file of the feature store: how it is opened, begun, recognised, and told from a damaged or foreign one.
+"""An SQLite file of ours: opened, recognised, created, locked, and set aside when it is damaged or foreign.
 
-    features(id, key, crc, value)   id grows, so the lowest is the oldest; value is little-endian float32
-    application_id 0x46744673       so that the file of another program is known as such
-    user_version   FORMAT           the format below
+Both caches (features, and digests of photos) are such files: one table of rows that can be computed again. A cache must
+never cost a run: whatever happens to its file, reading gives fewer rows and writing stops, with a warning.
+
+    application_id, user_version   the mark and the format of a `Kind`: another program's file is known as such
+    one table, nothing else        a trigger, a view or another column means that somebody changed the file
 
 SQLite in WAL mode with 4 KB pages: readers and a writer do not wait for each other, a kill loses at most the rows that
 were being written, and reads through system calls (never a memory map) make a truncated file an error, not a crash.
 
-Format versions: 1 is the first. For version 2: raise `FORMAT`; a file of another version is set aside like a damaged
-one, because features are computed again rather than converted.
+A new format: raise `Kind.format`. A file of another format is set aside like a damaged one, because rows are computed
+again rather than converted.
 """
 
 import contextlib
+import errno
+import os
 import sqlite3
-from collections.abc import Iterator
+import stat
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-FORMAT = 1
-NAME = "features.sqlite"
+from finetune_cli import files
+from finetune_cli.errors import FinetuneError
+
 PAGE = 4096
 BUSY_SECONDS = 60.0
-_APPLICATION = 0x46744673
-_TABLE = (
-    "CREATE TABLE features "
-    "(id INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, crc INTEGER NOT NULL, value BLOB NOT NULL)"
-)
+_KEYS_A_QUERY = 1000
 _DAMAGE = {
     sqlite3.SQLITE_ERROR,  # a changed schema format, or no such table
     sqlite3.SQLITE_TOOBIG,
@@ -34,14 +39,26 @@ _DAMAGE = {
     sqlite3.SQLITE_IOERR_READ,
     sqlite3.SQLITE_IOERR_SHORT_READ,
 }
+# The second one comes where SQLite's own message quotes bytes of a damaged file.
+FAULTS = (sqlite3.Error, UnicodeDecodeError)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What tells one kind of file from all others; `title` is its name in messages, such as "the feature cache".
+
+    table: the CREATE TABLE statement, which must be the whole schema of the file.
+    """
+
+    name: str
+    title: str
+    application: int
+    format: int
+    table: str
 
 
 class NotOursError(Exception):
-    """The file is damaged, of another program or of another version; the text says which."""
-
-
-# The second one comes where SQLite's own message quotes bytes of a damaged file.
-FAULTS = (sqlite3.Error, UnicodeDecodeError)
+    """The file is damaged, or not one of ours; the text says why, and continues a sentence that names the file."""
 
 
 def is_damage(exc: Exception) -> bool:
@@ -58,11 +75,157 @@ def is_busy(exc: Exception) -> bool:
     return getattr(exc, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """Open the store at `path` for reading and writing; create it if there is nothing.
+class SqliteFile:
+    """The file of a `kind` in `folder`; safe to use from several threads, and by several processes.
 
-    Raises `NotOursError`, or `sqlite3.Error` for a fault that is not the file's.
+    Opening never fails: a file that cannot be opened or written works without what it lacks, and `warnings` says so.
+    A damaged or foreign file is set aside under another name and begun anew. `writable` False: the caller knows, and
+    has said, that nothing can be written in `folder`; what can be read is read.
     """
+
+    def __init__(self, folder: Path, kind: Kind, writable: bool = True) -> None:
+        self.kind = kind
+        self.path = folder / kind.name
+        self.warnings: list[str] = []
+        self.writable = writable
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._identity: tuple[int, int] | None = None
+        self._rebuilt = False
+        if writable:
+            self._open()
+        else:
+            self._open_read_only()
+
+    def close(self) -> None:
+        """Close the file; `warnings` stays readable."""
+        with self._lock:
+            if self._connection is not None:
+                with contextlib.suppress(*FAULTS):
+                    self._connection.close()
+            self._connection = None
+
+    def select(self, query: str, keys: Sequence[bytes]) -> list[tuple[Any, ...]]:
+        """The rows of `query`, which ends in ``IN``, for any number of `keys`; after a fault, fewer."""
+        rows: list[tuple[Any, ...]] = []
+        with self._lock:
+            for start in range(0, len(keys), _KEYS_A_QUERY):
+                some = keys[start : start + _KEYS_A_QUERY]
+                try:
+                    if self._connection is not None:
+                        rows += self._connection.execute(f"{query} ({','.join('?' * len(some))})", some)
+                except FAULTS as exc:
+                    self._failed(exc, 0)
+        return rows
+
+    def write(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Execute `statement` for each of `rows`, in one transaction.
+
+        When the disk is full or another fault stops the writing, a warning says so and nothing is written from then on.
+        """
+        size = sum(len(value) for row in rows for value in row if isinstance(value, bytes))
+        with self._lock:
+            for _attempt in range(2):
+                if not rows or not self.writable or self._connection is None:
+                    return
+                try:
+                    _execute(self._connection, statement, rows)
+                except FAULTS as exc:
+                    if self._failed(exc, size):
+                        continue
+                return
+
+    def _open(self) -> None:
+        try:
+            files.make_folder(self.path.parent)
+            with files.lock(self.path.parent, wait=BUSY_SECONDS):
+                try:
+                    self._connect()
+                except NotOursError as exc:
+                    self._set_aside(str(exc))
+                    self._connect()
+        except (FinetuneError, OSError, *FAULTS, NotOursError) as exc:
+            self._only_read(exc)
+
+    def _connect(self) -> None:
+        self._connection = connect(self.path, self.kind)
+        self._identity = files.identity(self.path)
+
+    def _failed(self, exc: Exception, size: int) -> bool:
+        """Go on after a fault, without writing or with a new file; whether it is a new file, worth another try.
+
+        `size`: how many bytes were to be written, 0 for a fault in reading.
+        """
+        gone = files.identity(self.path) != self._identity  # another process has set it aside, or cleared the cache
+        if (is_damage(exc) or gone) and self.writable and not self._rebuilt:
+            self._rebuild()
+            return self.writable
+        name = f"{self.kind.title} {self.path}"
+        if is_busy(exc):
+            self._warn(f"{name} was locked for {BUSY_SECONDS:.0f} s; some rows were not stored")
+        elif size:
+            self.writable = False
+            self._warn(
+                f"{name} cannot be written ({exc}; at least {files.human_bytes(size)} more are needed), so nothing new "
+                "is kept for other runs; free some space, or set runtime.cache_dir to another disk"
+            )
+        else:
+            self.writable = False
+            self.close()
+            self._warn(f"{name} cannot be read any more ({exc}); what it held is computed again")
+        return False
+
+    def _rebuild(self) -> None:
+        self._rebuilt = True
+        self.close()
+        try:
+            with files.lock(self.path.parent, wait=BUSY_SECONDS):
+                if files.identity(self.path) == self._identity:  # else another process has set it aside already
+                    self._set_aside("is damaged")
+        except (FinetuneError, OSError) as exc:
+            self._only_read(exc)
+        else:
+            self._open()
+
+    def _only_read(self, exc: Exception) -> None:
+        """Read what can be read of a file that cannot be written, because of `exc`."""
+        self._open_read_only()
+        reason = exc.problem if isinstance(exc, FinetuneError) else str(exc)
+        use = "it is only read" if self._connection is not None else "nothing new is kept for other runs"
+        self._warn(f"{self.kind.title} {self.path} cannot be written ({reason}); {use}")
+
+    def _open_read_only(self) -> None:
+        self.close()
+        self.writable = False
+        with contextlib.suppress(OSError, *FAULTS, NotOursError):
+            self._connection = connect_immutable(self.path, self.kind)
+
+    def _set_aside(self, reason: str) -> None:
+        """Rename the file and its companions; the caller holds the lock of the folder."""
+        self.close()
+        number = 1
+        while os.path.lexists(target := self.path.with_name(f"{self.kind.name}.damaged-{number}")):
+            number += 1
+        # The logs go first: next to a new file they would be played into that.
+        for old, new in reversed(list(zip(companions(self.path), companions(target), strict=True))):
+            if os.path.lexists(old):
+                old.replace(new)
+        self._warn(f"{self.kind.title} {self.path} {reason}; it was set aside as {target.name} and is built anew")
+
+    def _warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
+
+
+def connect(path: Path, kind: Kind) -> sqlite3.Connection:
+    """Open the file at `path` for reading and writing; create it if there is nothing.
+
+    The caller holds the lock of the folder: SQLite goes by names, so who has opened a file that is renamed before the
+    first look at it would play the log of the new file into the old one.
+
+    Raises `NotOursError`, or `sqlite3.Error` or `OSError` for a fault that is not the file's.
+    """
+    _check_owner(path)
     connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         with _judged():
@@ -72,11 +235,11 @@ def connect(path: Path) -> sqlite3.Connection:
                 connection.execute(f"PRAGMA page_size = {PAGE}")
                 connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
                 connection.execute("BEGIN IMMEDIATE")
-                connection.execute(f"PRAGMA application_id = {_APPLICATION}")
-                connection.execute(f"PRAGMA user_version = {FORMAT}")
-                connection.execute(_TABLE)
+                connection.execute(f"PRAGMA application_id = {kind.application}")
+                connection.execute(f"PRAGMA user_version = {kind.format}")
+                connection.execute(kind.table)
                 connection.execute("COMMIT")
-            _check_identity(connection)
+            _check_identity(connection, kind)
             connection.execute("PRAGMA journal_mode = WAL").fetchall()
             # The log is not fsynced at every commit: a power cut may lose the newest rows, and damages none.
             connection.execute("PRAGMA synchronous = NORMAL")
@@ -86,28 +249,100 @@ def connect(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def connect_reader(path: Path) -> sqlite3.Connection:
-    """Open the store at `path` for reading only, leaving nothing behind. Raises as `connect` does."""
+def connect_reader(path: Path, kind: Kind) -> sqlite3.Connection:
+    """Open the file at `path` for reading only, leaving nothing behind. Raises as `connect` does."""
     log = companions(path)[2]
     if not log.exists() or not log.stat().st_size:
-        return connect_immutable(path)  # SQLite would make an empty log and leave it there
-    return _checked(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS))
+        return connect_immutable(path, kind)  # SQLite would make an empty log and leave it there
+    _check_owner(path)
+    return _checked(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS), kind)
 
 
-def connect_immutable(path: Path) -> sqlite3.Connection:
-    """Open the store at `path` without any lock or companion file. Raises as `connect` does.
+def connect_immutable(path: Path, kind: Kind) -> sqlite3.Connection:
+    """Open the file at `path` without any lock or companion file. Raises as `connect` does.
 
     A process on another machine may write at the same time: the rows that this tears fail their CRC.
     """
+    _check_owner(path)
     uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
-    return _checked(sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False))
+    return _checked(sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False), kind)
 
 
-def _checked(connection: sqlite3.Connection) -> sqlite3.Connection:
+def companions(path: Path) -> tuple[Path, Path, Path, Path]:
+    """The file, its shared index, its write-ahead log, and the journal of a file that is not in WAL mode."""
+    return path, Path(f"{path}-shm"), Path(f"{path}-wal"), Path(f"{path}-journal")
+
+
+def aside(folder: Path, kind: Kind) -> tuple[Path, ...]:
+    """What was set aside in `folder`."""
+    return tuple(sorted(folder.glob(f"{kind.name}.damaged*")))
+
+
+def size(paths: Sequence[Path]) -> int:
+    """Bytes that those of `paths` that exist take on the disk."""
+    total = 0
+    for path in paths:
+        with contextlib.suppress(OSError):
+            total += path.lstat().st_size
+    return total
+
+
+def remove(paths: Sequence[Path], folder: Path) -> int:
+    """Remove those of `paths` that exist, under the lock of `folder`; returns the bytes freed.
+
+    Raises `StorageError` when the folder cannot be written, `RunError` when another process blocks it.
+    """
+    freed = 0
+    if not any(map(os.path.lexists, paths)):
+        return freed
+    with files.lock(folder, wait=BUSY_SECONDS):
+        for path in reversed(paths):
+            bytes_here = size([path])
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                continue
+            except OSError as exc:
+                raise files.storage_error(exc, path) from exc
+            freed += bytes_here
+    return freed
+
+
+def _execute(connection: sqlite3.Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        connection.executemany(statement, rows)
+        connection.execute("COMMIT")
+    except BaseException:  # an interrupt, too, must not leave the transaction open
+        if connection.in_transaction:
+            with contextlib.suppress(*FAULTS):
+                connection.execute("ROLLBACK")
+        raise
+
+
+def _check_owner(path: Path) -> None:
+    """Raise `NotOursError` for a file or log of another user, who could choose its rows, and for a link or a pipe.
+
+    Raises `OSError` for a folder, which is never moved away.
+    """
+    for part in companions(path):
+        try:
+            status = part.lstat()
+        except FileNotFoundError:
+            continue
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(part))
+        if not stat.S_ISREG(status.st_mode):
+            raise NotOursError("is not a regular file")
+        if hasattr(os, "geteuid") and status.st_uid not in (0, os.geteuid()):
+            raise NotOursError("belongs to another user")
+
+
+def _checked(connection: sqlite3.Connection, kind: Kind) -> sqlite3.Connection:
     try:
         with _judged():
             connection.execute("PRAGMA trusted_schema = OFF")
-            _check_identity(connection)
+            _check_identity(connection, kind)
     except BaseException:
         connection.close()
         raise
@@ -129,17 +364,12 @@ def _is_empty(connection: sqlite3.Connection) -> bool:
     return not tables and connection.execute("PRAGMA application_id").fetchone()[0] == 0
 
 
-def _check_identity(connection: sqlite3.Connection) -> None:
+def _check_identity(connection: sqlite3.Connection, kind: Kind) -> None:
     """Raise `NotOursError` unless the file has our mark, our format and our table, and no trigger or view besides."""
-    if connection.execute("PRAGMA application_id").fetchone()[0] != _APPLICATION:
+    if connection.execute("PRAGMA application_id").fetchone()[0] != kind.application:
         raise NotOursError("was made by another program")
-    if connection.execute("PRAGMA user_version").fetchone()[0] != FORMAT:
+    if connection.execute("PRAGMA user_version").fetchone()[0] != kind.format:
         raise NotOursError("was made by another version of finetune-cli")
     connection.text_factory = bytes  # text in a damaged file need not be decodable
-    if connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall() != [(_TABLE.encode(),)]:
+    if connection.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall() != [(kind.table.encode(),)]:
         raise NotOursError("is damaged")
-
-
-def companions(path: Path) -> tuple[Path, Path, Path]:
-    """The file, its shared index and its write-ahead log."""
-    return path, Path(f"{path}-shm"), Path(f"{path}-wal")

@@ -202,6 +202,6 @@ def prune(
 
 
 def _cache_folder(folder: Path | None) -> Path:
-    from finetune_cli.cache.features import default_folder
+    from finetune_cli.cache.folder import own_folder
 
-    return folder or default_folder()
+    return own_folder(folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_cli import files
-from finetune_cli.cache.digests import DigestMemory
+from finetune_cli.cache.digests import DigestCache
 from finetune_cli.errors import GateError, StorageError, UsageError
 from finetune_cli.evaluation import judge as judged
 from finetune_cli.evaluation.judge import Calibration, Compared, Judged, Photos
@@ -126,9 +126,9 @@ def _photos(run: Run, data: Path | None, root: Path | None, workers: int, observ
     if data is None:
         with observer.stage("looking for the photos", None, "files") as advance:
             return judged.photos_of_run(run, root, workers, advance)
-    with observer.stage("preflight", None) as advance, DigestMemory(None) as memory:
+    with observer.stage("preflight", None) as advance, DigestCache(None) as cache:
         progress = prepare.advance_to(advance)
-        labelled = dataset.load_labelled(data, run.classes, run.image_settings.max_pixels, memory, progress)
+        labelled = dataset.load_labelled(data, run.classes, run.image_settings.max_pixels, cache, progress)
     present = {sample.label for sample in labelled.samples}
     notes = labelled.notes
     if len(present) < len(run.classes):

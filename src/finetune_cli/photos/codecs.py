@@ -74,7 +74,7 @@ class Refused(Exception):
 
 
 @contextlib.contextmanager
-def opened(source: Path | bytes, max_pixels: int) -> Iterator["ImageFile"]:
+def opened(source: Path | bytes | BinaryIO, max_pixels: int) -> Iterator["ImageFile"]:
     """The image with its header read; every exception of the block becomes a `BadImage`.
 
     No pixel is decoded here. An image of more than `max_pixels` is refused.
@@ -97,14 +97,18 @@ def opened(source: Path | bytes, max_pixels: int) -> Iterator["ImageFile"]:
             yield image
     # Pillow raises a dozen unrelated types for files that it cannot read, and promises none of them.
     except Exception as exc:
-        name = "image" if isinstance(source, bytes) else source
-        if isinstance(exc, FileNotFoundError):
-            raise BadImage(name, "there is no such file", "check the path") from exc
-        if isinstance(exc, IsADirectoryError):
-            raise BadImage(name, "this is a folder", "name a photo in it") from exc
-        if isinstance(exc, PermissionError):
-            raise BadImage(name, reason(exc, kind), "grant yourself access") from exc
-        raise BadImage(name, reason(exc, kind)) from exc
+        raise unreadable(source if isinstance(source, Path) else "image", exc, kind) from exc
+
+
+def unreadable(name: Path | str, exc: Exception, kind: str | None = None) -> BadImage:
+    """The error to raise for a photo that could not be opened or decoded because of `exc`."""
+    if isinstance(exc, FileNotFoundError):
+        return BadImage(name, "there is no such file", "check the path")
+    if isinstance(exc, IsADirectoryError):
+        return BadImage(name, "this is a folder", "name a photo in it")
+    if isinstance(exc, PermissionError):
+        return BadImage(name, reason(exc, kind), "grant yourself access")
+    return BadImage(name, reason(exc, kind))
 
 
 def too_large(width: int, height: int, max_pixels: int, kind: str = "") -> str:
@@ -117,13 +121,20 @@ def too_large(width: int, height: int, max_pixels: int, kind: str = "") -> str:
 
 
 @contextlib.contextmanager
-def _stream(source: Path | bytes) -> Iterator[BinaryIO]:
-    if isinstance(source, bytes):
-        yield io.BytesIO(source)
-        return
+def _stream(source: Path | bytes | BinaryIO) -> Iterator[BinaryIO]:
+    if isinstance(source, Path):
+        with regular_file(source) as file:
+            yield file
+    else:
+        yield io.BytesIO(source) if isinstance(source, bytes) else source
+
+
+@contextlib.contextmanager
+def regular_file(path: Path) -> Iterator[io.BufferedReader]:
+    """The file at `path`, opened for reading. Raises `Refused` for what is no regular file, and `OSError`."""
     # Without O_NONBLOCK, opening a FIFO would wait for a writer for ever.
     nonblocking = getattr(os, "O_NONBLOCK", 0)
-    with open(source, "rb", opener=lambda path, flags: os.open(path, flags | nonblocking)) as file:
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | nonblocking)) as file:
         if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise Refused("not a regular file")
         yield file
@@ -256,7 +267,7 @@ def _limit_scans(image: "ImageFile", stream: BinaryIO) -> None:
     stream.seek(position)
 
 
-def reason(exc: Exception, kind: str | None) -> str:
+def reason(exc: Exception, kind: str | None = None) -> str:
     """One line for what went wrong, with what to do about it where that is known."""
     if isinstance(exc, Refused):
         return str(exc)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_cli.cache.digests import DigestMemory
+from finetune_cli.cache.digests import DigestCache
 from finetune_cli.errors import DataError
 from finetune_cli.photos import folders, split
 from finetune_cli.photos.folders import Listing
@@ -87,7 +87,7 @@ def load(
     val_split: float | None,
     group_regex: str | None,
     max_pixels: int,
-    memory: DigestMemory,
+    cache: DigestCache,
     progress: Progress,
 ) -> Dataset:
     """Find, check and split the photos of a configuration.
@@ -102,12 +102,12 @@ def load(
     listings = _listings(sources)
     classes = listings["train"].classes
     _check_classes(listings)
-    parts, bad = preflight(listings, classes, grouping(group_regex), max_pixels, memory, progress)
+    parts, bad = preflight(listings, classes, grouping(group_regex), max_pixels, cache, progress)
     _raise(_contradictions(parts, classes), "keep each photo under one label")
     for name, samples in parts.items():
         if not samples:
             raise DataError(f"no photo for {name} can be used{listed(bad)}", "repair or replace them")
-    notes = [*sources.notes, *(note for listing in listings.values() for note in listing.notes), *memory.warnings]
+    notes = [*sources.notes, *(note for listing in listings.values() for note in listing.notes)]
     roots = {name: listing.root for name, listing in listings.items()}
     if group_regex is not None:
         notes += _ungrouped(parts["train"], group_regex)
@@ -130,7 +130,7 @@ def load(
 
 
 def load_labelled(
-    path: Path, classes: Sequence[str], max_pixels: int, memory: DigestMemory, progress: Progress
+    path: Path, classes: Sequence[str], max_pixels: int, cache: DigestCache, progress: Progress
 ) -> Labelled:
     """The photos of a folder per class, or of a table, labelled by position in `classes`.
 
@@ -148,10 +148,10 @@ def load_labelled(
     if splits := [name for name in listing.classes if name.lower() in folders.SPLITS and name not in classes]:
         remedy = f"these are splits; name one of them, such as {path / splits[0]}"
     _raise(problems, remedy)
-    parts, bad = preflight({"test": listing}, classes, lambda _name: None, max_pixels, memory, progress)
+    parts, bad = preflight({"test": listing}, classes, lambda _name: None, max_pixels, cache, progress)
     _raise(_contradictions(parts, classes), "keep each photo under one label")
     samples = tuple(parts["test"])
-    return Labelled(samples, tuple(bad), tuple(listing.notes + memory.warnings), listing.root)
+    return Labelled(samples, tuple(bad), tuple(listing.notes), listing.root)
 
 
 def iter_photos(paths: Iterable[Path], ignored: Counter[str] | None = None) -> Iterator[Path]:

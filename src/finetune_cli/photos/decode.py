@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,7 +92,7 @@ class Header:
     format: str
 
 
-def read_header(source: Path | bytes, max_pixels: int) -> Header:
+def read_header(source: Path | bytes | BinaryIO, max_pixels: int) -> Header:
     """Size and format of an image file; no pixel is decoded.
 
     Raises `BadImage` when it is no image, damaged, no regular file, or has more than `max_pixels` pixels.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_cli.cache.digests import DigestMemory, Facts
+from finetune_cli.cache.digests import DigestCache, Facts
 from finetune_cli.errors import BadImage, BadPhotos, DataError
 from finetune_cli.parallel import cores, ordered_map
 from finetune_cli.photos import codecs, decode
@@ -19,7 +19,7 @@ from finetune_cli.text import counted, shown
 
 _MOST_BAD = 0.1
 _SHOWN = 20
-# Photos that a thread takes at once: few enough to share the work out, many enough for one look into the memory.
+# Photos that a thread takes at once: few enough to share the work out, many enough for one look into the cache.
 _CHUNK = 32
 
 Progress = Callable[[int, int], None]
@@ -77,13 +77,13 @@ def preflight(
     classes: Sequence[str],
     group: Callable[[str], str | None],
     max_pixels: int,
-    memory: DigestMemory,
+    cache: DigestCache,
     progress: Progress,
 ) -> tuple[dict[str, list[Sample]], list[BadPhoto]]:
     """The samples of each listing, labelled by position in `classes`, and all photos that are bad.
 
-    Header and digest of a photo are remembered, or read in a few threads. `group` tells the group of a name that has
-    none from its table; `progress` is called with (photos done, photos in all).
+    Header and digest of a photo come from `cache`, or are read in a few threads. `group` gives the group of a name that
+    has none from its table; `progress` is called with (photos done, photos in all).
     """
     labels = {name: i for i, name in enumerate(classes)}
     total = sum(len(listing.photos) for listing in listings.values())
@@ -92,7 +92,7 @@ def preflight(
     parts: dict[str, list[Sample]] = {}
     for name, listing in listings.items():
         samples = parts[name] = []
-        for photo, facts in _facts(listing.photos, memory):
+        for photo, facts in _facts(listing.photos, cache):
             done += 1
             progress(done, total)
             if isinstance(facts, str):
@@ -107,31 +107,34 @@ def preflight(
 
 
 def examine(path: Path) -> Facts:
-    """Read the file at `path` once for its digest and header. Raises `BadImage` when it is no image or unreadable."""
-    header = decode.read_header(path, sys.maxsize)
+    """Open the file at `path` once for its header and digest. Raises `BadImage` when it is no image or unreadable."""
     try:
-        with path.open("rb") as file:
+        with codecs.regular_file(path) as file:
+            header = decode.read_header(file, sys.maxsize)
+            file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as exc:
-        raise BadImage(path, f"cannot be read: {exc.strerror}") from exc
+    except BadImage as exc:
+        raise BadImage(path, exc.reason) from exc
+    except (OSError, codecs.Refused) as exc:
+        raise codecs.unreadable(path, exc) from exc
     return Facts(digest, header.width, header.height)
 
 
-def _facts(photos: Sequence[Found], memory: DigestMemory) -> Iterator[tuple[Found, Facts | str]]:
+def _facts(photos: Sequence[Found], cache: DigestCache) -> Iterator[tuple[Found, Facts | str]]:
     """Each photo with its facts, or with the reason why it is bad, in order."""
     chunks = [photos[start : start + _CHUNK] for start in range(0, len(photos), _CHUNK)]
-    for known, answers in ordered_map(_read_unknown, (_look_up(chunk, memory) for chunk in chunks), cores()):
+    for known, answers in ordered_map(_read_unknown, (_look_up(chunk, cache) for chunk in chunks), cores()):
         for (photo, status, before), facts in zip(known, answers, strict=True):
             if before is None and status is not None and isinstance(facts, Facts):
-                memory.put(Path(photo.path), status, facts)
+                cache.put(Path(photo.path), status, facts)
             yield photo, facts
 
 
 _Known = list[tuple[Found, os.stat_result | None, Facts | None]]
 
 
-def _look_up(chunk: Sequence[Found], memory: DigestMemory) -> _Known:
-    """Each photo with its status, `None` if there is no file, and what is remembered of it."""
+def _look_up(chunk: Sequence[Found], cache: DigestCache) -> _Known:
+    """Each photo with its status, `None` if there is no file, and what the cache knows of it."""
     statuses: list[os.stat_result | None] = []
     for photo in chunk:
         try:
@@ -139,9 +142,9 @@ def _look_up(chunk: Sequence[Found], memory: DigestMemory) -> _Known:
         except (OSError, ValueError):
             statuses.append(None)
     present = [(Path(photo.path), status) for photo, status in zip(chunk, statuses, strict=True) if status is not None]
-    remembered = iter(memory.get(present))
+    known = iter(cache.get(present))
     return [
-        (photo, status, next(remembered) if status is not None else None)
+        (photo, status, next(known) if status is not None else None)
         for photo, status in zip(chunk, statuses, strict=True)
     ]
 

@@ -7,18 +7,20 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli.cache import sqlite_file
+from finetune_cli.cache import features as cache
+from finetune_cli.cache import folder as cachefolder
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.config.schema import Config
-from finetune_cli.errors import DataError
+from finetune_cli.errors import DataError, StorageError
 from finetune_cli.head.lbfgs import class_weights
 from finetune_cli.metrics.folds import group_numbers
 from finetune_cli.runs.run import Run, SplitRow
-from finetune_cli.training import prepare, requirements
+from finetune_cli.training import prepare
 from finetune_cli.training.extract import Request
 
 # Refits must not take longer than the training did: beyond this many numbers (rows x features x classes), fewer
@@ -106,12 +108,12 @@ def _some(rows: Sequence[SplitRow], most: int) -> list[SplitRow]:
 
 
 def _read(rows: Sequence[SplitRow], request: Request, width: int, config: Config) -> NDArray[np.float32]:
-    folder = requirements.cache_folder(config)
+    folder = _cache_folder(config)
     missing = DataError(
-        f"the training features are not in the feature cache {folder}",
+        f"the training features are not in the feature cache {folder or ''}".rstrip(),
         "train again with the same photos and config; what is still there is not computed again",
     )
-    if not (folder / sqlite_file.NAME).is_file():
+    if folder is None or not (folder / cache.KIND.name).is_file():
         raise missing
     array = np.empty((len(rows), request.views, width), np.float32)
     step = max(1, _ROWS_A_READ // request.views)
@@ -126,3 +128,10 @@ def _read(rows: Sequence[SplitRow], request: Request, width: int, config: Config
                     raise missing
                 array[place] = row
     return array
+
+
+def _cache_folder(config: Config) -> Path | None:
+    try:
+        return cachefolder.own_folder(config.runtime.cache_dir)
+    except StorageError:
+        return None

@@ -10,7 +10,7 @@ from finetune_cli.head.lbfgs import class_weights
 from finetune_cli.photos.dataset import BadPhoto, Dataset, refuse_bad, refuse_empty
 from finetune_cli.progress import Observer
 from finetune_cli.runs import run
-from finetune_cli.training.prepare import decode_all, index, warn_of_series
+from finetune_cli.training.prepare import decode_all, warn_of_series, with_photos
 from finetune_cli.training.requirements import check_settings
 
 
@@ -30,10 +30,13 @@ def check(config: Config, observer: Observer) -> Report:
     """
     run.check_target(config.output.directory, config.output.name)
     check_settings(config)
-    data = index(config, observer)
-    warn_of_series(config, data, observer)
-    class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
-    bad = [*data.bad, *decode_all(config, data, observer)]
+
+    def decode(data: Dataset) -> tuple[Dataset, list[BadPhoto]]:
+        warn_of_series(config, data, observer)
+        class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
+        return data, [*data.bad, *decode_all(config, data, observer)]
+
+    data, bad = with_photos(config, observer, decode, {})
     refuse_bad(bad, data.photos, config.data.on_bad_image)
     refused = {photo.path for photo in bad}
     good = {split: [s for s in samples if s.path not in refused] for split, samples in data.splits.items()}

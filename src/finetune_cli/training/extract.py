@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.devices import Precision
-from finetune_cli.errors import BadImage, DataError, StorageError
+from finetune_cli.errors import BadImage, ChangedPhoto, StorageError
 from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.parallel import ordered_map
 from finetune_cli.photos import decode
@@ -247,16 +247,22 @@ def _worker(
 def decode_sample(sample: Sample, settings: ImageSettings) -> NDArray[np.uint8]:
     """The pixels of `sample`, whose bytes must still be those that were indexed.
 
-    Raises `BadImage` when it cannot be decoded, `DataError` when the file changed since: its feature would be filed
+    Raises `BadImage` when it cannot be decoded, `ChangedPhoto` when the file changed since: its feature would be filed
     under another photo's digest.
     """
+    data = read_sample(sample)
+    try:
+        return decode.decode(data, settings)
+    except BadImage as exc:
+        raise BadImage(sample.path, exc.reason) from exc
+
+
+def read_sample(sample: Sample) -> bytes:
+    """The bytes of `sample`. Raises `BadImage` when it cannot be read, `ChangedPhoto` when it was not indexed so."""
     try:
         data = sample.path.read_bytes()
     except OSError as exc:
         raise BadImage(sample.path, f"cannot be read: {exc.strerror}") from exc
     if hashlib.sha256(data).hexdigest() != sample.digest:
-        raise DataError(f"{sample.path} changed while the command was running", "run the same command again")
-    try:
-        return decode.decode(data, settings)
-    except BadImage as exc:
-        raise BadImage(sample.path, exc.reason) from exc
+        raise ChangedPhoto(sample.path)
+    return data

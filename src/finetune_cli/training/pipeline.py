@@ -41,7 +41,7 @@ from finetune_cli.training import extract, fit, outputs
 from finetune_cli.training import resume as resume_record
 from finetune_cli.training.extract import Features
 from finetune_cli.training.fit import Fitted, labels_of
-from finetune_cli.training.prepare import Prepared, image_settings, prepare, timed
+from finetune_cli.training.prepare import Prepared, evenly_spread, image_settings, prepare, timed
 
 
 def train(config: Config, observer: Observer) -> Run:
@@ -222,7 +222,7 @@ def _save_models(
 ) -> Parity | None:
     model = classifier.build(prepared.backbone.model, fitted, temperature, prepared.data.classes)
     val = prepared.parts["val"].samples
-    chosen = np.linspace(0, len(val) - 1, min(len(val), outputs.PARITY_PHOTOS)).astype(int)
+    chosen = evenly_spread(len(val), outputs.PARITY_PHOTOS)
     settings = image_settings(prepared.config)
     photos = np.stack([extract.decode_sample(val[i], settings) for i in chosen])
     return outputs.save_models(folder, model, photos, measured[chosen])

@@ -4,23 +4,24 @@ Every command that starts from a config (`train`, `check`, `preview`, the refits
 here, so that all of them see the same photos in the same way.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finetune_cli.backbones import build
 from finetune_cli.backbones.build import Backbone
-from finetune_cli.cache import digests
-from finetune_cli.cache.digests import DigestMemory
+from finetune_cli.cache.digests import DigestCache
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.config.schema import Config
 from finetune_cli.devices import Device, Precision
-from finetune_cli.errors import BadImage, Interrupted
+from finetune_cli.errors import BadImage, ChangedPhoto, Interrupted
 from finetune_cli.head.lbfgs import class_weights
 from finetune_cli.inference import runtimes
 from finetune_cli.inference.predictor import UNSURE
@@ -31,12 +32,16 @@ from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import BadPhoto, Dataset, Sample
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.progress import Meter, Observer
-from finetune_cli.text import counted
+from finetune_cli.text import counted, shown
 from finetune_cli.training import extract
 from finetune_cli.training.extract import Features, Request
 from finetune_cli.training.requirements import cache_folder, check_room, check_settings, check_start, start_digest
 
 _SHOWN = 20
+Result = TypeVar("Result")
+
+# So many photos of a split are looked at to see whether the index is up to date.
+_CHECKED_PHOTOS = 16
 
 
 @dataclass
@@ -67,35 +72,97 @@ def prepare(config: Config, observer: Observer) -> Prepared:
     seconds: dict[str, float] = {}
     check_settings(config)
     started_from = start_digest(config)
-    with timed(seconds, "preflight"):
-        data = index(config, observer)
-        _refuse_bad_headers(config, data, observer)
-    class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
     augmentation = augmenter(config)
+    extractor: Extractor | None = None
+
+    def work(data: Dataset) -> Prepared:
+        nonlocal extractor
+        with timed(seconds, "preflight"):
+            _refuse_bad_headers(config, data, observer)
+        class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
+        if extractor is None:
+            _note_augmentation(config, augmentation, observer)
+            extractor = _extractor(config, observer, seconds)
+            check_start(config, extractor.backbone)
+        check_room(config, data, augmentation.views, extractor.backbone)
+        precision = runtimes.training_precision(extractor.device, config.runtime.feature_precision)
+        with timed(seconds, "features"):
+            parts, cache_bytes = _all_features(extractor, data, precision, augmentation)
+        _refuse_bad(config, data, parts, observer)
+        backbone, device, workers = extractor.backbone, extractor.device, extractor.workers
+        return Prepared(config, data, backbone, device, precision, workers, parts, cache_bytes, started_from, seconds)
+
+    return with_photos(config, observer, work, seconds)
+
+
+def with_photos(
+    config: Config, observer: Observer, work: Callable[[Dataset], Result], seconds: dict[str, float]
+) -> Result:
+    """The result of `work` on the indexed photos of `config`; the seconds of indexing go to ``seconds["preflight"]``.
+
+    When `work` meets a photo that is not the indexed one, it is done once more, on photos that are all read again: a
+    row of the digest cache can be out of date where the times of a file system cannot be trusted. A photo that is not
+    the indexed one then is being changed right now, and the second `ChangedPhoto` is raised.
+    """
+    try:
+        with timed(seconds, "preflight"):
+            data = index(config, observer)
+        return work(data)
+    except ChangedPhoto as exc:
+        observer.note(f"{shown(exc.path)} is not the photo that was indexed; all photos are read again")
+    with timed(seconds, "preflight"):
+        data = index(config, observer, fresh=True)
+    return work(data)
+
+
+def _note_augmentation(config: Config, augmentation: Augmenter, observer: Observer) -> None:
     if config.augmentation is not None and config.augmentation.views > 1 and not augmentation.active:
         observer.note("augmentation: no transform is active, so each photo has one view")
     if config.augmentation is not None and config.augmentation.views == 1 and augmentation.changed:
         observer.warn("augmentation.views is 1, the photo itself: no transform is applied")
+
+
+def _extractor(config: Config, observer: Observer, seconds: dict[str, float]) -> "Extractor":
     with timed(seconds, "backbone"), observer.stage("backbone", None, "MB") as advance:
         device = runtimes.choose_device(config.runtime.device)
-        precision = runtimes.training_precision(device, config.runtime.feature_precision)
-        backbone = build_backbone(config, advance_to(advance))
-    check_start(config, backbone)
-    check_room(config, data, augmentation.views, backbone)
-    extractor = Extractor(config, backbone, device, observer)
-    with timed(seconds, "features"), FeatureStore(cache_folder(config)) as store:
+        return Extractor(config, build_backbone(config, advance_to(advance)), device, observer)
+
+
+def _all_features(
+    extractor: "Extractor", data: Dataset, precision: Precision, augmentation: Augmenter
+) -> tuple[dict[str, Features], int]:
+    """The features of every split of `data`, and how many bytes the cache takes."""
+    observer, folder = extractor.observer, cache_folder(extractor.config)
+    with FeatureStore(folder.path, folder.writable) as store:
         try:
             parts = {"train": extractor(store, "train", data.train, precision, augmentation)}
             for split, samples in (("val", data.val), ("test", data.test)):
                 if samples:
                     parts[split] = extractor(store, split, samples, "float32", None)
-            cache_bytes = store.size()
+            for part in parts.values():
+                _check_unchanged(part.samples)
+            return parts, store.size()
         except Interrupted as exc:
-            exc.remedy = "the features so far are in the cache; run the same command again to go on"
+            if store.writable and not folder.warning:
+                exc.remedy = "the features so far are in the cache; run the same command again to go on"
             raise
         finally:
             for warning in store.warnings:
                 observer.warn(warning)
+
+
+def _check_unchanged(samples: Sequence[Sample]) -> None:
+    """Raise `ChangedPhoto` if one of a few of `samples` is not the one that was indexed.
+
+    Photos whose features are all in the cache are not read otherwise, and an index that is out of date would go unseen.
+    """
+    for i in evenly_spread(len(samples), _CHECKED_PHOTOS):
+        with contextlib.suppress(BadImage):  # gone since it was indexed, or unreadable: its features are known
+            extract.read_sample(samples[i])
+
+
+def _refuse_bad(config: Config, data: Dataset, parts: dict[str, Features], observer: Observer) -> None:
+    """Raise `DataError` for the photos that cannot be used, unless they may be skipped; then warn of them."""
     bad = [*data.bad, *(photo for part in parts.values() for photo in part.bad)]
     dataset.refuse_bad(bad, data.photos, config.data.on_bad_image)
     dataset.refuse_empty(data.classes, {split: part.samples for split, part in parts.items()}, bad)
@@ -103,9 +170,6 @@ def prepare(config: Config, observer: Observer) -> Prepared:
         observer.warn(f"skipped {photo.path}: {photo.reason}")
     if len(bad) > _SHOWN:
         observer.warn(f"skipped {len(bad) - _SHOWN} more photos; run.json will list all")
-    return Prepared(
-        config, data, backbone, device, precision, extractor.workers, parts, cache_bytes, started_from, seconds
-    )
 
 
 def _refuse_bad_headers(config: Config, data: Dataset, observer: Observer) -> None:
@@ -169,7 +233,7 @@ class Extractor:
                 self.backbone.width,
                 store,
                 self._runtime,
-                cache_folder(self.config),
+                cache_folder(self.config).scratch,
                 self.workers,
                 self._batch_size(),
                 advance,
@@ -208,9 +272,16 @@ def build_backbone(config: Config, progress: Callable[[int, int], None] = lambda
     return build.build(model.backbone, model.weights, size, seed, model.weights_sha256, fetched)
 
 
-def index(config: Config, observer: Observer) -> Dataset:
-    """The photos of `config` after preflight (headers and digests); what a person should know is noted."""
-    with observer.stage("preflight", None) as advance, digest_memory(config) as memory:
+def index(config: Config, observer: Observer, fresh: bool = False) -> Dataset:
+    """The photos of `config` after preflight (headers and digests); what a person should know is noted.
+
+    `fresh`: all photos are read, whatever the digest cache says.
+    """
+    folder = cache_folder(config)
+    with (
+        observer.stage("preflight", None) as advance,
+        DigestCache(folder.path, folder.writable, fresh) as cache,
+    ):
         data = dataset.load(
             config.data.train,
             config.data.val,
@@ -218,13 +289,14 @@ def index(config: Config, observer: Observer) -> Dataset:
             config.data.val_split,
             config.data.group_regex,
             config.image.max_pixels,
-            memory,
+            cache,
             advance_to(advance),
         )
     for note in data.notes:
         observer.note(note)
-    for warning in data.warnings:
-        observer.warn(warning)
+    for warning in (folder.warning, *cache.warnings, *data.warnings):
+        if warning:
+            observer.warn(warning)
     if UNSURE in data.classes:
         observer.warn(
             f"a class is named {UNSURE}, which is also what predict --min-confidence answers: "
@@ -271,9 +343,9 @@ def worker_count(config: Config) -> int:
     return cores() if config.runtime.workers == "auto" else config.runtime.workers
 
 
-def digest_memory(config: Config) -> DigestMemory:
-    """The memory of digests beside the feature cache."""
-    return DigestMemory(cache_folder(config) / digests.NAME)
+def evenly_spread(count: int, most: int) -> NDArray[np.intp]:
+    """At most `most` of the numbers below `count`, from the first to the last of them."""
+    return np.linspace(0, count - 1, min(count, most)).astype(np.intp)
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from pathlib import Path
 from finetune_cli import files
 from finetune_cli.backbones import build
 from finetune_cli.backbones.build import Backbone
-from finetune_cli.cache.features import default_folder
+from finetune_cli.cache import folder
+from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.config.schema import Config
 from finetune_cli.errors import ConfigError, RunError, StorageError
 from finetune_cli.photos.dataset import Dataset
@@ -25,9 +26,10 @@ def check_settings(config: Config) -> None:
     """Find out, before minutes of work and without TensorFlow, what is wrong besides the photos.
 
     Raises `ConfigError` for an unknown backbone, too small an image, and files that are not there; `RunError` for a
-    `start_from` that is no finished run; `StorageError` when files cannot be made where the run and the features go.
+    `start_from` that is no finished run; `StorageError` when files cannot be made where the run goes.
     """
-    check_places(config)
+    with _named("output.directory"):
+        files.check_writable(config.output.directory)
     info = build.resolve(config.model.backbone)
     problems = []
     if config.image.size < info.min_size:
@@ -76,14 +78,6 @@ def start_digest(config: Config) -> str | None:
     return None if source is None else files.sha256(Run.load(source).file("model.keras"))
 
 
-def check_places(config: Config) -> None:
-    """Raise `StorageError` unless files can be made where the run and the features go."""
-    with _named("output.directory"):
-        files.check_writable(config.output.directory)
-    with _named("runtime.cache_dir"):
-        files.check_writable(cache_folder(config))
-
-
 @contextmanager
 def _named(key: str) -> Iterator[None]:
     """Add to the advice which key of the config takes another folder."""
@@ -98,7 +92,7 @@ def check_room(config: Config, data: Dataset, views: int, backbone: Backbone) ->
     """Raise `StorageError` unless there is room for the features and for the run, before hours go into them."""
     rows = views * len(data.train) + len(data.val) + len(data.test)
     with _named("runtime.cache_dir"):
-        files.free_space_check(cache_folder(config), 2 * 4 * backbone.width * rows)  # in the cache, and at hand
+        files.free_space_check(cache_folder(config).scratch, 2 * 4 * backbone.width * rows)  # cached, and at hand
     head = 4 * (backbone.width + 1) * len(data.classes)
     model = 4 * backbone.model.count_params() + head
     # The model in two forms; up to four checkpoints, each with the head, the best head and Adam's two moments.
@@ -106,6 +100,6 @@ def check_room(config: Config, data: Dataset, views: int, backbone: Backbone) ->
         files.free_space_check(config.output.directory, 2 * model + 4 * 4 * head + _TABLES_AND_FIGURES)
 
 
-def cache_folder(config: Config) -> Path:
-    """`runtime.cache_dir`, by default the user's cache folder."""
-    return config.runtime.cache_dir or default_folder()
+def cache_folder(config: Config) -> CacheFolder:
+    """The folder of the caches for `runtime.cache_dir`, by default the user's cache folder."""
+    return folder.locate(config.runtime.cache_dir)
