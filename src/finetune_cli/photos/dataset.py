@@ -115,7 +115,7 @@ def load(
     if not val_is_given:
         parts["train"], parts["val"] = _keep_for_validation(parts["train"], val_split)
         roots["val"] = roots["train"]
-    notes += _copies(parts["train"]) + _lonely(parts, classes)
+    notes += _copies(parts["train"], "training photo") + _lonely(parts, classes)
     proposal = None
     if all(sample.group is None for samples in parts.values() for sample in samples):
         proposal = propose(
@@ -151,7 +151,7 @@ def load_labelled(
     parts, bad = preflight({"test": listing}, classes, lambda _name: None, max_pixels, cache, progress)
     _raise(_contradictions(parts, classes), "keep each photo under one label")
     samples = tuple(parts["test"])
-    return Labelled(samples, tuple(bad), tuple(listing.notes), listing.root)
+    return Labelled(samples, tuple(bad), (*listing.notes, *_copies(samples, "photo")), listing.root)
 
 
 def iter_photos(paths: Iterable[Path], ignored: Counter[str] | None = None) -> Iterator[Path]:
@@ -289,9 +289,11 @@ def _contradictions(parts: Mapping[str, Sequence[Sample]], classes: Sequence[str
     return problems
 
 
-def _copies(train: Sequence[Sample]) -> list[str]:
-    copies = len(train) - len({sample.digest for sample in train})
-    return [f"{copies} training photos are exact copies of others"] if copies else []
+def _copies(samples: Sequence[Sample], noun: str) -> list[str]:
+    copies = len(samples) - len({sample.digest for sample in samples})
+    if copies == 1:
+        return [f"1 {noun} is an exact copy of another"]
+    return [f"{copies} {noun}s are exact copies of others"] if copies else []
 
 
 def _alike(classes: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ the names, with a count of all that was left out.
 
 import contextlib
 import csv
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Set
@@ -259,6 +260,13 @@ def _read_table(path: Path) -> Listing:
     problems: list[str] = []
     seen: set[tuple[str, str, str | None]] = set()
     repeated = 0
+    real_folder = functools.cache(os.path.realpath)
+
+    def real_name(photo: str) -> str:
+        """The same for ``a.jpg`` and ``../x/a.jpg``; a link to a file is a photo of its own, as in a folder."""
+        folder, name = os.path.split(photo)
+        return os.path.join(real_folder(folder), name)  # noqa: PTH118 - text, as in `Found`
+
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             header = file.readline()
@@ -273,7 +281,7 @@ def _read_table(path: Path) -> Listing:
                 photo = _photo_of(row, columns, root)
                 if isinstance(photo, str):
                     problems.append(f"line {first}: {photo}" if first == last else f"lines {first} to {last}: {photo}")
-                elif (key := (photo.name, photo.label, photo.split)) in seen:
+                elif (key := (real_name(photo.path), photo.label, photo.split)) in seen:
                     repeated += 1
                 else:
                     seen.add(key)
