@@ -295,7 +295,7 @@ def test_moved_training_photos_are_found_by_content(copy):
 
 
 def test_without_the_cache_it_says_so(copy, monkeypatch):
-    monkeypatch.setattr(report.refit_data.requirements, "cache_folder", lambda _config: copy.photos / "none")
+    monkeypatch.setattr(report.refit_data.cachefolder, "own_folder", lambda _asked: copy.photos / "none")
     text = Tags(written(copy.run).read_text("utf-8")).text
     assert text.count("the training features are not in the feature cache") == 3
     assert "Most confident mistakes" in text

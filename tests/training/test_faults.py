@@ -356,8 +356,9 @@ AS_NOBODY = """
 """
 
 
-@pytest.mark.parametrize("forbidden", ["runs", "cache", "runs/x-1"])
-def test_a_forbidden_folder_is_told_before_the_work(shop, killed, forbidden):
+@pytest.fixture
+def open_folder(shop, killed):
+    """A folder that every user may write in, with photos, a cache's folder and a run that was killed."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:  # pytest's own folders are private
         folder = Path(name)
         folder.chmod(0o755)
@@ -366,30 +367,37 @@ def test_a_forbidden_folder_is_told_before_the_work(shop, killed, forbidden):
         (folder / "cache").mkdir()
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o777 if path.is_dir() else 0o666)
-        (folder / forbidden).chmod(0o555)
-        first = ["--resume", "runs/x-1"] if forbidden == "runs/x-1" else ["model.backbone=efficientnet_lite0"]
-        started = time.monotonic()
-        answer = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                textwrap.dedent(AS_NOBODY),
-                *first,
-                "data.train=photos/train",
-                "runtime.cache_dir=cache",
-            ],
-            cwd=folder,
-            env=trainings.ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        (folder / forbidden).chmod(0o755)
-        assert answer.returncode == 1, answer.stderr
-        key = {"runs": "output.directory", "cache": "runtime.cache_dir"}.get(forbidden, "")
-        other = f", or set {key} to another folder" if key else ""
-        told = rf"no permission to write \S*{forbidden}\ntry: give yourself permission to write there{other}\n"
-        assert re.search(told, answer.stderr), answer.stderr
-        assert "preflight" not in answer.stderr
-        assert time.monotonic() - started < 30
-        assert [path.name for path in folder.glob("runs/*")] == ["x-1"]
+        yield folder
+        for path in folder.rglob("*"):
+            if path.is_dir():
+                path.chmod(0o755)
+
+
+def train_as_nobody(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    script = textwrap.dedent(AS_NOBODY)
+    command = [sys.executable, "-c", script, *arguments, "data.train=photos/train", "runtime.cache_dir=cache"]
+    return subprocess.run(command, cwd=folder, env=trainings.ENVIRONMENT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("forbidden", ["runs", "runs/x-1"])
+def test_a_forbidden_folder_is_reported_before_the_work(open_folder, forbidden):
+    (open_folder / forbidden).chmod(0o555)
+    first = ["--resume", "runs/x-1"] if forbidden == "runs/x-1" else ["model.backbone=efficientnet_lite0"]
+    started = time.monotonic()
+    answer = train_as_nobody(open_folder, *first)
+    assert answer.returncode == 1, answer.stderr
+    other = ", or set output.directory to another folder" if forbidden == "runs" else ""
+    words = rf"no permission to write \S*{forbidden}\ntry: give yourself permission to write there{other}\n"
+    assert re.search(words, answer.stderr), answer.stderr
+    assert "preflight" not in answer.stderr
+    assert time.monotonic() - started < 30
+    assert [path.name for path in open_folder.glob("runs/*")] == ["x-1"]
+
+
+def test_a_cache_that_may_not_be_written_costs_a_warning(open_folder):
+    (open_folder / "cache").chmod(0o555)
+    answer = train_as_nobody(open_folder, "--name", "new", "model.backbone=efficientnet_lite0", "image.size=64")
+    assert answer.returncode == 0, answer.stderr
+    assert answer.stderr.count("a temporary cache is used, which is removed at the end") == 1
+    assert (open_folder / "runs" / "new" / "run.json").exists()
+    assert list((open_folder / "cache").iterdir()) == []

@@ -41,10 +41,11 @@ def default_folder() -> Path:
     """The user's cache folder for this program. Raises `StorageError` for a user without a home directory."""
     from platformdirs import user_cache_path
 
-    folder = user_cache_path("finetune-cli", appauthor=False)
-    if not folder.is_absolute():
-        raise StorageError("there is no home directory for the cache: HOME is not set", _CHOOSE)
-    return folder
+    with contextlib.suppress(RuntimeError):  # where earlier versions of platformdirs return a path with a ~
+        folder = user_cache_path("finetune-cli", appauthor=False)
+        if folder.is_absolute():
+            return folder
+    raise StorageError("there is no home directory for the cache: HOME is not set", _CHOOSE)
 
 
 def own_folder(asked: Path | None) -> Path:
