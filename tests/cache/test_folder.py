@@ -16,6 +16,7 @@ from photo_files import write_photos
 from finetune_cli.cache import folder as cachefolder
 from finetune_cli.cache.digests import DigestCache
 from finetune_cli.cache.features import FeatureStore
+from finetune_cli.config import schema
 
 NOBODY, SOMEBODY = 65534, 12345
 KEY, ROW = b"k" * 32, np.arange(5, dtype=np.float32)
@@ -231,3 +232,28 @@ def test_the_temporary_folder_is_one_a_process(tmp_path):
     assert first.writable
     with DigestCache(first.path, first.writable) as cache:
         assert maintenance.warnings == []
+
+
+def test_a_training_without_a_cache_folder(tmp_path):
+    """From photos to a finished run; nothing is left but the run."""
+    from runs_fixture import tiny_backbone
+
+    from finetune_cli.progress import Silent
+    from finetune_cli.training.pipeline import train
+
+    write_photos(tmp_path / "photos", " ".join(f"{label}/{i}.png" for label in "ab" for i in range(10)))
+    tiny_backbone().save(tmp_path / "tiny.keras")
+    (tmp_path / "file").write_text("")
+    settings = [
+        f"data.train={tmp_path / 'photos'}",
+        f"model.backbone={tmp_path / 'tiny.keras'}",
+        "image.size=64",
+        "augmentation=null",
+        f"output.directory={tmp_path / 'runs'}",
+        f"runtime.cache_dir={tmp_path / 'file' / 'cache'}",
+    ]
+    observer = Silent()
+    run = train(schema.load(None, settings), observer)
+    assert run.manifest["views"]["computed"] == 20
+    assert sum("a temporary cache is used" in text for text in observer.warnings) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", "tiny.keras", "file", "runs"}

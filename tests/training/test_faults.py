@@ -392,12 +392,3 @@ def test_a_forbidden_folder_is_reported_before_the_work(open_folder, forbidden):
     assert "preflight" not in answer.stderr
     assert time.monotonic() - started < 30
     assert [path.name for path in open_folder.glob("runs/*")] == ["x-1"]
-
-
-def test_a_cache_that_may_not_be_written_costs_a_warning(open_folder):
-    (open_folder / "cache").chmod(0o555)
-    answer = train_as_nobody(open_folder, "--name", "new", "model.backbone=efficientnet_lite0", "image.size=64")
-    assert answer.returncode == 0, answer.stderr
-    assert answer.stderr.count("a temporary cache is used, which is removed at the end") == 1
-    assert (open_folder / "runs" / "new" / "run.json").exists()
-    assert list((open_folder / "cache").iterdir()) == []
