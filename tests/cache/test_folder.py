@@ -231,7 +231,7 @@ def test_the_temporary_folder_is_one_a_process(tmp_path):
     assert first.path == second.path
     assert first.writable
     with DigestCache(first.path, first.writable) as cache:
-        assert maintenance.warnings == []
+        assert cache.warnings == []
 
 
 def test_a_training_without_a_cache_folder(tmp_path):
