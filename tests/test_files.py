@@ -131,13 +131,15 @@ def test_a_fault_of_another_file_names_that_one(tmp_path):
 
 
 @posix
-def test_links_stay_links_and_devices_stay_devices(tmp_path):
+def test_outputs_that_are_links_stay_links_and_devices_stay_devices(tmp_path):
     (tmp_path / "real").write_bytes(b"old")
     (tmp_path / "link").symlink_to("real")
-    files.write_bytes(tmp_path / "link", b"new")
+    with files.atomic_output(tmp_path / "link") as temporary:
+        temporary.write_bytes(b"new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_bytes() == b"new"
-    files.write_bytes(Path(os.devnull), b"gone")
+    with files.atomic_output(Path(os.devnull)) as temporary:
+        temporary.write_bytes(b"gone")
     assert stat.S_ISCHR(Path(os.devnull).stat().st_mode)
 
 
@@ -145,7 +147,7 @@ def test_a_folder_in_the_way_is_told(tmp_path):
     with pytest.raises(StorageError, match="it is a folder"):
         files.write_bytes(tmp_path, b"x")
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StorageError, match="Not a directory"):
+    with pytest.raises(StorageError, match="a file has that name"):
         files.write_bytes(tmp_path / "file" / "below", b"x")
 
 
@@ -284,3 +286,18 @@ def test_the_lock_is_free_after_an_error_and_excludes_the_same_process(tmp_path)
 def test_the_lock_of_a_folder_that_is_gone(tmp_path):
     with pytest.raises(StorageError, match="absent"), files.lock(tmp_path / "absent"):
         pass
+
+
+@posix
+def test_standard_output_is_written_behind_what_is_there(tmp_path):
+    """`--output /dev/stdout` with `>> file`: the file is not replaced."""
+    script = "from pathlib import Path; from finetune_cli import files\n"
+    script += "with files.atomic_output(Path('/dev/stdout')) as path: path.write_text('new\\n')"
+    with (tmp_path / "log").open("ab") as log:
+        log.write(b"old\n")
+        log.flush()
+        subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, stdout=log, check=True)
+        log.write(b"more\n")
+    assert (tmp_path / "log").read_bytes() == b"old\nnew\nmore\n"
+    answer = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, check=True)
+    assert answer.stdout == b"new\n"

@@ -9,7 +9,19 @@ from paths import SOURCE
 PACKAGE = SOURCE / "finetune_cli"
 # From the ground up: a package or module may import those before it, and modules of its own package.
 FLOORS = [
-    *("errors", "devices", "text", "fields", "signals", "progress", "parallel", "files", "tables", "keras_setup"),
+    *(
+        "errors",
+        "devices",
+        "text",
+        "fields",
+        "signals",
+        "progress",
+        "parallel",
+        "held",
+        "files",
+        "tables",
+        "keras_setup",
+    ),
     *("metrics", "config", "untrusted", "cache", "photos", "practice"),
     *("runs", "backbones", "inference", "head", "drawing"),
     *("training", "evaluation", "report", "inspection", "exports"),

@@ -5,6 +5,13 @@ crosses a file system), is flushed and fsynced, renamed over the target with ``o
 so that a kill or a power cut leaves the old content or the new one and never a mixture. A kill may leave a temporary
 name behind; `remove_leftovers` clears those away.
 
+Two kinds of files are told apart. Files of our own are in a run, an export or the cache: `root` names that folder (by
+default the one that the file is in), and nothing below it may be a link. `root` itself and what is above it may be
+links. A file that is a link is refused in reading and replaced in writing; a folder that is a link is refused in both
+(`held.py` says how). A person's files (`open_regular`, `atomic_output`) may be links anywhere. Neither kind is read
+unless it is a regular file. Hard links cannot be told from the file itself, so they are read; they are never written
+through, because every write makes a new file (`sqlitefile.py` does the same for databases).
+
 Tried on Linux. On Windows folders cannot be fsynced, and a rename is tried again while a virus scanner holds the
 file; on macOS ``fsync`` does not empty the drive's own cache, so there a power cut can lose the newest file.
 """
@@ -19,11 +26,15 @@ import secrets
 import shutil
 import socket
 import stat
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from finetune_cli import held
 from finetune_cli.errors import RunError, StorageError
 
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -32,6 +43,7 @@ _NO_FOLDER_FSYNC = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES, errn
 _LEFTOVER = re.compile(r"\..*-[0-9a-f]{8}\.tmp(\.[^.]*)?")
 _LOCK = ".lock"
 _HOLDER = ".lock-holder"
+_HOLDER_BYTES = 500
 
 
 def human_bytes(count: int) -> str:
@@ -61,13 +73,16 @@ def storage_error(exc: OSError, path: Path, needed: int | None = None) -> Storag
     if exc.errno in {errno.EXDEV, errno.EBUSY}:
         return StorageError(f"cannot replace {path}: it is mounted by itself", "mount the folder that it is in instead")
     reason = f"{exc.strerror or exc}{_another_file(exc, path)}"
-    return StorageError(f"cannot write {path}: {reason}", "check that path and its disk, then run the command again")
+    check = "" if isinstance(exc, held.IrregularError) else "check that path and its disk, "
+    return StorageError(f"cannot write {path}: {reason}", f"{check}then run the command again")
 
 
 def _another_file(exc: OSError, path: Path) -> str:
     """The file that `exc` is about, unless that is `path` or a temporary one in it, beside it or above it."""
     if not isinstance(exc.filename, str):
         return ""
+    if exc.filename == Path(exc.filename).name or exc.filename.startswith("/proc/self/fd/"):
+        return ""  # relative to a folder that is held open
     path, other = path.absolute(), Path(exc.filename).absolute()
     return "" if other.parent in (path, *path.parents) else f": {other}"
 
@@ -82,22 +97,13 @@ def _translated(path: Path, needed: int | None = None) -> Iterator[None]:
 
 def fsync_folder(folder: Path) -> None:
     """Make renames in `folder` durable (nothing happens where the system cannot do that)."""
-    if os.name == "nt":
-        return
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as exc:
-        if exc.errno not in _NO_FOLDER_FSYNC:
-            raise
+    with held.held(folder) as opened:
+        _fsync(opened)
 
 
 def fsync_file(path: Path) -> None:
     """Flush what another library wrote to `path` to the disk."""
-    handle = os.open(path, os.O_RDWR)
+    handle = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     try:
         os.fsync(handle)
     finally:
@@ -120,90 +126,162 @@ def make_folder(folder: Path, mode: int = 0o777) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path, needed: int | None = None) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, with its suffix; it replaces `path` on success and vanishes on failure.
+def atomic_path(path: Path, needed: int | None = None, root: Path | None = None) -> Iterator[Path]:
+    """Yield a temporary path with the name of `path`, a file of our own; it replaces `path` on success, else vanishes.
 
-    For writers that want a file name of their own (Keras, Pillow). A link is followed, so that it stays a link. What
-    is not a regular file (`/dev/null`, a pipe) is never replaced: `path` itself is yielded. `needed`: the bytes that
-    will be written, for the message. Raises `StorageError` for a full or read-only disk.
+    For writers that want a file name of their own (Keras, Pillow). A link is replaced, not followed; nothing below
+    `root` may lead through one. `needed`: the bytes that will be written, for the message. Raises `StorageError` for a
+    full or read-only disk.
     """
-    with _translated(path, needed):
-        if _is_special(path):
-            yield path
-            return
-        target = Path(os.path.realpath(path))
-        make_folder(target.parent)
-        temporary = _temporary(target)
+    with _building(path, needed, root) as building:
+        building.refuse_folder(path)
+        handle = building.workshop.open(path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
         try:
-            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
-            yield temporary
-            fsync_file(temporary)
-            _replace(temporary, target)
-            fsync_folder(target.parent)
+            building.check_owner(handle)
         finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+            os.close(handle)
+        yield building.workshop.visible() / path.name
+        handle = building.workshop.open(path.name, os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, needed: int | None = None) -> Iterator[Path]:
-    """Yield an empty temporary folder beside `path`; on success all in it is made durable and it becomes `path`.
+def atomic_output(path: Path) -> Iterator[Path]:
+    """As `atomic_path`, for a file that a person names: a link stays a link, and the file behind it is replaced.
 
-    `path` must not exist. On failure the temporary folder vanishes. Raises `StorageError`.
-    """
-    with _translated(path, needed):
-        make_folder(path.parent)
-        temporary = _temporary(path)
-        try:
-            temporary.mkdir()
-            yield temporary
-            _fsync_tree(temporary)
-            if path.exists():
-                raise FileExistsError(errno.EEXIST, "it exists already", str(path))
-            _replace(temporary, path)
-            fsync_folder(path.parent)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-
-def remove_folder(path: Path) -> None:
-    """Remove a folder that `atomic_folder` made: at once, so that a kill cannot leave half of it under its name.
-
-    Raises `StorageError`.
+    What is not a regular file (`/dev/null`, a pipe) is never replaced: `path` itself is yielded. What is written to
+    `/dev/stdout` goes where the shell has led it, behind what is there. Raises `StorageError`.
     """
     with _translated(path):
-        going = _temporary(path)
-        _replace(path, going)
-        fsync_folder(path.parent)
-        shutil.rmtree(going, ignore_errors=True)
+        if _is_special(path):
+            yield path
+            return
+        descriptor = _descriptor(path)
+        if descriptor is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                yield Path(folder, path.name)
+                with os.fdopen(os.dup(descriptor), "wb") as stream:
+                    stream.write(Path(folder, path.name).read_bytes())
+            return
+        with atomic_path(Path(os.path.realpath(path))) as temporary:
+            yield temporary
 
 
-def remove_leftovers(folder: Path) -> None:
+@contextlib.contextmanager
+def atomic_folder(path: Path, needed: int | None = None, root: Path | None = None) -> Iterator[Path]:
+    """Yield an empty temporary folder; on success all in it is made durable and it becomes `path`.
+
+    `path` must not exist, and nothing below `root` may lead to it through a link. On failure the temporary folder
+    vanishes. Raises `StorageError`.
+    """
+    with _building(path, needed, root) as building:
+        building.workshop.mkdir(path.name)
+        with building.workshop.folder(path.name) as folder:
+            if folder.handle is not None:
+                building.check_owner(folder.handle)
+        yield building.workshop.visible() / path.name
+        _fsync_tree(building.workshop.visible() / path.name)
+        if building.parent.status(path.name) is not None:
+            raise FileExistsError(errno.EEXIST, "it exists already", str(path))
+
+
+@dataclass(frozen=True)
+class _Building:
+    """`parent`: the folder that the new file or folder is for; `workshop`: the private one that it is made in."""
+
+    parent: held.Held
+    workshop: held.Held
+
+    def refuse_folder(self, path: Path) -> None:
+        """Raise `IsADirectoryError` if a folder, which no file replaces, is in the place of `path`."""
+        status = self.parent.status(path.name)
+        if status is not None and stat.S_ISDIR(status.st_mode) and not held.is_link(status):
+            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+
+    def check_owner(self, handle: int) -> None:
+        """Raise `PermissionError` if the workshop is not of the user who made what is open as `handle` in it.
+
+        Then another user has put a folder in its place, and could put links into that.
+        """
+        if self.workshop.handle is None:
+            return
+        if os.fstat(handle).st_uid != os.fstat(self.workshop.handle).st_uid:
+            raise PermissionError(errno.EPERM, "another user has replaced a temporary folder", str(self.workshop.path))
+
+
+@contextlib.contextmanager
+def _building(path: Path, needed: int | None, root: Path | None) -> Iterator[_Building]:
+    """Make a private folder beside `path`, and move what was made in it under the same name to `path` on success.
+
+    Libraries write by names, and follow links: what they are given lies in a folder that nobody else can write to.
+    """
+    with _translated(path, needed):
+        make_folder(path.parent if root is None else root)
+        temporary = _temporary_name(path)
+        with held.held(path.parent, root, make=True) as parent:
+            try:
+                parent.mkdir(temporary, 0o700)
+                with parent.folder(temporary) as workshop:
+                    yield _Building(parent, workshop)
+                    _retried(lambda: parent.take(workshop, path.name))
+                _fsync(parent)
+            finally:
+                parent.remove(temporary)
+
+
+def holds_something(path: Path) -> bool:
+    """Whether an `atomic_output` to `path` would replace something: not a device, a pipe or `/dev/stdout`."""
+    try:
+        return path.exists() and not _is_special(path) and _descriptor(path) is None
+    except IsADirectoryError:
+        return True
+
+
+def remove_folder(path: Path, root: Path | None = None) -> None:
+    """Remove a folder that `atomic_folder` made: at once, so that a kill cannot leave half of it under its name.
+
+    A link of that name is removed, and what it leads to is left alone. Raises `StorageError`.
+    """
+    with _translated(path), held.held(path.parent, root) as parent:
+        going = _temporary_name(path)
+        _retried(lambda: parent.rename(path.name, going))
+        _fsync(parent)
+        parent.remove(going)
+
+
+def remove_leftovers(folder: Path, root: Path | None = None) -> None:
     """Remove what killed writers left under temporary names in `folder`; call it under the lock of that folder."""
-    with contextlib.suppress(OSError):
-        for path in folder.iterdir():
-            if not _LEFTOVER.fullmatch(path.name):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError), held.held(folder, root) as parent:
+        for path in parent.visible().iterdir():
+            if _LEFTOVER.fullmatch(path.name):
+                parent.remove(path.name)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically and durably. Raises `StorageError`."""
-    with atomic_path(path, len(data)) as temporary:
-        temporary.write_bytes(data)
+def write_bytes(path: Path, data: bytes, root: Path | None = None) -> None:
+    """Write `data` to `path`, a file of our own, atomically and durably. Raises `StorageError`."""
+    with _building(path, len(data), root) as building:
+        building.refuse_folder(path)
+        handle = building.workshop.open(path.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[os.write(handle, left) :]
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, root: Path | None = None) -> None:
     """Write `text` to `path` as UTF-8 with ``\\n`` line ends, atomically and durably. Raises `StorageError`."""
-    write_bytes(path, text.encode("utf-8", "surrogateescape"))
+    write_bytes(path, text.encode("utf-8", "surrogateescape"), root)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, root: Path | None = None) -> None:
     """Write `value` as `json_text` gives it. Raises `StorageError`."""
-    write_text(path, json_text(value))
+    write_text(path, json_text(value), root)
 
 
 def json_text(value: Any) -> str:
@@ -211,9 +289,44 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
 
 
+def open_regular(path: Path) -> BufferedReader:
+    """Open a person's file for reading; links are followed.
+
+    Raises `OSError`, at once, for a pipe, a device, a socket or a folder: its `strerror` says which.
+    """
+    return held.open_regular(path)
+
+
+def open_own(path: Path, root: Path | None = None) -> BufferedReader:
+    """Open a file of our own for reading.
+
+    Raises `OSError`, at once, for a link, below `root` too, and for what is no regular file: its `strerror` says which.
+    """
+    with held.held(path.parent, root) as folder:
+        return folder.open_regular(path.name)
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a person's file. Raises `OSError` as `open_regular` does."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def read_own(path: Path, root: Path | None = None) -> bytes:
+    """The content of a file of our own. Raises `OSError` as `open_own` does."""
+    with open_own(path, root) as file:
+        return file.read()
+
+
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    """SHA-256 of the bytes of a person's file, in hexadecimal. Raises `OSError` as `open_regular` does."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_own(path: Path, root: Path | None = None) -> str:
+    """SHA-256 of the bytes of a file of our own, in hexadecimal. Raises `OSError` as `open_own` does."""
+    with open_own(path, root) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -237,15 +350,18 @@ def free_space_check(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, root: Path | None = None) -> None:
     """Raise `StorageError` unless files can be made in `folder`, or in its nearest parent if it does not exist yet.
 
-    A file is made and removed, because permission bits alone do not tell (root, access lists, read-only mounts).
+    A file is made and removed, because permission bits alone do not tell (root, access lists, read-only mounts). root:
+    the run that `folder` is in, if it is in one; a link on the way is refused.
     """
     with _translated(folder):
-        probe = _temporary(_nearest(folder) / "probe")
-        os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        probe.unlink()
+        nearest, root = _nearest(folder), None if root is None else root.absolute()
+        with held.held(nearest, root if root is not None and nearest.is_relative_to(root) else None) as parent:
+            probe = _temporary_name(Path("probe"))
+            os.close(parent.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            parent.unlink(probe)
 
 
 @contextlib.contextmanager
@@ -261,14 +377,15 @@ def lock(folder: Path, wait: float = 0.0) -> Iterator[None]:
     with _translated(folder):
         if not folder.is_dir():  # filelock would create it
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+        _check_lock(folder / _LOCK)
         try:
             handle.acquire()
         except filelock.Timeout as exc:
             raise RunError(f"{folder} is in use by {_holder(folder)}", "wait until it ends, or stop it") from exc
-    # On Windows nobody else can read a locked file, so the holder is told in a second one.
+    # On Windows nobody else can read a locked file, so a second file names the holder.
     try:
         with contextlib.suppress(OSError):
-            (folder / _HOLDER).write_text(f"{os.getpid()} {socket.gethostname()}\n", "utf-8")
+            _write_holder(folder)
         yield
     finally:
         with contextlib.suppress(OSError):
@@ -276,9 +393,30 @@ def lock(folder: Path, wait: float = 0.0) -> Iterator[None]:
         handle.release()
 
 
+def _check_lock(path: Path) -> None:
+    """Remove a link in the place of a lock; raise `IrregularError` for anything else that is no regular file."""
+    with contextlib.suppress(FileNotFoundError):
+        status = path.lstat()
+        if held.is_link(status):
+            path.unlink()  # filelock opens with O_NOFOLLOW, so nobody holds the lock through it
+        elif not stat.S_ISREG(status.st_mode):
+            raise held.IrregularError(errno.EINVAL, f"{path} is not a regular file; remove it", path)
+
+
+def _write_holder(folder: Path) -> None:
+    """Name this process as the holder, in a new file: what has that name may be a link, or have a second name."""
+    (folder / _HOLDER).unlink(missing_ok=True)
+    handle = os.open(folder / _HOLDER, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # which follows no link
+    try:
+        os.write(handle, f"{os.getpid()} {socket.gethostname()}\n".encode())
+    finally:
+        os.close(handle)
+
+
 def _holder(folder: Path) -> str:
     try:
-        process, host = (folder / _HOLDER).read_text("utf-8", "replace").split(maxsplit=1)
+        with open_own(folder / _HOLDER) as file:
+            process, host = file.read(_HOLDER_BYTES).decode("utf-8", "replace").split(maxsplit=1)
     except (OSError, ValueError):
         return "another process"
     where = "" if host.strip() == socket.gethostname() else f" on {host.strip()}"
@@ -291,10 +429,9 @@ def _nearest(folder: Path) -> Path:
     return next((path for path in (folder, *folder.parents) if path.exists()), folder)
 
 
-def _temporary(path: Path) -> Path:
-    """A new name beside `path`, short enough for every file system, that keeps the suffix writers go by."""
-    suffix = path.suffix if len(path.suffix) <= 16 else ""
-    return path.with_name(f".{path.stem[:40]}-{secrets.token_hex(4)}.tmp{suffix}")
+def _temporary_name(path: Path) -> str:
+    """A new name that says what it is for, short enough for every file system."""
+    return f".{path.stem[:40]}-{secrets.token_hex(4)}.tmp"
 
 
 def _is_special(path: Path) -> bool:
@@ -307,15 +444,34 @@ def _is_special(path: Path) -> bool:
     return not stat.S_ISREG(mode)
 
 
-def _replace(source: Path, target: Path) -> None:
+def _descriptor(path: Path) -> int | None:
+    """N if `path` is a name of this process's open file N, as `/dev/stdout` is of 1."""
+    for _ in range(8):
+        if match := re.fullmatch(r"/(?:dev|proc/self)/fd/(\d+)", str(path)):
+            return int(match[1])
+        if not path.is_symlink():
+            return None
+        path = path.parent / path.readlink()
+    return None
+
+
+def _retried(rename: Callable[[], None]) -> None:
     for seconds in (0.05, 0.1, 0.2, 0.4, 0.8) if os.name == "nt" else ():
         try:
-            source.replace(target)
+            rename()
         except PermissionError:
             time.sleep(seconds)  # a virus scanner or an indexer may hold a new file for a moment
         else:
             return
-    source.replace(target)
+    rename()
+
+
+def _fsync(folder: held.Held) -> None:
+    try:
+        folder.fsync()
+    except OSError as exc:
+        if exc.errno not in _NO_FOLDER_FSYNC:
+            raise
 
 
 def _fsync_tree(folder: Path) -> None:

@@ -48,8 +48,13 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]
 
 def read_csv(path: Path, header: Sequence[str]) -> list[list[str]]:
     """The rows below `header` of a file that `write_csv` wrote. Raises `ValueError` when it is another table."""
-    with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        rows = list(csv.reader(file, strict=True))
+    return parse_csv(files.read_own(path), header)
+
+
+def parse_csv(data: bytes, header: Sequence[str]) -> list[list[str]]:
+    """As `read_csv`, of the content of a file."""
+    text = data.decode("utf-8", "surrogateescape")
+    rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     if (
         not rows
         or [undo_defuse(cell) for cell in rows[0]] != list(header)

@@ -274,7 +274,7 @@ def test_a_run_that_cannot_be_written_to_is_told_before_the_work(tiny, monkeypat
     """Permission bits do not stop root, who runs the tests in containers; the probe itself is what counts."""
     asked = []
 
-    def refuse(folder):
+    def refuse(folder, root=None):
         asked.append(folder)
         raise StorageError(f"no permission to write {folder}", "give yourself permission to write there")
 

@@ -164,7 +164,7 @@ def test_the_next_version_is_the_one_after_the_highest(tmp_path):
 
 
 def test_a_new_target_with_new_parents(tmp_path):
-    fill(tmp_path / "a" / "b" / "c", then=lambda folder: check_equal(folder.parent, tmp_path / "a" / "b"))
+    fill(tmp_path / "a" / "b" / "c", then=lambda folder: check_equal(folder.resolve().parents[1], tmp_path / "a" / "b"))
     assert content(tmp_path) == {"a/b/c/x": b"x"}
 
 
@@ -296,8 +296,9 @@ def test_old_leftovers_of_a_kill_go_and_young_ones_stay(tmp_path):
 @pytest.mark.parametrize("name", ["x", "a" * 33, "a.b" * 20])
 def test_leftovers_are_known_by_the_names_that_they_really_have(tmp_path, name):
     def age(folder):
-        for path in (folder, folder.with_name(f".{name[:40]}-0123abcd.tmp")):
-            shutil.copytree(folder, tmp_path / "beside" / path.name)
+        building = folder.resolve().parent
+        for path in (building, building.with_name(f".{name[:40]}-0123abcd.tmp")):
+            shutil.copytree(building, tmp_path / "beside" / path.name)
             os.utime(tmp_path / "beside" / path.name, (time.time() - 4000,) * 2)
 
     fill(tmp_path / name, then=age)

@@ -398,7 +398,7 @@ def test_a_table_may_name_what_is_no_photo(tmp_path):
     (tmp_path / "t.csv").write_text("image_path,label\n" + "\n".join(rows))
     text = refused(load(tmp_path / "t.csv"), "error").problem
     assert text.startswith("4 of 7 photos")
-    assert f"{tmp_path}/pipe.png: not a regular file" in text
+    assert f"{tmp_path}/pipe.png: it is a pipe, not a regular file" in text
     assert f"{tmp_path}/missing.png: there is no such file" in text
 
 

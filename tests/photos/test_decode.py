@@ -574,11 +574,11 @@ def test_what_is_no_image_is_named(data, words):
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
-    assert refusal(tmp_path / "pipe.jpg") == "not a regular file"
+    assert refusal(tmp_path / "pipe.jpg") == "it is a pipe, not a regular file"
     assert "cannot be read" in refusal(tmp_path / "loop.jpg")
     assert refusal(tmp_path) == "this is a folder"
     assert refusal(tmp_path / "none.jpg") == "there is no such file"
-    assert refusal(Path("/dev/zero")) == "not a regular file"
+    assert refusal(Path("/dev/zero")) == "it is a device, not a regular file"
     assert "cannot be read" in refusal(Path("a\0b"))
 
 

@@ -4,7 +4,7 @@
 
 `START` is a folder that the operation begins with. For step n it is copied to `WORK/n`, and a forked child runs the
 action there and leaves by `os._exit`, which no `finally` sees, just before its n-th call of one of the functions below.
-A write of bytes counts as two steps: before it, and when half of the bytes are there.
+A write of bytes (`os.write`) counts as two steps: before it, and when half of the bytes are there.
 """
 
 import os
@@ -34,6 +34,16 @@ def exit_at(last: int) -> None:
 
     for name in STEPS:
         setattr(os, name, counted(getattr(os, name)))
+    written = os.write
+
+    def write(handle: int, data) -> int:
+        step()
+        half = len(data) // 2
+        written(handle, data[:half])
+        step()
+        return half + written(handle, data[half:])
+
+    os.write = write
 
     def write_bytes(path: Path, data: bytes) -> int:
         step()

@@ -210,7 +210,7 @@ def test_what_cannot_be_removed_only_takes_space(tmp_path, monkeypatch):
     save(tmp_path, 1)
     save(tmp_path, 2)
 
-    def refuse(path):
+    def refuse(path, root):
         raise StorageError("no permission", "ask for it")
 
     monkeypatch.setattr(files, "remove_folder", refuse)

@@ -176,8 +176,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, drawn, cache):
         command_train.train(load(tmp_path / "killed", drawn, cache, *FLIP, *ADAM), StopsAfterThree())
     folder = tmp_path / "killed" / "runs" / "photos-1"
     assert not (folder / "run.json").exists()
+    # Links in the places of what is still to be written must be replaced, and change nothing.
+    (tmp_path / "precious").write_bytes(b"precious")
+    for name in {*FILES, "history.csv", "curves.png", ".lock", ".lock-holder", "inference"}:
+        if not (folder / name).exists() and "/" not in name:
+            (folder / name).symlink_to(tmp_path / "precious")
+    (folder / ".lock").unlink()
+    (folder / ".lock").symlink_to(tmp_path / "precious")
     observer = Silent()
     resumed = command_train.resume(folder, schema.load(folder / "config.yaml"), observer)
+    assert (tmp_path / "precious").read_bytes() == b"precious"
+    assert [path for path in folder.rglob("*") if path.is_symlink()] == []
     assert any("epoch 3" in note for note in observer.notes), observer.notes
     assert_same_weights(whole, resumed)
     ours, theirs = (run.file("predictions.csv").read_bytes() for run in (whole, resumed))

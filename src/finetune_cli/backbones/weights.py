@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_cli.errors import WeightsError
-from finetune_cli.files import atomic_path
+from finetune_cli.files import atomic_path, open_regular
 from finetune_cli.untrusted import hdf5
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def has_digest(path: Path, digest: str | None) -> bool:
     """Compare a file with its MD5 or SHA-256 in hexadecimal; `None`: none is known, and any file will do."""
     if digest is None:
         return True
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "md5" if len(digest) == 32 else "sha256").hexdigest() == digest
 
 

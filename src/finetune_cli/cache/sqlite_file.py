@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_cli import files
+from finetune_cli import files, held
 from finetune_cli.errors import FinetuneError
 
 PAGE = 4096
@@ -225,8 +225,11 @@ def connect(path: Path, kind: Kind) -> sqlite3.Connection:
 
     Raises `NotOursError`, or `sqlite3.Error` or `OSError` for a fault that is not the file's.
     """
-    _check_owner(path)
-    connection = sqlite3.connect(path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    _check_files(path)
+    # SQLite itself would make it through a link that was put there a moment ago.
+    with contextlib.suppress(OSError):  # of a folder that cannot be written: SQLite says so
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644))
+    connection = _open(path, "mode=rw", timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     try:
         with _judged():
             connection.execute("PRAGMA trusted_schema = OFF")
@@ -254,8 +257,8 @@ def connect_reader(path: Path, kind: Kind) -> sqlite3.Connection:
     log = companions(path)[2]
     if not log.exists() or not log.stat().st_size:
         return connect_immutable(path, kind)  # SQLite would make an empty log and leave it there
-    _check_owner(path)
-    return _checked(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=BUSY_SECONDS), kind)
+    _check_files(path)
+    return _checked(_open(path, "mode=ro", timeout=BUSY_SECONDS), kind)
 
 
 def connect_immutable(path: Path, kind: Kind) -> sqlite3.Connection:
@@ -263,9 +266,8 @@ def connect_immutable(path: Path, kind: Kind) -> sqlite3.Connection:
 
     A process on another machine may write at the same time: the rows that this tears fail their CRC.
     """
-    _check_owner(path)
-    uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
-    return _checked(sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False), kind)
+    _check_files(path)
+    return _checked(_open(path, "mode=ro&immutable=1", isolation_level=None, check_same_thread=False), kind)
 
 
 def companions(path: Path) -> tuple[Path, Path, Path, Path]:
@@ -320,10 +322,43 @@ def _execute(connection: sqlite3.Connection, statement: str, rows: Sequence[tupl
         raise
 
 
-def _check_owner(path: Path) -> None:
-    """Raise `NotOursError` for a file or log of another user, who could choose its rows, and for a link or a pipe.
+def _open(path: Path, query: str, **options: Any) -> sqlite3.Connection:
+    """As `sqlite3.connect`, with the parameters `query` of a URI, and only if it opens the file of that name.
 
-    Raises `OSError` for a folder, which is never moved away.
+    SQLite goes by names and follows links, but it resolves them when it opens a database, and can be asked which file
+    it has opened. Nothing was read or written until then. Raises `NotOursError` and `sqlite3.Error`.
+    """
+    try:
+        connection: sqlite3.Connection = sqlite3.connect(f"{path.absolute().as_uri()}?{query}", uri=True, **options)
+    except sqlite3.OperationalError:
+        _check_files(path)  # it may have been replaced by a link to nothing
+        raise
+    try:
+        if _is_elsewhere(connection, path):
+            raise NotOursError("is a symbolic link")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _is_elsewhere(connection: sqlite3.Connection, path: Path) -> bool:
+    """Whether SQLite has opened another file than that of the name `path`: it was replaced by a link meanwhile."""
+    if os.name == "nt":
+        return False
+    connection.text_factory = bytes  # a path need not be UTF-8
+    opened = connection.execute("PRAGMA database_list").fetchone()[2]
+    connection.text_factory = str
+    # The second is how a SQLite without readlink(2) spells it.
+    names = (os.path.join(os.path.realpath(path.parent), path.name), os.path.abspath(path))  # noqa: PTH100, PTH118
+    return opened not in [os.fsencode(name) for name in names]
+
+
+def _check_files(path: Path) -> None:
+    """Raise `NotOursError` for a file or log that somebody else can choose or that leads out of the folder.
+
+    That is a file of another user, a link, a second name (a hard link) of another file, a pipe. Raises `OSError` for a
+    folder, which is never moved away.
     """
     for part in companions(path):
         try:
@@ -332,8 +367,12 @@ def _check_owner(path: Path) -> None:
             continue
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, "it is a folder", str(part))
+        if held.is_link(status):
+            raise NotOursError("is a symbolic link")
         if not stat.S_ISREG(status.st_mode):
             raise NotOursError("is not a regular file")
+        if status.st_nlink > 1:
+            raise NotOursError("has a second name (a hard link)")
         if hasattr(os, "geteuid") and status.st_uid not in (0, os.geteuid()):
             raise NotOursError("belongs to another user")
 

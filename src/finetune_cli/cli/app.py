@@ -145,11 +145,11 @@ def new_console(quiet: bool = False) -> "Console":
     return Console(quiet)
 
 
-def load_config(path: Path | None, overrides: list[str] | None) -> "Config":
-    """The config of a YAML file and ``key=value`` overrides."""
+def load_config(path: Path | None, overrides: list[str] | None, own: bool = False) -> "Config":
+    """The config of a YAML file and ``key=value`` overrides; `own`: it is in a run, and may not be a link."""
     from finetune_cli.config import schema
 
-    return schema.load(path, overrides or ())
+    return schema.load(path, overrides or (), own)
 
 
 @contextlib.contextmanager

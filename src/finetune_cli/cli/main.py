@@ -122,7 +122,7 @@ def _resume(console: "Console", run_folder: Path | None, overrides: list[str] | 
     from finetune_cli.training import pipeline as command_train
 
     console.note(f"resuming {folder}")
-    return command_train.resume(folder, load_config(folder / "config.yaml", overrides), console)
+    return command_train.resume(folder, load_config(folder / "config.yaml", overrides, own=True), console)
 
 
 @command(app)

@@ -141,9 +141,11 @@ def init(
     from finetune_cli.training import starter_config
 
     console = new_console()
-    if output.exists():
+    if files.holds_something(output):
         raise UsageError(f"{output} exists already", "choose another name with --output")
-    files.write_text(output, starter_config.starter_config(data, output, console))
+    with files.atomic_output(output) as temporary:
+        text = starter_config.starter_config(data, output, console)
+        temporary.write_text(text, "utf-8", "surrogateescape", newline="\n")
     console.print(f"wrote {output}; train with: finetune train {shlex.quote(str(output))}")
 
 

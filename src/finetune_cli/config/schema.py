@@ -157,14 +157,14 @@ class Config(Section):
         return values
 
 
-def load(path: Path | None, overrides: Sequence[str] | Mapping[str, Any] = ()) -> Config:
+def load(path: Path | None, overrides: Sequence[str] | Mapping[str, Any] = (), own: bool = False) -> Config:
     """The configuration of a YAML file with overrides on top.
 
     overrides: ``section.key=value`` text as on the command line, or plain values by section, such as
-    ``{"training": {"seed": 1}, "calibration": "none"}``. Raises `ConfigError` that lists all problems at once, each
-    with file and line.
+    ``{"training": {"seed": 1}, "calibration": "none"}``. own: the file is the config in a run, and may not be a link.
+    Raises `ConfigError` that lists all problems at once, each with file and line.
     """
-    document = yaml_file.read(path, _is_text) if path is not None else yaml_file.Document()
+    document = yaml_file.read(path, _is_text, own) if path is not None else yaml_file.Document()
     values: dict[str, Any] = document.values
     values.setdefault("data", {})  # so that what is missing is said to be `data.train`
     problems = [

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune_cli import files
 from finetune_cli.errors import ConfigError
 
 MAX_BYTES = 256 * 1024
@@ -36,11 +37,12 @@ class Document:
     duplicates: list[tuple[Keys, int]] = field(default_factory=list)
 
 
-def read(path: Path, is_text: IsText) -> Document:
+def read(path: Path, is_text: IsText, own: bool = False) -> Document:
     """Read the mapping in `path`; `is_text` tells which key paths take text, so that ``name: 007`` stays as it is.
 
-    Anchors, aliases and tags are refused: a config of this tool never needs them, and nested aliases expand to billions
-    of values. Raises `ConfigError` for a missing, oversized or malformed file.
+    own: the file is the config in a run, and may not be a link. Anchors, aliases and tags are refused: a config of this
+    tool never needs them, and nested aliases expand to billions of values. Raises `ConfigError` for a missing,
+    oversized or malformed file, and for a pipe, which may never end.
     """
     import yaml
 
@@ -50,12 +52,14 @@ def read(path: Path, is_text: IsText) -> Document:
                 f"{path} is a folder, not a config file",
                 f"write a config for it with: finetune init {path}",
             )
-        with path.open("rb") as file:
+        with files.open_own(path) if own else files.open_regular(path) as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError as exc:
         raise ConfigError(f"there is no file {path}", "write one with: finetune init PHOTOS") from exc
     except OSError as exc:
-        raise ConfigError(f"cannot read {path}: {exc.strerror}", "name a YAML file that you can read") from exc
+        raise ConfigError(
+            f"cannot read {path}: {exc.strerror}", "save it as a YAML file that you can read, and name that"
+        ) from exc
     if len(data) > MAX_BYTES:
         raise ConfigError(f"{path} is larger than {MAX_BYTES // 1024} KiB, which no config is", _WRITE_ONE)
     try:

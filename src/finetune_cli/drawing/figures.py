@@ -30,15 +30,18 @@ _MOST_LABELS = 120
 _FOLDER = "MPLCONFIGDIR"
 
 
-def write_figures(folder: Path, evaluation: Evaluation, history: Sequence[Mapping[str, Any]] = ()) -> list[str]:
+def write_figures(
+    folder: Path, evaluation: Evaluation, history: Sequence[Mapping[str, Any]] = (), root: Path | None = None
+) -> list[str]:
     """Write confusion_matrix.png and, if there is a history, curves.png into `folder`; returns their names.
 
-    `history`: a row for each epoch, as in history.csv. Raises `StorageError`.
+    `history`: a row for each epoch, as in history.csv; `root`: the run that `folder` is in (see `files.py`). Raises
+    `StorageError`.
     """
-    confusion_matrix(folder / CONFUSION, evaluation)
+    confusion_matrix(folder / CONFUSION, evaluation, root)
     if not history:
         return [CONFUSION]
-    curves(folder / CURVES, history)
+    curves(folder / CURVES, history, root)
     return [CURVES, CONFUSION]
 
 
@@ -59,7 +62,7 @@ def _import_figure() -> type["Figure"]:
     return Figure
 
 
-def curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
+def curves(path: Path, history: Sequence[Mapping[str, Any]], root: Path | None = None) -> None:
     """Draw the columns `loss` and `accuracy` and their `val_` twins over the epochs. Raises `StorageError`."""
     Figure = _import_figure()  # noqa: N806
     drawn = [name for name in ("loss", "accuracy") if name in history[0] or f"val_{name}" in history[0]]
@@ -76,10 +79,10 @@ def curves(path: Path, history: Sequence[Mapping[str, Any]]) -> None:
         ax.xaxis.get_major_locator().set_params(integer=True)
         _plain(ax)
         ax.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    _save(figure, path, root)
 
 
-def confusion_matrix(path: Path, evaluation: Evaluation) -> None:
+def confusion_matrix(path: Path, evaluation: Evaluation, root: Path | None = None) -> None:
     """Draw the confusion matrix: rows true, columns predicted, counts in cells, colour by the share of the row.
 
     Raises `StorageError`.
@@ -111,7 +114,7 @@ def confusion_matrix(path: Path, evaluation: Evaluation) -> None:
     ax.set_xlabel("predicted", fontsize=size)
     ax.set_ylabel("true", fontsize=size)
     ax.set_title(f"{evaluation.accuracy.value:.1%} of {evaluation.photos} photos right", fontsize=size, loc="left")
-    _save(figure, path)
+    _save(figure, path, root)
 
 
 def _short(name: str) -> str:
@@ -126,8 +129,8 @@ def _plain(ax: "Axes") -> None:
         ax.spines[side].set_visible(False)
 
 
-def _save(figure: "Figure", path: Path) -> None:
-    with files.atomic_path(path) as temporary, warnings.catch_warnings():
+def _save(figure: "Figure", path: Path, root: Path | None) -> None:
+    with files.atomic_path(path, root=root) as temporary, warnings.catch_warnings():
         # A class name in a script that the built-in font lacks is drawn as boxes; the tables have it in full.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         # The version of matplotlib in the file would make two equal runs differ.

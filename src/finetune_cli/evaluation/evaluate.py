@@ -5,6 +5,7 @@ Neither TensorFlow nor SciPy nor matplotlib is imported.
 
 import contextlib
 import itertools
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -148,10 +149,10 @@ def _check_target(run: Run, target: Target) -> None:
                 f"--name {target.name!r} cannot be used", "take letters, digits, dots, hyphens and underscores"
             )
         folder = run.folder / "evaluations" / target.name
-        if folder.exists():
+        if os.path.lexists(folder):
             raise UsageError(f"{folder} exists already", "choose another --name, or remove that folder")
     try:
-        files.check_writable(run.folder / "evaluations")
+        files.check_writable(run.folder / "evaluations", run.folder)
     except StorageError as exc:
         exc.remedy = "write the evaluation to another folder: --output DIR"
         raise
@@ -193,20 +194,22 @@ def _write(found: Judged, target: Target, stem: str, report: Report | None = Non
     numbers = itertools.count(1)
     while True:
         folder = found.run.folder / "evaluations" / (target.name or f"{stem}-{next(numbers)}")
-        if target.name is None and folder.exists():
+        if target.name is None and os.path.lexists(folder):
             continue
         try:
             _write_files(folder, found, report)
             return folder
         except StorageError:
-            if target.name is not None or not folder.exists():
+            if target.name is not None or not os.path.lexists(folder):
                 raise
 
 
 def _write_files(folder: Path, found: Judged, report: Report | None) -> None:
     """Write all files of the evaluation as the new folder `folder`, or none. Raises `StorageError`."""
     answers, part = found.answers, found.photos.part
-    with files.atomic_folder(folder) as temporary:
+    # A person chooses a folder of any name for --output; in a run, nothing may be a link.
+    root = found.run.folder if folder.is_relative_to(found.run.folder) else None
+    with files.atomic_folder(folder, root=root) as temporary:
         try:
             table = outputs.Judged(part, answers.samples, answers.probabilities, found.evaluation)
             outputs.write_tables(temporary, found.run.classes, [table])

@@ -106,5 +106,5 @@ def _draw(path: Path, settings: ImageSettings, evidence: NDArray[np.float64], ou
     # The same crop as the model's, with more pixels for the eye.
     photo = decode.decode(path, replace(settings, size=max(settings.size, _SHOWN_SIZE)))
     picture = Image.fromarray(heatmap.side_by_side(photo, heatmap.overlay(photo, evidence)))
-    with files.atomic_path(output) as temporary:
+    with files.atomic_output(output) as temporary:
         picture.save(temporary, "PNG", compress_level=3)  # 0.1 s faster than `optimize`, and 6 % larger

@@ -232,7 +232,7 @@ def pixels(sample: Sample, settings: ImageSettings) -> NDArray[np.uint8]:
     Raises `BadImage` when it cannot be read or decoded, or when its bytes are not those of its digest.
     """
     try:
-        data = sample.path.read_bytes()
+        data = files.read_regular(sample.path)
     except OSError as exc:
         raise BadImage(sample.path, f"cannot be read: {exc.strerror}") from exc
     if hashlib.sha256(data).hexdigest() != sample.digest:

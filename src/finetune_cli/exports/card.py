@@ -61,7 +61,7 @@ class Card:
         """The card in `folder`. Raises `WeightsError` when it is missing or damaged."""
         path = folder / FILE
         try:
-            return cls.parse(path.read_text("utf-8"), path)
+            return cls.parse(files.read_own(path).decode("utf-8"), path)
         except (OSError, UnicodeDecodeError) as exc:
             raise WeightsError(f"{path}, which names the classes of the model, cannot be read", "export again") from exc
 

@@ -130,6 +130,7 @@ def _check_targets(run: Run, request: Request, inner: dict[str, Path]) -> None:
     if targets != [request.output]:
         place.check_beside(request.output, request.force)
     for target in targets:
+        place.refuse_links(request.output, target)
         place.check(target, request.force)
         place.check_replaceable(target)
     model = run.file("model.keras").stat().st_size

@@ -81,7 +81,7 @@ def write(folder: Path, form: Form, run: Run) -> None:
         run=run.name,
         model_sha256=run.manifest.files["model.keras"],
         versions={name: _version(name) for name in packages},
-        files={path.relative_to(folder).as_posix(): files.sha256(path) for path in listed},
+        files={path.relative_to(folder).as_posix(): files.sha256_own(path, folder) for path in listed},
     )
     files.write_json(folder / FILE, manifest.to_json())
 
@@ -97,7 +97,7 @@ def read(folder: Path) -> ExportManifest:
     """The manifest in `folder`, its files unchecked. Raises `WeightsError` when it is missing or damaged."""
     path = folder / FILE
     try:
-        return ExportManifest.from_json(json.loads(path.read_text("utf-8")))
+        return ExportManifest.from_json(json.loads(files.read_own(path)))
     except FileNotFoundError as exc:
         raise WeightsError(f"{folder} was not made by finetune export: it has no {FILE}", EXPORT_IT) from exc
     except (OSError, ValueError, RecursionError) as exc:
@@ -111,7 +111,7 @@ def verify(folder: Path) -> ExportManifest:
         raise WeightsError(f"{folder / extra[0]} is not listed in {FILE}", "export again into a new folder")
     for name, expected in manifest.files.items():
         try:
-            actual = files.sha256(folder / name)
+            actual = files.sha256_own(folder / name, folder)
         except OSError as exc:
             raise WeightsError(f"{folder / name} cannot be read: {exc.strerror}", "export again") from exc
         if actual != expected:
@@ -129,4 +129,5 @@ def is_export(folder: Path) -> bool:
 
 
 def _present(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    inside = folder.rglob("*")
+    return {path.relative_to(folder).as_posix() for path in inside if path.is_symlink() or not path.is_dir()}

@@ -1,5 +1,6 @@
 """An exported model as something that answers for photos: `finetune predict --model PATH`."""
 
+import os
 from pathlib import Path
 
 from finetune_cli.errors import WeightsError
@@ -19,7 +20,7 @@ def open_model(path: Path, workers: int) -> Opened:
     if not path.is_file():
         raise WeightsError(f"there is no model {path}", "name a folder that finetune export wrote, or the file in it")
     entry = _by_suffix(path)
-    if (path.parent / manifest.FILE).exists() and path.name in manifest.read(path.parent).files:
+    if os.path.lexists(path.parent / manifest.FILE) and path.name in manifest.read(path.parent).files:
         return _open_folder(path.parent, workers)
     if not entry.knows_classes:  # they are in a file beside it, and the manifest must say that the two belong together
         raise WeightsError(
@@ -36,11 +37,13 @@ def _open_folder(folder: Path, workers: int) -> Opened:
 
 def _version(folder: Path) -> Path:
     """The newest version in a folder of versions, as TensorFlow Serving chooses it; else the folder itself."""
-    if (folder / manifest.FILE).exists():
+    if os.path.lexists(folder / manifest.FILE):
         return folder
     versions = [path for path in folder.iterdir() if place.is_version(path)]
     if versions:
-        return max(versions, key=lambda path: int(path.name))
+        newest = max(versions, key=lambda path: int(path.name))
+        place.refuse_links(folder, newest)
+        return newest
     exports = sorted(path.parent.name for path in folder.glob(f"*/{manifest.FILE}"))
     exports += sorted({path.parent.parent.name for path in folder.glob(f"*/[0-9]*/{manifest.FILE}")})
     if exports:

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 from finetune_cli.errors import RunError, StorageError, WeightsError
 from finetune_cli.exports.card import EXPORT_IT, KEY, Card
 from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, reason
+from finetune_cli.inference.predictor import read_model
 from finetune_cli.inference.runtimes import OpenVinoRuntime, import_openvino, read_ir
 
 Precision = Literal["float32", "float16"]
@@ -28,8 +29,7 @@ class OpenVino:
     def write(self, source: Source, folder: Path) -> None:
         """Write the run's own OpenVINO model with names for its ends and the card inside."""
         ov = import_openvino()
-        source.run.file("inference/model.bin")
-        model = read_ir(source.run.file("inference/model.xml"))
+        model = read_model(source.run)
         model.inputs[0].get_tensor().set_names({"image"})
         model.outputs[0].get_tensor().set_names({"probabilities"})
         model.set_rt_info(source.card.text(), KEY)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_cli import files
 from finetune_cli.errors import BadImage, DataError, GateError
 from finetune_cli.evaluation import judge
 from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature
@@ -30,7 +31,7 @@ from finetune_cli.photos.dataset import Sample
 from finetune_cli.photos.decode import decode_whole
 from finetune_cli.progress import Observer
 from finetune_cli.runs.run import Run
-from finetune_cli.tables import read_csv
+from finetune_cli.tables import parse_csv
 from finetune_cli.training import outputs
 
 MOST_PHOTOS = 64
@@ -66,7 +67,7 @@ class Photo:
     def encoded(self) -> bytes:
         """Its file, or a PNG copy of one that is foreign. Raises `BadImage`."""
         if self.foreign is None:
-            return self.path.read_bytes()
+            return files.read_regular(self.path)
         from PIL import Image
 
         copy = io.BytesIO()
@@ -171,7 +172,7 @@ def choose(samples: Sequence[Sample], margins: Sequence[float]) -> list[Sample]:
 
 def _predictions(run: Run) -> dict[str, Floats]:
     """Validation photo -> the probabilities that were measured when the run was trained."""
-    rows = read_csv(run.file("predictions.csv"), ("split", "path", "true", "predicted", *run.classes))
+    rows = parse_csv(run.read("predictions.csv"), ("split", "path", "true", "predicted", *run.classes))
     return {row[1]: np.array(row[4:], np.float32) for row in rows if row[0] == "val"}
 
 

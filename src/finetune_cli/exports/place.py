@@ -81,6 +81,18 @@ def check_beside(output: Path, force: bool) -> None:
         )
 
 
+def refuse_links(output: Path, target: Path) -> None:
+    """Raise `UsageError` when `target`, or a folder on the way to it from `output`, is a link; `output` may be one."""
+    for path in (target, *target.parents):
+        if path == output:
+            break
+        if path.is_symlink():
+            raise UsageError(
+                f"{path} is a symbolic link, which is not followed inside a folder of exports",
+                "remove it, or put in its place what it leads to",
+            )
+
+
 def check_replaceable(target: Path) -> None:
     """Raise `StorageError` unless a folder that was built beside `target` can take its place."""
     target = Path(os.path.realpath(target))
@@ -131,10 +143,11 @@ def placed(target: Path, force: bool) -> Iterator[Path]:
 
 def _remove_abandoned(target: Path) -> None:
     """Remove what killed exports to `target` left beside it, an hour or more ago."""
-    # The folder that `placed` names, and the one that `files.atomic_folder` makes for it, cut to 40 characters.
+    # The folder that `placed` names, and the one that `files.atomic_folder` makes for it, cut to 40 characters;
+    # earlier versions put a second .tmp behind that.
     digits, name = "-[0-9a-f]{8}", target.name
     ready = rf"\.{re.escape(name[:40])}{digits}\.tmp"
-    building = rf"\.\.{re.escape(name[:30])}.{{0,19}}{digits}\.tmp\.tmp"
+    building = rf"\.\.{re.escape(name[:30])}.{{0,19}}{digits}\.tmp(?:\.tmp)?"
     pattern = re.compile(f"{ready}|{building}")
     with contextlib.suppress(OSError):
         for path in target.parent.iterdir():

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from finetune_cli.errors import BadImage, RunError
 from finetune_cli.inference import linear_end
-from finetune_cli.inference.runtimes import OpenVinoRuntime, read_ir
+from finetune_cli.inference.runtimes import OpenVinoRuntime, parse_ir
 from finetune_cli.parallel import ordered_map
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.runs.run import Run
@@ -50,7 +50,7 @@ class RunPredictor:
     def __init__(self, run: Run, workers: int, latency: bool = False) -> None:
         self.classes = run.classes
         self.settings = run.image_settings
-        self._runtime = OpenVinoRuntime(_model(run), "float32", workers, latency)
+        self._runtime = OpenVinoRuntime(read_model(run), "float32", workers, latency)
 
     def probabilities(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         """``uint8 (n, H, W, 3)`` RGB -> ``float32 (n, C)``."""
@@ -118,7 +118,7 @@ class InsightfulPredictor:
     """
 
     def __init__(self, run: Run, workers: int, latency: bool = False) -> None:
-        model = _model(run)
+        model = read_model(run)
         end = linear_end.read_end(model, run.temperature)
         if end.kernel.shape[1] != len(run.classes):
             problem = f"{run.folder}: the model has {end.kernel.shape[1]} outputs for {len(run.classes)} classes"
@@ -136,6 +136,8 @@ class InsightfulPredictor:
         return Insight(probabilities, features.reshape(len(photos), -1), feature_map)
 
 
-def _model(run: Run) -> "openvino.Model":
-    run.file("inference/model.bin")
-    return read_ir(run.file("inference/model.xml"))
+def read_model(run: Run) -> "openvino.Model":
+    """The OpenVINO form of `run`, made of the very bytes whose SHA-256 was checked. Raises `RunError`."""
+    name = "inference/model.xml"
+    weights = run.read("inference/model.bin")
+    return parse_ir(run.read(name), weights, run.folder / name)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli.errors import FinetuneError
-from finetune_cli.files import atomic_path
+from finetune_cli.files import atomic_output
 from finetune_cli.inspection.layers import first_convolution
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def filters(model: "keras.Model", photo: NDArray[np.uint8], output: Path) -> tup
         for index in np.argsort(-spread, kind="stable")
     ]
     picture = _draw(photo, described, kernels, responses)
-    with atomic_path(output) as temporary:
+    with atomic_output(output) as temporary:
         picture.save(temporary, "PNG")
     return tuple(described)
 

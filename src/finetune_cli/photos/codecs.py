@@ -6,19 +6,21 @@ its pixels are read, becomes a `BadImage`. Nothing is printed, by Pillow or by t
 
 import contextlib
 import ctypes
+import errno
 import functools
 import importlib
 import io
 import logging
 import os
 import re
-import stat
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from finetune_cli import files
 from finetune_cli.errors import BadImage
+from finetune_cli.held import IrregularError
 from finetune_cli.text import shown
 
 if TYPE_CHECKING:
@@ -104,7 +106,7 @@ def unreadable(name: Path | str, exc: Exception, kind: str | None = None) -> Bad
     """The error to raise for a photo that could not be opened or decoded because of `exc`."""
     if isinstance(exc, FileNotFoundError):
         return BadImage(name, "there is no such file", "check the path")
-    if isinstance(exc, IsADirectoryError):
+    if isinstance(exc, OSError) and exc.errno == errno.EISDIR:
         return BadImage(name, "this is a folder", "name a photo in it")
     if isinstance(exc, PermissionError):
         return BadImage(name, reason(exc, kind), "grant yourself access")
@@ -123,21 +125,10 @@ def too_large(width: int, height: int, max_pixels: int, kind: str = "") -> str:
 @contextlib.contextmanager
 def _stream(source: Path | bytes | BinaryIO) -> Iterator[BinaryIO]:
     if isinstance(source, Path):
-        with regular_file(source) as file:
+        with files.open_regular(source) as file:
             yield file
     else:
         yield io.BytesIO(source) if isinstance(source, bytes) else source
-
-
-@contextlib.contextmanager
-def regular_file(path: Path) -> Iterator[io.BufferedReader]:
-    """The file at `path`, opened for reading. Raises `Refused` for what is no regular file, and `OSError`."""
-    # Without O_NONBLOCK, opening a FIFO would wait for a writer for ever.
-    nonblocking = getattr(os, "O_NONBLOCK", 0)
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | nonblocking)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise Refused("not a regular file")
-        yield file
 
 
 def _format(stream: BinaryIO) -> str:
@@ -269,7 +260,7 @@ def _limit_scans(image: "ImageFile", stream: BinaryIO) -> None:
 
 def reason(exc: Exception, kind: str | None = None) -> str:
     """One line for what went wrong, with what to do about it where that is known."""
-    if isinstance(exc, Refused):
+    if isinstance(exc, Refused | IrregularError):
         return str(exc)
     if isinstance(exc, MemoryError):
         return "not enough memory to decode it"

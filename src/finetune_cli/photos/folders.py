@@ -7,12 +7,14 @@ the names, with a count of all that was left out.
 import contextlib
 import csv
 import functools
+import io
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from finetune_cli import files
 from finetune_cli.errors import DataError
 from finetune_cli.photos.decode import EXTENSIONS
 from finetune_cli.text import address, counted, shown
@@ -268,7 +270,8 @@ def _read_table(path: Path) -> Listing:
         return os.path.join(real_folder(folder), name)  # noqa: PTH118 - text, as in `Found`
 
     try:
-        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        binary = files.open_regular(path)
+        with io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             header = file.readline()
             # Strict: a quote that is never closed would make one label of all that follows.
             rows = csv.reader(file, delimiter=max("\t;,", key=header.count), strict=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_cli import files
 from finetune_cli.cache.digests import DigestCache, Facts
 from finetune_cli.errors import BadImage, BadPhotos, DataError
 from finetune_cli.parallel import cores, ordered_map
@@ -109,7 +110,7 @@ def preflight(
 def examine(path: Path) -> Facts:
     """Open the file at `path` once for its header and digest. Raises `BadImage` when it is no image or unreadable."""
     try:
-        with codecs.regular_file(path) as file:
+        with files.open_regular(path) as file:
             header = decode.read_header(file, sys.maxsize)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()

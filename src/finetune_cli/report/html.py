@@ -7,6 +7,7 @@ Sections that need the training features take them from the cache; where those a
 import base64
 import csv
 import hashlib
+import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -82,8 +83,9 @@ def report(judged: Judged, folder: Path, observer: Observer) -> Path:
         **_surroundings(run),
     }
     path = folder / NAME
-    files.write_text(path, _page(values, judged, made))
-    figures.write_figures(folder, judged.evaluation)
+    root = judged.run.folder if folder.is_relative_to(judged.run.folder) else folder
+    files.write_text(path, _page(values, judged, made), root)
+    figures.write_figures(folder, judged.evaluation, root=root)
     return path
 
 
@@ -141,8 +143,8 @@ def _classes(judged: Judged) -> Values:
 def _history(run: Run) -> list[charts.Chart]:
     if "history.csv" not in run.manifest.files:
         return []
-    with run.file("history.csv").open(encoding="utf-8", newline="") as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    text = io.StringIO(run.read("history.csv").decode("utf-8"), newline="")
+    rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(text)]
     return charts.learning(rows) if rows else []
 
 
@@ -295,8 +297,8 @@ def _curve(curve: LearningCurve, run: Run) -> Values:
 def _surroundings(run: Run) -> Values:
     """The resolved config as text, and the environment as rows."""
     try:
-        text = run.file("config.yaml").read_text("utf-8")
-        environment = json.loads(run.file("environment.json").read_text("utf-8"))
+        text = run.read("config.yaml").decode("utf-8")
+        environment = json.loads(run.read("environment.json"))
     except (FinetuneError, ValueError) as exc:
         return {"config": f"not readable: {exc}", "config_more": 0, "environment": []}
     packages = environment.pop("packages", {})

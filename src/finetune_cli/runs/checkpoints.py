@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -73,11 +74,12 @@ def save(folder: Path, epoch: int, arrays: Mapping[str, NDArray[Any]], state: Ma
     contents = {ARRAYS: _pack(arrays), STATE: _describe(epoch, list(arrays), state, best)}
     contents[SUMS] = _sums(contents)
     path = folder / f"epoch-{epoch:04d}"
-    files.make_folder(folder)
-    files.remove_leftovers(folder)
-    if path.exists():
-        files.remove_folder(path)
-    with files.atomic_folder(path, sum(map(len, contents.values()))) as temporary:
+    # `folder` is inside a run: neither it nor what is in it may be a link.
+    run = folder.parent
+    files.remove_leftovers(folder, run)
+    if os.path.lexists(path):
+        files.remove_folder(path, run)
+    with files.atomic_folder(path, sum(map(len, contents.values())), run) as temporary:
         for name, data in contents.items():
             (temporary / name).write_bytes(data)
             files.fsync_file(temporary / name)
@@ -89,10 +91,11 @@ def save(folder: Path, epoch: int, arrays: Mapping[str, NDArray[Any]], state: Ma
 def load(path: Path) -> Checkpoint:
     """The checkpoint in the folder `path`. Raises `CheckpointError` unless every file is as it was written."""
     try:
-        contents = {name: (path / name).read_bytes() for name in (ARRAYS, STATE)}
-        sums = (path / SUMS).read_bytes()
+        contents = {}
+        for name in (ARRAYS, STATE, SUMS):
+            contents[name] = files.read_own(path / name, path.parent.parent)
+        sums = contents.pop(SUMS)
     except OSError as exc:
-        name = Path(exc.filename or path).name
         raise CheckpointError(f"{path} is damaged: {name} cannot be read: {exc.strerror}", _REMEDY) from exc
     # The sums are compared as a whole with those that would be written, so that a change in them shows, too.
     if sums != _sums(contents):
@@ -192,11 +195,11 @@ def _remove_old(folder: Path, new: Path, new_is_best: bool) -> None:
     best = new if new_is_best else next(filter(_is_best, current), new)
     for path in found:
         if path not in (*current[:_KEPT], best):
-            files.remove_folder(path)
+            files.remove_folder(path, folder.parent)
 
 
 def _is_best(path: Path) -> bool:
     try:
-        return json.loads((path / STATE).read_bytes())["best"] is True
+        return json.loads(files.read_own(path / STATE, path.parent.parent))["best"] is True
     except (OSError, ValueError, KeyError, TypeError):
         return False  # damaged: the same as lost

@@ -90,8 +90,10 @@ def write_environment(folder: Path, config: Config, device: str, precision: str,
 def read_environment(path: Path) -> dict[str, Any]:
     """What `write_environment` wrote. Raises `RunError` when it is damaged."""
     try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as exc:
+        found = json.loads(files.read_own(path))
+    except OSError as exc:
+        raise RunError(f"{path} cannot be read: {exc.strerror}", _REMEDY) from exc
+    except (ValueError, RecursionError) as exc:
         raise RunError(f"{path} is damaged: {exc}", _REMEDY) from exc
     if not isinstance(found, dict):
         raise RunError(f"{path} is damaged: it holds no facts", _REMEDY)

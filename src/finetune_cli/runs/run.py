@@ -6,9 +6,10 @@ absolute path.
 """
 
 import csv
+import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from finetune_cli.photos import folders
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.runs import manifest as manifests
 from finetune_cli.runs.manifest import SPLITS, Manifest
-from finetune_cli.tables import read_csv, write_csv
+from finetune_cli.tables import parse_csv, write_csv
 
 DIRECTORY = Path("runs")  # where the commands look for runs
 MANIFEST = manifests.FILE
@@ -76,15 +77,15 @@ class Run:
         path = folder / MANIFEST
         if not folder.is_dir():
             raise RunError(f"there is no run {folder}", _LIST_THEM)
-        if not path.is_file() and not (folder / "config.yaml").is_file():
+        if not os.path.lexists(path) and not (folder / "config.yaml").is_file():
             raise RunError(f"{folder} is no run directory: it has no {MANIFEST}", _LIST_THEM)
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise RunError(
                 f"{folder} is not a finished run: it has no {MANIFEST}",
                 f"finish it with: finetune train --resume {folder}",
             )
         try:
-            return cls(folder, manifests.parse(path.read_text("utf-8")))
+            return cls(folder, manifests.parse(files.read_own(path).decode("utf-8")))
         except manifests.NewerFormat as exc:
             problem = f"{folder} has format {exc.found}, this version reads {exc.known}"
             raise RunError(problem, "update finetune-cli") from exc
@@ -92,22 +93,40 @@ class Run:
             raise RunError(f"{path} is damaged: {exc}", _REMEDY) from exc
 
     def file(self, name: str) -> Path:
-        """The path of a listed file, after its SHA-256 was checked. Raises `RunError` when damaged or missing."""
+        """The path of a listed file, after its SHA-256 was checked: for libraries that take names.
+
+        Raises `RunError` when it is damaged, missing, a link or no regular file.
+        """
+        self._check(name, files.sha256_own)
+        return self.folder / name
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a listed file whose SHA-256 was checked, read once. Raises `RunError` as `file` does."""
+        content = b""
+
+        def digest(path: Path, root: Path) -> str:
+            nonlocal content
+            content = files.read_own(path, root)
+            return hashlib.sha256(content).hexdigest()
+
+        self._check(name, digest)
+        return content
+
+    def _check(self, name: str, digest: Callable[[Path, Path], str]) -> None:
         path = self.folder / name
         expected = self.manifest.files.get(name)
         if expected is None:
             raise RunError(f"{self.folder} lists no file {name}", _REMEDY)
         try:
-            actual = files.sha256(path)
+            actual = digest(path, self.folder)
         except OSError as exc:
             raise RunError(f"{path} cannot be read: {exc.strerror}", _REMEDY) from exc
         if actual != expected:
             raise RunError(f"{path} is damaged: its SHA-256 is not the one in {MANIFEST}", _REMEDY)
-        return path
 
     def split(self) -> list[SplitRow]:
         """The photos of the run, by split."""
-        return read_split(self.file("split.csv"))
+        return _parse_split(self.read("split.csv"), self.folder / "split.csv")
 
     def data_roots(self) -> dict[str, Path]:
         """Split -> the folder that its photos were in when the run was made."""
@@ -178,12 +197,12 @@ def find(directory: Path) -> Path:
             f"there is no finished run under {directory}",
             "train one with: finetune train CONFIG, or name one with --run",
         )
-    return max(found, key=lambda folder: ((folder / MANIFEST).stat().st_mtime_ns, folder.name))
+    return max(found, key=lambda folder: ((folder / MANIFEST).lstat().st_mtime_ns, folder.name))
 
 
 def find_unfinished(directory: Path) -> Path:
     """The newest run in `directory` that was begun and not finished. Raises `RunError` when there is none."""
-    found = [path.parent for path in directory.glob("*/split.csv") if not (path.parent / MANIFEST).exists()]
+    found = [path.parent for path in directory.glob("*/split.csv") if not os.path.lexists(path.parent / MANIFEST)]
     if not found:
         finished = any(directory.glob(f"*/{MANIFEST}"))
         raise RunError(
@@ -191,12 +210,12 @@ def find_unfinished(directory: Path) -> Path:
             "name the run, or the folder that it is in: finetune train --resume runs/NAME; if it was interrupted "
             "before it had a folder there, run the command that began it again",
         )
-    return max(found, key=lambda folder: ((folder / "split.csv").stat().st_mtime_ns, folder.name))
+    return max(found, key=lambda folder: ((folder / "split.csv").lstat().st_mtime_ns, folder.name))
 
 
 def finish(folder: Path, manifest: Manifest, names: Iterable[str]) -> Run:
     """Write `manifest` with the SHA-256 of the files `names` as `run.json`; the run is finished from here on."""
-    listed = {name: files.sha256(folder / name) for name in sorted(names)}
+    listed = {name: files.sha256_own(folder / name, folder) for name in sorted(names)}
     files.write_json(folder / MANIFEST, replace(manifest, files=listed).to_json())
     return Run.load(folder)
 
@@ -212,12 +231,20 @@ def write_split(path: Path, rows: Iterable[SplitRow]) -> None:
 def read_split(path: Path) -> list[SplitRow]:
     """Read split.csv. Raises `RunError` when it is damaged."""
     try:
+        data = files.read_own(path)
+    except OSError as exc:
+        raise RunError(f"{path} cannot be read: {exc.strerror}", _REMEDY) from exc
+    return _parse_split(data, path)
+
+
+def _parse_split(data: bytes, path: Path) -> list[SplitRow]:
+    try:
         try:
-            rows = read_csv(path, _SPLIT_HEADER)
+            rows = parse_csv(data, _SPLIT_HEADER)
         except ValueError:
-            rows = read_csv(path, _SPLIT_HEADER[:-1])  # written before groups were kept
+            rows = parse_csv(data, _SPLIT_HEADER[:-1])  # written before groups were kept
         if unknown := {row[0] for row in rows} - set(SPLITS):
             raise ValueError(f"there is no split {min(unknown)!r}")
         return [SplitRow(*row) for row in rows]
-    except (OSError, ValueError, csv.Error) as exc:
+    except (ValueError, csv.Error) as exc:
         raise RunError(f"{path} is damaged: {exc}", _REMEDY) from exc

@@ -17,6 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_cli import files
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.devices import Precision
 from finetune_cli.errors import BadImage, ChangedPhoto, StorageError
@@ -260,7 +261,7 @@ def decode_sample(sample: Sample, settings: ImageSettings) -> NDArray[np.uint8]:
 def read_sample(sample: Sample) -> bytes:
     """The bytes of `sample`. Raises `BadImage` when it cannot be read, `ChangedPhoto` when it was not indexed so."""
     try:
-        data = sample.path.read_bytes()
+        data = files.read_regular(sample.path)
     except OSError as exc:
         raise BadImage(sample.path, f"cannot be read: {exc.strerror}") from exc
     if hashlib.sha256(data).hexdigest() != sample.digest:

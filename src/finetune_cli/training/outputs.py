@@ -3,6 +3,7 @@
 `save_models` proves before the run is finished that both forms answer as the features said that they would.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,7 +67,7 @@ def save_models(
 
 def _save_ir(model: Any, folder: Path, size: int) -> None:
     """Write an OpenVINO model, of `size` bytes of weights, as the folder `folder`. Raises `StorageError`."""
-    if folder.exists():  # of a killed training
+    if os.path.lexists(folder):  # of a killed training
         files.remove_folder(folder)
     try:
         with files.atomic_folder(folder, size) as temporary:

@@ -108,7 +108,7 @@ def _fit_and_finish(folder: Path, prepared: Prepared, start: Head | None, observ
         parity = _save_models(folder, prepared, fitted.head, temperature, judged[0].probabilities)
     names += ["model.keras", "inference/model.xml", "inference/model.bin"]
     finished = run.finish(folder, _manifest(folder, prepared, fitted, temperature, parity, judged), names)
-    if (folder / "checkpoints").exists():
+    if os.path.lexists(folder / "checkpoints"):
         files.remove_folder(folder / "checkpoints")
     return finished
 

@@ -88,7 +88,7 @@ def _save(title: str, rows: list[tuple[str, str, list[NDArray[np.uint8]]]], outp
         for view, pixels in enumerate(views):
             cell = Image.fromarray(pixels).resize((_CELL, _CELL), Image.Resampling.LANCZOS)
             sheet.paste(cell, (_MARGIN + _LABELS + view * step, y))
-    with files.atomic_path(output) as temporary:
+    with files.atomic_output(output) as temporary:
         sheet.save(temporary, "PNG")
 
 

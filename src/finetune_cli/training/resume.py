@@ -9,6 +9,7 @@ split.csv          the photos; written last, because it marks a run that can be 
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -82,7 +83,7 @@ def begin(folder: Path, prepared: Prepared) -> None:
         configs=(prepared.config.dump(folder),),
         backbone=prepared.backbone.fingerprint,
         start_from=prepared.start_from,
-        environments=(files.sha256(folder / environment.FILE),),
+        environments=(files.sha256_own(folder / environment.FILE),),
     )
     _write_record(folder, record)
     run.write_split(folder / "split.csv", _split_rows(prepared))
@@ -96,16 +97,22 @@ def identity(folder: Path) -> str:
 
 def check(folder: Path) -> None:
     """Raise `RunError` unless `folder` holds an unfinished run whose beginning is as it was written."""
-    if (folder / run.MANIFEST).exists():
+    if os.path.lexists(folder / run.MANIFEST):
         raise RunError(
             f"{folder} is finished; there is nothing to resume", "to train on, set model.start_from to that folder"
         )
-    if not (folder / "split.csv").exists():
+    if not os.path.lexists(folder / "split.csv"):
         raise RunError(f"{folder} was not begun: it has no split.csv", "train a new run")
     record = _read(folder)
-    if files.sha256(folder / environment.FILE) not in record.environments[-2:]:
+    environment_file = folder / environment.FILE
+    try:
+        digest = files.sha256_own(environment_file)
+    except OSError as exc:
+        problem = f"{environment_file} cannot be read: {exc.strerror}"
+        raise RunError(problem, "restore it from a copy, or train a new run") from exc
+    if digest not in record.environments[-2:]:
         raise RunError(f"{folder / environment.FILE} is damaged", "restore it from a copy, or train a new run")
-    stored = configs.load(folder / "config.yaml").dump(folder)
+    stored = configs.load(folder / "config.yaml", own=True).dump(folder)
     # Two, as above: a kill may have come between the record of a change and the change itself.
     if stored not in record.configs[-2:]:
         raise _other_settings(folder, differences(record.configs[-1], stored))
@@ -134,13 +141,13 @@ def go_on(folder: Path, prepared: Prepared, observer: Observer) -> None:
 
 
 def _write_record(folder: Path, record: Beginning) -> None:
-    files.write_json(folder / _RECORD, record.to_json())
+    files.write_json(folder / _RECORD, record.to_json(), folder)
 
 
 def _read(folder: Path) -> Beginning:
     path = folder / _RECORD
     try:
-        return Beginning.from_json(json.loads(path.read_text("utf-8")))
+        return Beginning.from_json(json.loads(files.read_own(path, folder)))
     except (OSError, ValueError, RecursionError) as exc:
         raise RunError(f"{path} is damaged: {exc}", "restore it from a copy, or train a new run") from exc
 

@@ -6,7 +6,6 @@ only then is the model built. Needs keras >= 3.15.1 (see `pyproject.toml`).
 """
 
 import json
-import stat
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_cli import signals
+from finetune_cli import files, signals
 from finetune_cli.errors import WeightsError
 from finetune_cli.keras_setup import import_keras
 
@@ -88,9 +87,7 @@ def _read_description(path: Path) -> tuple[Any, int]:
     if path.suffix != ".keras":
         raise WeightsError(f"{path} is not a .keras file", _REMEDY)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise WeightsError(f"{path} is not a regular file", _REMEDY)
-        with zipfile.ZipFile(path) as archive:
+        with files.open_regular(path) as file, zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             if len(members) != len(_MEMBERS) or {member.filename for member in members} != _MEMBERS:
                 raise WeightsError(f"{path} does not hold exactly {', '.join(sorted(_MEMBERS))}", _REMEDY)

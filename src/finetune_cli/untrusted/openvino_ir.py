@@ -9,12 +9,14 @@ what comes out of it. Nothing in such a file can run code or name another file.
 """
 
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.parsers import expat
 
+from finetune_cli import files
 from finetune_cli.errors import RunError
 
 if TYPE_CHECKING:
@@ -72,19 +74,32 @@ class _RefusedError(Exception):
     """Why a file is refused."""
 
 
-def check_ir(xml: Path, bin: Path) -> None:  # noqa: A002 - the suffix is its name
-    """Refuse a model that is not a plain feed-forward graph over the weights in `bin`. Raises `RunError`."""
+def read_files(xml: Path) -> tuple[bytes, bytes]:
+    """The graph in the file `xml` and the weights in the `.bin` file beside it, unchecked. Raises `RunError`."""
     try:
-        size = xml.stat().st_size
-        if size > MAX_XML_BYTES:
-            raise _RefusedError(f"it is {size} bytes large")
-        graph = _Graph(bin.stat().st_size)
-        graph.read(xml.read_bytes())
-        graph.check_edges()
-    except (_RefusedError, expat.ExpatError) as exc:
-        raise RunError(f"{xml} is refused: {exc}", REMEDY) from exc
+        with files.open_regular(xml) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_XML_BYTES:
+                raise RunError(f"{xml} is refused: it is {size} bytes large", REMEDY)
+            graph = file.read(MAX_XML_BYTES)
+        return graph, files.read_regular(xml.with_suffix(".bin"))
     except OSError as exc:
         raise RunError(f"{xml} cannot be read: {exc.strerror}", REMEDY) from exc
+
+
+def check_ir(graph: bytes, weights: int, xml: Path) -> None:
+    """Refuse a model that is not a plain feed-forward graph over so many bytes of weights. Raises `RunError`.
+
+    xml: the file that `graph` was read from.
+    """
+    try:
+        if len(graph) > MAX_XML_BYTES:
+            raise _RefusedError(f"it is {len(graph)} bytes large")
+        checked = _Graph(weights)
+        checked.read(graph)
+        checked.check_edges()
+    except (_RefusedError, expat.ExpatError) as exc:
+        raise RunError(f"{xml} is refused: {exc}", REMEDY) from exc
 
 
 REMEDY = "restore the run from a copy that you trust, or train again"
