@@ -116,6 +116,7 @@ def extraction(photos: Path, folder: Path) -> None:
     from finetune_cli.cache.features import FeatureStore
     from finetune_cli.inference import runtimes
     from finetune_cli.parallel import cores
+    from finetune_cli.photos import scan
     from finetune_cli.photos.augment import Augmenter
     from finetune_cli.photos.dataset import Sample
     from finetune_cli.photos.decode import ImageSettings
@@ -138,8 +139,8 @@ def extraction(photos: Path, folder: Path) -> None:
             model = runtimes.convert(backbone.model)
             single = runtimes.OpenVinoRuntime(model, precision, 1)
             chosen = samples[:64]
-            decode = core_seconds(lambda s=chosen: [extract.decode_sample(x, settings) for x in s]) / 64
-            decoded = np.stack([extract.decode_sample(x, settings) for x in chosen])
+            decode = core_seconds(lambda s=chosen: [scan.decode_sample(x, settings) for x in s]) / 64
+            decoded = np.stack([scan.decode_sample(x, settings) for x in chosen])
             augmenter.view(decoded[0], samples[0].digest, 1)
             warp = (
                 core_seconds(

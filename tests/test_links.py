@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from manifest_example import export_manifest
 
 from finetune_cli import files, held
-from finetune_cli.cache.digests import DigestMemory, Facts
+from finetune_cli.cache.digests import DigestCache, Facts
 from finetune_cli.cache.features import FeatureStore, clear, info
 from finetune_cli.config import schema
 from finetune_cli.errors import CheckpointError, ConfigError, RunError, StorageError, UsageError, WeightsError
@@ -144,7 +145,7 @@ def test_the_holder_is_not_read_through_a_link(tmp_path, outside):
 def test_every_file_of_a_run_that_is_a_link_is_named(copy, tmp_path):
     """Even to a file with the right content: the next one to write there must not find a link."""
     run = Run.load(copy)
-    for name in run.manifest["files"]:
+    for name in run.manifest.files:
         real = tmp_path / "moved"
         (copy / name).rename(real)
         (copy / name).symlink_to(real)
@@ -224,14 +225,17 @@ def write_export(folder: Path) -> None:
     for name in ("model.onnx", "assets/words"):
         (folder / name).write_bytes(name.encode())
         listed[name] = files.sha256(folder / name)
-    files.write_json(folder / "manifest.json", {"format": 1, "form": "onnx", "files": listed})
+    files.write_json(
+        folder / "manifest.json",
+        export_manifest(listed),
+    )
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "model.onnx", "assets/words", "assets"])
 def test_a_link_in_an_export_is_named(tmp_path, name):
     export = tmp_path / "export"
     write_export(export)
-    assert manifest.verify(export)["form"] == "onnx"
+    assert manifest.verify(export).form == "onnx"
     (export / name).rename(tmp_path / "moved")
     (export / name).symlink_to(tmp_path / "moved")
     with pytest.raises(WeightsError, match=name.split("/")[0]) as caught:
@@ -290,9 +294,9 @@ def test_the_digest_cache_writes_to_no_other_file(tmp_path, outside, make, suffi
     photo = outside / "file"
     os.utime(photo, (1e9, 1e9))
     for warnings in (1, 0):
-        with DigestMemory(cache / "digests.sqlite") as memory:
-            memory.put(photo, photo.stat(), Facts("00" * 32, 1, 1))
-        assert len(memory.warnings) == warnings, memory.warnings
+        with DigestCache(cache) as digests:
+            digests.put(photo, photo.stat(), Facts("00" * 32, 1, 1))
+        assert len(digests.warnings) == warnings, digests.warnings
     assert plain(cache / "digests.sqlite")
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from manifest_example import export_manifest
 from paths import SOURCE
 
 from finetune_cli import files
 from finetune_cli.backbones import build, weights
-from finetune_cli.cache.digests import DigestMemory
+from finetune_cli.cache.digests import DigestCache
 from finetune_cli.cache.features import FeatureStore, info
 from finetune_cli.config import schema
 from finetune_cli.errors import BadImage, ConfigError, DataError, FinetuneError, RunError, StorageError, WeightsError
@@ -25,12 +26,11 @@ from finetune_cli.evaluation import judge
 from finetune_cli.exports import manifest, opening
 from finetune_cli.exports.card import Card
 from finetune_cli.inference import predict
-from finetune_cli.photos import decode, folders
+from finetune_cli.photos import decode, folders, scan
 from finetune_cli.photos.dataset import Sample
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.runs import checkpoints
 from finetune_cli.runs.run import Run
-from finetune_cli.training import extract
 from finetune_cli.untrusted import hdf5, keras_archive, openvino_ir
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="POSIX has pipes and devices with names")
@@ -113,10 +113,12 @@ def test_a_photo(tmp_path, kind):
     for read in (
         lambda: decode.read_header(path, 10**6),
         lambda: decode.decode(path, ImageSettings()),
-        lambda: extract.decode_sample(sample, ImageSettings()),
+        lambda: scan.decode_sample(sample, ImageSettings()),
         lambda: judge.pixels(sample, ImageSettings()),
     ):
-        with pytest.raises(BadImage, match=f"it is {KINDS[kind]}, not a regular file"):
+        with pytest.raises(
+            BadImage, match="this is a folder" if kind == "folder" else f"it is {KINDS[kind]}, not a reg"
+        ):
             read()
 
 
@@ -162,7 +164,7 @@ def test_an_exported_file_alone(tmp_path, kind, suffix):
 def test_every_file_of_a_run(tiny_run, tmp_path, kind):
     copy = Path(shutil.copytree(tiny_run.run.folder, tmp_path / "run"))
     run = Run.load(copy)
-    for name in run.manifest["files"]:
+    for name in run.manifest.files:
         in_place_of(copy / name, kind)
         for read in (run.file, run.read):
             with pytest.raises(RunError, match="is a symbolic link" if kind == "device" else KINDS[kind]) as caught:
@@ -193,7 +195,10 @@ def test_every_file_of_an_export(tmp_path, kind):
             (folder / listed).write_bytes(b"{}")
         digest = files.sha256(folder / "model.onnx")
         listed_files = {"model.onnx": digest, "classes.json": digest}
-        files.write_json(folder / "manifest.json", {"format": 1, "form": "onnx", "files": listed_files})
+        files.write_json(
+            folder / "manifest.json",
+            export_manifest(listed_files),
+        )
         assert manifest.verify(folder)
         in_place_of(folder / name, kind)
         with pytest.raises(WeightsError, match=name):
@@ -208,10 +213,10 @@ def test_every_file_of_an_export(tmp_path, kind):
 def test_every_file_of_the_cache(tmp_path, kind, name):
     place(tmp_path / name, kind)
     info(tmp_path)
-    with FeatureStore(tmp_path) as store, DigestMemory(tmp_path / "digests.sqlite") as memory:
+    with FeatureStore(tmp_path) as store, DigestCache(tmp_path) as digests:
         store.put([(b"k" * 32, np.ones(4, np.float32))])
         assert store.get([b"k" * 32])
-        warnings = [*store.warnings, *memory.warnings]
+        warnings = [*store.warnings, *digests.warnings]
     assert any(name in warning or "digests" in warning for warning in warnings)
 
 

@@ -10,7 +10,7 @@ default the one that the file is in), and nothing below it may be a link. `root`
 links. A file that is a link is refused in reading and replaced in writing; a folder that is a link is refused in both
 (`held.py` says how). A person's files (`open_regular`, `atomic_output`) may be links anywhere. Neither kind is read
 unless it is a regular file. Hard links cannot be told from the file itself, so they are read; they are never written
-through, because every write makes a new file (`sqlitefile.py` does the same for databases).
+through, because every write makes a new file (`cache/sqlite_file.py` does the same for databases).
 
 Tried on Linux. On Windows folders cannot be fsynced, and a rename is tried again while a virus scanner holds the
 file; on macOS ``fsync`` does not empty the drive's own cache, so there a power cut can lose the newest file.

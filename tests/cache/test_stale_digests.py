@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import squashfs
 
-from finetune_cli.cache import digests, mounts
+from finetune_cli.cache import mounts
 from finetune_cli.cache.digests import Facts
 from finetune_cli.config import schema
 from finetune_cli.errors import ChangedPhoto
-from finetune_cli.photos import dataset
+from finetune_cli.photos import dataset, scan
 from finetune_cli.progress import Silent
 from finetune_cli.training import check as command_check
 from finetune_cli.training import pipeline as command_train
@@ -107,7 +107,7 @@ def fixed_ctime(tmp_path, monkeypatch):
 
 
 def accuracy(run) -> float:
-    return run.manifest["metrics"]["val"]["accuracy"]
+    return run.manifest.metrics["val"].accuracy
 
 
 @pytest.mark.parametrize("kind", ["vfat", "ext4"])
@@ -123,7 +123,8 @@ def test_replaced_photos_train_to_the_right_number(table, backbone, fixed_ctime,
     assert accuracy(command_train.train(loaded, observer)) == 0.25
     again = [note for note in observer.notes if "all photos are read again" in note]
     assert len(again) == (kind == "ext4")
-    assert observer.warnings == []
+    assert len(observer.warnings) == 1  # the accuracy is that of wrong labels
+    assert "majority class" in observer.warnings[0]
     observer = Silent()
     prepare.prepare(loaded, observer)
     assert not [note for note in observer.notes if "read again" in note], "the wrong rows were replaced"
@@ -135,7 +136,7 @@ def test_the_cache_is_used_where_ctime_counts(table, backbone, fixed_ctime, kind
     write(table.parent / "photos", 0)
     loaded = settings(table, backbone)
     read = []
-    examine = digests.examine
+    examine = scan.examine
     monkeypatch.setattr("finetune_cli.photos.scan.examine", lambda path: read.append(path) or examine(path))
     first = prepare.index(loaded, Silent())
     assert len(read) == 4 * PHOTOS

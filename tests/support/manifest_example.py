@@ -1,5 +1,9 @@
-"""The manifest of a run that was never trained: for tests that need one and no model."""
+"""Manifests of a run that was never trained and of its export: for tests that need one and no model."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from finetune_cli.exports.manifest import ExportManifest
 from finetune_cli.fields import Fields
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.runs.manifest import Backbone, Manifest, Parity, SkippedPhoto, Solver, SplitMetrics, Views
@@ -28,3 +32,8 @@ EXAMPLE = Manifest(
     metrics={"val": SplitMetrics.from_json(Fields(VAL))},
     files={"split.csv": "b" * 64},
 )
+
+
+def export_manifest(files: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest.json of an export to ONNX that holds `files`, name -> SHA-256."""
+    return ExportManifest("onnx", {}, EXAMPLE.created, "run-1", "0" * 64, {}, files).to_json()

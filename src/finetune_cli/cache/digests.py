@@ -3,7 +3,7 @@
 Reading a hundred thousand photos to hash them takes minutes; the digest cache makes the second run start at once. It is
 a small SQLite file with a row for each path, valid as long as the file's device, inode, size and times are what they
 were, and used only on file systems that keep ctime (`mounts.py`). It is never needed: whatever is wrong with it, the
-photos are read again. `sqlitefile.py` opens and recovers the file.
+photos are read again. `sqlite_file.py` opens and recovers the file.
 """
 
 import os

@@ -2,7 +2,7 @@
 
 A cache must never cost a run: whatever happens to the file, reading gives fewer rows and writing stops, with a warning
 in `FeatureStore.warnings`, and the features are computed again. A damaged row (its CRC covers key and value) is not
-returned and is overwritten. `sqlitefile.py` opens and recovers the file.
+returned and is overwritten. `sqlite_file.py` opens and recovers the file.
 
     features(id, key, crc, value)   id grows, so the lowest is the oldest; value is little-endian float32
 """

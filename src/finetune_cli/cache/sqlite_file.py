@@ -367,14 +367,15 @@ def _check_files(path: Path) -> None:
             continue
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, "it is a folder", str(part))
+        which = "" if part == path else f"has a companion, {part.name}, that "
         if held.is_link(status):
-            raise NotOursError("is a symbolic link")
+            raise NotOursError(f"{which}is a symbolic link")
         if not stat.S_ISREG(status.st_mode):
-            raise NotOursError("is not a regular file")
+            raise NotOursError(f"{which}is not a regular file")
         if status.st_nlink > 1:
-            raise NotOursError("has a second name (a hard link)")
+            raise NotOursError(f"{which}has a second name (a hard link)")
         if hasattr(os, "geteuid") and status.st_uid not in (0, os.geteuid()):
-            raise NotOursError("belongs to another user")
+            raise NotOursError(f"{which}belongs to another user")
 
 
 def _checked(connection: sqlite3.Connection, kind: Kind) -> sqlite3.Connection:

@@ -4,7 +4,6 @@ A photo that cannot be used (gone, changed, undecodable) is listed with its reas
 Neither TensorFlow nor SciPy is imported.
 """
 
-import hashlib
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli import files
-from finetune_cli.errors import BadImage, DataError, RunError, UsageError
+from finetune_cli.errors import BadImage, ChangedPhoto, DataError, RunError, UsageError
 from finetune_cli.inference.predictor import PHOTOS_A_CALL, InsightfulPredictor
 from finetune_cli.metrics import scores
 from finetune_cli.metrics.folds import group_numbers
 from finetune_cli.metrics.scores import CalibrationScores, Comparison, Evaluation
 from finetune_cli.parallel import ordered_map
-from finetune_cli.photos import dataset, decode
+from finetune_cli.photos import dataset, scan
 from finetune_cli.photos.dataset import BadPhoto, Sample
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.progress import Advance
@@ -232,12 +231,9 @@ def pixels(sample: Sample, settings: ImageSettings) -> NDArray[np.uint8]:
     Raises `BadImage` when it cannot be read or decoded, or when its bytes are not those of its digest.
     """
     try:
-        data = files.read_regular(sample.path)
-    except OSError as exc:
-        raise BadImage(sample.path, f"cannot be read: {exc.strerror}") from exc
-    if hashlib.sha256(data).hexdigest() != sample.digest:
-        raise BadImage(sample.path, "the file is not the one that was indexed: its content has changed")
-    return decode.decode(data, settings)
+        return scan.decode_sample(sample, settings)
+    except ChangedPhoto as exc:
+        raise BadImage(sample.path, "the file is not the one that was indexed: its content has changed") from exc
 
 
 def _chunks(samples: Iterable[Sample]) -> Iterator[tuple[Sample, ...]]:

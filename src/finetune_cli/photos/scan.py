@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from finetune_cli import files
 from finetune_cli.cache.digests import DigestCache, Facts
-from finetune_cli.errors import BadImage, BadPhotos, DataError
+from finetune_cli.errors import BadImage, BadPhotos, ChangedPhoto, DataError
 from finetune_cli.parallel import cores, ordered_map
 from finetune_cli.photos import codecs, decode
+from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.folders import Found, Listing
 from finetune_cli.text import counted, shown
 
@@ -119,6 +123,30 @@ def examine(path: Path) -> Facts:
     except (OSError, codecs.Refused) as exc:
         raise codecs.unreadable(path, exc) from exc
     return Facts(digest, header.width, header.height)
+
+
+def decode_sample(sample: Sample, settings: ImageSettings) -> NDArray[np.uint8]:
+    """The pixels of `sample`, whose bytes must still be those that were indexed.
+
+    Raises `BadImage` when it cannot be decoded, `ChangedPhoto` when the file changed since: its feature would be filed
+    under another photo's digest.
+    """
+    data = read_sample(sample)
+    try:
+        return decode.decode(data, settings)
+    except BadImage as exc:
+        raise BadImage(sample.path, exc.reason) from exc
+
+
+def read_sample(sample: Sample) -> bytes:
+    """The bytes of `sample`. Raises `BadImage` when it cannot be read, `ChangedPhoto` when it was not indexed so."""
+    try:
+        data = files.read_regular(sample.path)
+    except OSError as exc:
+        raise codecs.unreadable(sample.path, exc) from exc
+    if hashlib.sha256(data).hexdigest() != sample.digest:
+        raise ChangedPhoto(sample.path)
+    return data
 
 
 def _facts(photos: Sequence[Found], cache: DigestCache) -> Iterator[tuple[Found, Facts | str]]:

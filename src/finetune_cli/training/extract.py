@@ -17,13 +17,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli import files
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.devices import Precision
-from finetune_cli.errors import BadImage, ChangedPhoto, StorageError
+from finetune_cli.errors import BadImage, StorageError
 from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.parallel import ordered_map
-from finetune_cli.photos import decode
+from finetune_cli.photos import decode, scan
 from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import BadPhoto, Sample
 from finetune_cli.photos.decode import ImageSettings
@@ -228,7 +227,7 @@ def _worker(
         for i, views in chunk:
             sample = samples[i]
             try:
-                photo = decode_sample(sample, request.settings)
+                photo = scan.decode_sample(sample, request.settings)
             except BadImage as exc:
                 bad[i] = BadPhoto(sample.path, sample.name, exc.reason)
                 continue
@@ -243,27 +242,3 @@ def _worker(
         return dict(zip(places, runtime.infer(np.stack(photos)), strict=True)), bad
 
     return work
-
-
-def decode_sample(sample: Sample, settings: ImageSettings) -> NDArray[np.uint8]:
-    """The pixels of `sample`, whose bytes must still be those that were indexed.
-
-    Raises `BadImage` when it cannot be decoded, `ChangedPhoto` when the file changed since: its feature would be filed
-    under another photo's digest.
-    """
-    data = read_sample(sample)
-    try:
-        return decode.decode(data, settings)
-    except BadImage as exc:
-        raise BadImage(sample.path, exc.reason) from exc
-
-
-def read_sample(sample: Sample) -> bytes:
-    """The bytes of `sample`. Raises `BadImage` when it cannot be read, `ChangedPhoto` when it was not indexed so."""
-    try:
-        data = files.read_regular(sample.path)
-    except OSError as exc:
-        raise BadImage(sample.path, f"cannot be read: {exc.strerror}") from exc
-    if hashlib.sha256(data).hexdigest() != sample.digest:
-        raise ChangedPhoto(sample.path)
-    return data

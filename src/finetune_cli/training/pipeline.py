@@ -31,13 +31,14 @@ from finetune_cli.metrics.scores import (
     fit_temperature,
     softmax32,
 )
+from finetune_cli.photos import scan
 from finetune_cli.progress import Observer
 from finetune_cli.runs import checkpoints, run
 from finetune_cli.runs.manifest import Backbone, Manifest, Parity, SkippedPhoto, Solver, SplitMetrics, Views
 from finetune_cli.runs.run import Run
 from finetune_cli.tables import write_csv
 from finetune_cli.text import shown
-from finetune_cli.training import extract, fit, outputs
+from finetune_cli.training import fit, outputs
 from finetune_cli.training import resume as resume_record
 from finetune_cli.training.extract import Features
 from finetune_cli.training.fit import Fitted, labels_of
@@ -224,7 +225,7 @@ def _save_models(
     val = prepared.parts["val"].samples
     chosen = evenly_spread(len(val), outputs.PARITY_PHOTOS)
     settings = image_settings(prepared.config)
-    photos = np.stack([extract.decode_sample(val[i], settings) for i in chosen])
+    photos = np.stack([scan.decode_sample(val[i], settings) for i in chosen])
     return outputs.save_models(folder, model, photos, measured[chosen])
 
 

@@ -27,7 +27,7 @@ from finetune_cli.inference import runtimes
 from finetune_cli.inference.predictor import UNSURE
 from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.parallel import cores, ordered_map
-from finetune_cli.photos import dataset, groups
+from finetune_cli.photos import dataset, groups, scan
 from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import BadPhoto, Dataset, Sample
 from finetune_cli.photos.decode import ImageSettings
@@ -158,7 +158,7 @@ def _check_unchanged(samples: Sequence[Sample]) -> None:
     """
     for i in evenly_spread(len(samples), _CHECKED_PHOTOS):
         with contextlib.suppress(BadImage):  # gone since it was indexed, or unreadable: its features are known
-            extract.read_sample(samples[i])
+            scan.read_sample(samples[i])
 
 
 def _refuse_bad(config: Config, data: Dataset, parts: dict[str, Features], observer: Observer) -> None:
@@ -186,7 +186,7 @@ def decode_all(config: Config, data: Dataset, observer: Observer) -> list[BadPho
 
     def decode(sample: Sample) -> BadPhoto | None:
         try:
-            extract.decode_sample(sample, settings)
+            scan.decode_sample(sample, settings)
         except BadImage as exc:
             return BadPhoto(sample.path, sample.name, exc.reason)
         return None
