@@ -47,7 +47,7 @@ def test_every_method_and_error_is_on_the_page():
 
 def test_the_code_of_the_page_runs(tiny_run, tmp_path, monkeypatch, capsys):
     """In order, in one namespace; only training is left out, in favour of a run that is there already."""
-    monkeypatch.setattr(command_train, "train", lambda _config, _observer, _stem: tiny_run.run)
+    monkeypatch.setattr(command_train, "train", lambda _config, _observer: tiny_run.run)
     monkeypatch.chdir(tmp_path)
     photo = tiny_run.photos / "val" / "wasp" / "wasp-02.png"
     shutil.copy(photo, "photo.jpg")
