@@ -12,7 +12,7 @@ import json
 import random
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,15 @@ from finetune_cli.untrusted.keras_archive import load_keras_file
 if TYPE_CHECKING:
     import keras
 
-__all__ = ["Backbone", "BackboneInfo", "build", "feature_map_tensor", "resolve"]
+__all__ = [
+    "Backbone",
+    "BackboneInfo",
+    "build",
+    "feature_map_tensor",
+    "resolve",
+    "with_changed_weights",
+    "with_weights_of",
+]
 
 # EfficientNetB0 to B7: the published weights expect pixels divided by the root of this once more; Keras adds it only
 # when it loads those weights itself (https://github.com/tensorflow/tensorflow/issues/49930).
@@ -43,7 +51,8 @@ class Backbone:
 
     `fingerprint`: hexadecimal, the same for the same architecture and weights in every process and on every machine
     (the input size is not part of it). `weights_sha256`: of the weight file, if there was one. `feature_map`: whether
-    the features are the mean over the positions of the last feature map, and nothing else.
+    the features are the mean over the positions of the last feature map, and nothing else. `original`: the fingerprint
+    that it had as it was built, before any fine-tuning.
     """
 
     name: str
@@ -52,6 +61,23 @@ class Backbone:
     fingerprint: str
     weights_sha256: str | None
     feature_map: bool
+    original: str
+
+
+def with_weights_of(backbone: Backbone, name_or_path: str | Path, path: Path) -> Backbone:
+    """`backbone`, which `build` made of `name_or_path`, with the weights of the same one inside the classifier `path`.
+
+    The model itself changes. Raises `WeightsError` when the file holds no such backbone.
+    """
+    loaded = load_keras_file(path)
+    inner = [layer for layer in loaded.layers if hasattr(layer, "layers")]
+    with signals.deferred():
+        try:
+            (found,) = inner
+            backbone.model.set_weights(found.get_weights())
+        except ValueError as exc:
+            raise WeightsError(f"{path} holds no {backbone.name}", "give a run that `finetune train` made") from exc
+        return with_changed_weights(backbone, name_or_path)
 
 
 def resolve(name_or_path: str | Path) -> BackboneInfo:
@@ -104,14 +130,21 @@ def build(
             known = weights == "imagenet" or (info.digest is not None and weight_files.has_digest(file, info.digest))
             weight_files.load_into(base, file, in_order=known)
         model = _from_pixels(keras, info, base, size)
+        fingerprint = _fingerprint(info, model)
         return Backbone(
             name=info.name,
             model=model,
             width=int(model.output.shape[-1]),
-            fingerprint=_fingerprint(info, model),
+            fingerprint=fingerprint,
             weights_sha256=digest,
             feature_map=feature_map_tensor(model) is not None,
+            original=fingerprint,
         )
+
+
+def with_changed_weights(backbone: Backbone, name_or_path: str | Path) -> Backbone:
+    """`backbone`, which `build` made of `name_or_path`, with the fingerprint of the weights that it has now."""
+    return replace(backbone, fingerprint=_fingerprint(resolve(name_or_path), backbone.model))
 
 
 def weight_file(name_or_path: str | Path, weights: str | Path | None, size: int) -> Path | None:

@@ -77,10 +77,8 @@ def describe(exc: ValidationError, schema: type[BaseModel], place: Callable[[tup
             text = _unknown(keys, schema)
         elif error["type"] == "missing":
             text = f"`{name}` is required" + (": the folder of photos, or a CSV file" if name == "data.train" else "")
-        elif keys == ("fine_tuning",):
-            text = "`fine_tuning` is not available in this version; leave it null"
         elif error["type"] in {"model_type", "model_attributes_type"}:
-            null = ", or null" if name == "augmentation" else ""
+            null = {"augmentation": ", or null", "fine_tuning": ", or auto, or null"}.get(name, "")
             text = f"`{name}` is {error['input']!r}: write its keys below it{null}"
         elif name in _EXPECTED or error["type"] == "path_type":
             text = f"`{name}` is {error['input']!r}: write {_EXPECTED.get(name, 'a path')}"
@@ -139,7 +137,8 @@ def _unknown(keys: tuple[str | int, ...], schema: type[BaseModel]) -> str:
     known = list(known_keys(schema))
     elsewhere = KNOWN_ELSEWHERE.get(last.lower().replace("_", "").replace("-", ""))
     if elsewhere is not None:
-        return f"`{name}` is not a key here; its name is `{elsewhere}`"
+        sibling = f"{keys[0]}.{elsewhere.rpartition('.')[2]}"
+        return f"`{name}` is not a key here; its name is `{sibling if sibling in known else elsewhere}`"
     by_last: dict[str, list[str]] = {}
     for key in known:
         by_last.setdefault(key.split(".")[-1], []).append(key)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StrictFloat, StrictInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StrictFloat, StrictInt, ValidationError, field_validator
 
 from finetune_cli.config import generator, messages, yaml_file
 from finetune_cli.errors import ConfigError
@@ -96,6 +96,17 @@ class TrainingConfig(Section):
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
 
 
+class FineTuningConfig(Section):
+    """Which part of the backbone learns together with the head, and how; `auto` is decided by the number of photos."""
+
+    unfreeze: Annotated[str, Field(min_length=1)] = "auto"
+    epochs: Annotated[int, Field(ge=1, le=1000)] | Literal["auto"] = "auto"
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    scratch_gb: Annotated[float, Field(ge=0)] = 10.0
+
+
 class RuntimeConfig(Section):
     """Where and how the backbone is run."""
 
@@ -126,11 +137,16 @@ class Config(Section):
     augmentation: AugmentationConfig | None = AugmentationConfig()
     training: TrainingConfig = TrainingConfig()
     calibration: Literal["temperature", "none"] = "temperature"
-    fine_tuning: None = None
+    fine_tuning: FineTuningConfig | None = None
     runtime: RuntimeConfig = RuntimeConfig()
     output: OutputConfig = OutputConfig()
 
     _typed_absolute: frozenset[str] = PrivateAttr(frozenset())
+
+    @field_validator("fine_tuning", mode="before")
+    @classmethod
+    def _auto_is_all_defaults(cls, value: Any) -> Any:
+        return {} if value == "auto" else value
 
     @property
     def is_named_backbone(self) -> bool:

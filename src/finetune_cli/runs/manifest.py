@@ -37,12 +37,14 @@ class Backbone:
     """What the features come from: ``float32 (width,)`` a photo.
 
     `weights_sha256`: of the weight file, None for random weights. `feature_map`: whether the features are the mean over
-    positions of a map, so that a heat map is exact.
+    positions of a map, so that a heat map is exact. `original`: the fingerprint before fine-tuning; the same as
+    `fingerprint` if nothing was fine-tuned.
     """
 
     name: str
     width: int
     fingerprint: str
+    original: str
     weights_sha256: str | None
     feature_map: bool
 
@@ -118,7 +120,7 @@ class Manifest:
     classes: in the order of the model's outputs. temperature: the calibration T inside the model, 1 if none.
     start_from: the SHA-256 of the model that the head was begun with. photos: how many by split. roots: split -> the
     folder that its photos were in, relative to the run. seconds: by stage. parity: None if no photo was compared.
-    files: name -> SHA-256 of every other file of the run.
+    files: name -> SHA-256 of every other file of the run. fine_tuning: what was tried and kept, None without it.
     """
 
     created: str
@@ -139,6 +141,7 @@ class Manifest:
     seconds: Mapping[str, float]
     metrics: Mapping[str, SplitMetrics]
     files: Mapping[str, str]
+    fine_tuning: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The whole of `run.json`, sealed."""
@@ -153,6 +156,7 @@ class Manifest:
                     "name": self.backbone.name,
                     "width": self.backbone.width,
                     "fingerprint": self.backbone.fingerprint,
+                    "original": self.backbone.original,
                     "weights_sha256": self.backbone.weights_sha256,
                     "feature_map": self.backbone.feature_map,
                 },
@@ -176,6 +180,7 @@ class Manifest:
                 "seconds": dict(self.seconds),
                 "metrics": {split: dict(metrics.document) for split, metrics in self.metrics.items()},
                 "files": dict(self.files),
+                "fine_tuning": None if self.fine_tuning is None else dict(self.fine_tuning),
             }
         )
 
@@ -216,6 +221,7 @@ class Manifest:
                 for split, metrics in fields.mapping("metrics", Fields.object).items()
             },
             files=fields.listed_files("files"),
+            fine_tuning=_fine_tuning(fields),
         )
         for key in ("photos", "roots", "metrics"):
             if unknown := set(getattr(manifest, key)) - set(SPLITS):
@@ -256,11 +262,20 @@ def _image(fields: Fields) -> ImageSettings:
     )
 
 
+def _fine_tuning(fields: Fields) -> Mapping[str, Any] | None:
+    """What was tried and kept, as it is shown and not as it is used; None without it and in runs from before it."""
+    if fields.document.get("fine_tuning") is None:
+        return None
+    return fields.object("fine_tuning").document
+
+
 def _backbone(fields: Fields) -> Backbone:
     return Backbone(
         name=fields.text("name"),
         width=fields.integer("width", 1),
         fingerprint=fields.text("fingerprint"),
+        # Runs from before fine-tuning do not have it.
+        original=fields.text("original" if "original" in fields.document else "fingerprint"),
         weights_sha256=fields.optional("weights_sha256", fields.sha256),
         feature_map=fields.flag("feature_map"),
     )

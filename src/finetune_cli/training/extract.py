@@ -9,7 +9,7 @@ file that the operating system pages in and out, so it may be larger than the me
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -107,7 +107,7 @@ def extract(
     bad: dict[int, BadPhoto] = {}
     if missing:
         runtime = make_runtime(request.precision)
-        work = ordered_map(_worker(samples, request, runtime), _chunks(missing, batch_size), workers)
+        work = ordered_map(worker(samples, request, runtime), chunks(missing, batch_size), workers)
         waiting: list[tuple[bytes, NDArray[np.float32]]] = []
         try:
             for rows, refused in work:
@@ -200,9 +200,9 @@ def _without(array: NDArray[np.float32], kept: list[int], folder: Path) -> NDArr
     return smaller
 
 
-def _chunks(missing: dict[int, list[int]], batch_size: int) -> Iterator[list[tuple[int, list[int]]]]:
-    """Whole photos, as many as make up about `batch_size` views."""
-    chunk: list[tuple[int, list[int]]] = []
+def chunks(missing: Mapping[int, Sequence[int]], batch_size: int) -> Iterator[list[tuple[int, Sequence[int]]]]:
+    """Whole photos, each with its views in `missing`, as many as make up about `batch_size` views."""
+    chunk: list[tuple[int, Sequence[int]]] = []
     size = 0
     for item in missing.items():
         chunk.append(item)
@@ -217,10 +217,15 @@ def _chunks(missing: dict[int, list[int]], batch_size: int) -> Iterator[list[tup
 _Rows = dict[tuple[int, int], NDArray[np.float32]]
 
 
-def _worker(
+def worker(
     samples: Sequence[Sample], request: Request, runtime: Runtime
-) -> Callable[[list[tuple[int, list[int]]]], tuple[_Rows, dict[int, BadPhoto]]]:
-    def work(chunk: list[tuple[int, list[int]]]) -> tuple[_Rows, dict[int, BadPhoto]]:
+) -> Callable[[list[tuple[int, Sequence[int]]]], tuple[_Rows, dict[int, BadPhoto]]]:
+    """What a thread does with some photos, of which it gets (index, views): read, decode, warp, infer.
+
+    It returns what the runtime gives for each (index, view), and the photos that cannot be decoded.
+    """
+
+    def work(chunk: list[tuple[int, Sequence[int]]]) -> tuple[_Rows, dict[int, BadPhoto]]:
         photos: list[NDArray[np.uint8]] = []
         places: list[tuple[int, int]] = []
         bad: dict[int, BadPhoto] = {}

@@ -4,7 +4,7 @@
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,9 +92,16 @@ def write_tables(
     folder: Path,
     classes: Sequence[str],
     parts: Sequence[tuple[str, Sequence[Sample], NDArray[np.float32], Evaluation]],
+    fine_tuning: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """Write metrics.json, per_class.csv and predictions.csv into `folder`; returns their names."""
-    files.write_json(folder / "metrics.json", {split: evaluation.to_json() for split, _s, _p, evaluation in parts})
+    """Write metrics.json, per_class.csv and predictions.csv into `folder`; returns their names.
+
+    `fine_tuning`: what was tried and kept, for metrics.json; None for a training without that stage.
+    """
+    metrics: dict[str, Any] = {split: evaluation.to_json() for split, _s, _p, evaluation in parts}
+    files.write_json(
+        folder / "metrics.json", metrics | ({"fine_tuning": fine_tuning} if fine_tuning is not None else {})
+    )
     write_csv(
         folder / "per_class.csv",
         ("split", "class", "precision", "recall", "f1", "support"),

@@ -1,8 +1,8 @@
 """`train`: photos -> features -> head -> a finished run directory.
 
-The stages: preflight (headers and digests), the feature pass, the head, calibration, and the proof that the saved
-model gives the measured answers. Nothing exists under the output directory before all photos were decoded, and
-`run.json` is written last.
+The stages: preflight (headers and digests), the feature pass, the head, fine-tuning if it is asked for, calibration,
+and the proof that the saved model gives the measured answers. Nothing exists under the output directory before all
+photos were decoded, and `run.json` is written last.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,6 +44,7 @@ from finetune_cli.training import resume as resume_record
 from finetune_cli.training.extract import Features
 from finetune_cli.training.fit import Fitted, labels_of
 from finetune_cli.training.prepare import Prepared, evenly_spread, image_settings, prepare, timed
+from finetune_cli.training.tuning import comparison, stage
 
 
 def train(config: Config, observer: Observer) -> Run:
@@ -52,7 +54,7 @@ def train(config: Config, observer: Observer) -> Run:
     Raises any `FinetuneError`; whatever happens, no finished run is changed and computed features stay in the cache.
     """
     run.check_target(config.output.directory, config.output.name)
-    prepared = prepare(config, observer)
+    prepared = prepare(config, observer, stage.checked(config))
     start = _start(prepared, observer)
     folder = run.create(config.output.directory, config.output.name, run.stem(config.data.train))
     with files.lock(folder), _resumable(folder):
@@ -69,7 +71,7 @@ def resume(folder: Path, config: Config, observer: Observer) -> Run:
     with files.lock(folder), _resumable(folder):
         resume_record.check(folder)
         files.remove_leftovers(folder)
-        prepared = prepare(config, observer)
+        prepared = prepare(config, observer, stage.checked(config))
         resume_record.go_on(folder, prepared, observer)
         return _fit_and_finish(folder, prepared, _start(prepared, observer), observer)
 
@@ -85,33 +87,50 @@ def _resumable(folder: Path) -> Iterator[None]:
 
 
 def _fit_and_finish(folder: Path, prepared: Prepared, start: Head | None, observer: Observer) -> Run:
-    parts, classes = prepared.parts, prepared.data.classes
+    classes = prepared.data.classes
     with timed(prepared.seconds, "head"):
         fitted = _fit(folder, prepared, start, observer)
-    temperature = 1.0
-    if prepared.config.calibration == "temperature":
-        val = parts["val"]
-        temperature = fit_temperature(fitted.head.logits(val.array[:, 0]), labels_of(val.samples))
-    judged: list[outputs.Judged] = []
-    for split in ("val", "test"):
-        if split in parts:
-            probabilities = softmax32(fitted.head.logits(parts[split].array[:, 0]), temperature)
-            evaluation = evaluate(probabilities, labels_of(parts[split].samples), classes)
-            if split == "val" and prepared.config.calibration == "temperature":
-                evaluation = replace(evaluation, calibration=_cross_fitted(fitted.head, parts[split]))
-            judged.append(outputs.Judged(split, parts[split].samples, probabilities, evaluation))
+    temperature, judged = _judge(prepared, fitted.head)
+    names = ["config.yaml", "environment.json", "split.csv"]
+    tuning: dict[str, Any] | None = None
+    if prepared.config.fine_tuning is not None:
+        outcome = stage.run(prepared, fitted, folder / "checkpoints", resume_record.identity(folder), observer)
+        before = judged
+        prepared = replace(prepared, backbone=outcome.backbone, parts=outcome.parts)
+        fitted = outcome.fitted
+        temperature, judged = _judge(prepared, fitted.head)
+        tuning = {**outcome.facts, "compared": comparison.compared(before, judged)}
+        names += comparison.write(folder, classes, before, judged, outcome.history)
     if text := _below_baseline(prepared.config, judged[-1]):
         observer.warn(text)
-    names = ["config.yaml", "environment.json", "split.csv", *outputs.write_tables(folder, classes, judged)]
+    names += outputs.write_tables(folder, classes, judged, tuning)
     names += _write_history(folder, fitted)
     names += figures.write_figures(folder, judged[-1].evaluation, fitted.history)
     with timed(prepared.seconds, "saving"), observer.stage("saving and comparing the model", None, "models"):
         parity = _save_models(folder, prepared, fitted.head, temperature, judged[0].probabilities)
     names += ["model.keras", "inference/model.xml", "inference/model.bin"]
-    finished = run.finish(folder, _manifest(folder, prepared, fitted, temperature, parity, judged), names)
+    manifest = replace(_manifest(folder, prepared, fitted, temperature, parity, judged), fine_tuning=tuning)
+    finished = run.finish(folder, manifest, names)
     if os.path.lexists(folder / "checkpoints"):
         files.remove_folder(folder / "checkpoints")
     return finished
+
+
+def _judge(prepared: Prepared, fitted: Head) -> tuple[float, list[outputs.Judged]]:
+    """The temperature of a head, and what the model with both says of the validation and the test photos."""
+    parts, classes = prepared.parts, prepared.data.classes
+    calibrated = prepared.config.calibration == "temperature"
+    val = parts["val"]
+    temperature = fit_temperature(fitted.logits(val.array[:, 0]), labels_of(val.samples)) if calibrated else 1.0
+    judged: list[outputs.Judged] = []
+    for split in ("val", "test"):
+        if split in parts:
+            probabilities = softmax32(fitted.logits(parts[split].array[:, 0]), temperature)
+            evaluation = evaluate(probabilities, labels_of(parts[split].samples), classes)
+            if split == "val" and calibrated:
+                evaluation = replace(evaluation, calibration=_cross_fitted(fitted, parts[split]))
+            judged.append(outputs.Judged(split, parts[split].samples, probabilities, evaluation))
+    return temperature, judged
 
 
 def _below_baseline(config: Config, part: outputs.Judged) -> str | None:
@@ -248,6 +267,7 @@ def _manifest(
             name=backbone.name if config.is_named_backbone else Path(config.model.backbone).name,
             width=backbone.width,
             fingerprint=backbone.fingerprint,
+            original=backbone.original,
             weights_sha256=backbone.weights_sha256,
             feature_map=backbone.feature_map,
         ),

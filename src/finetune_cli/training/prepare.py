@@ -21,7 +21,7 @@ from finetune_cli.cache.digests import DigestCache
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.config.schema import Config
 from finetune_cli.devices import Device, Precision
-from finetune_cli.errors import BadImage, ChangedPhoto, Interrupted
+from finetune_cli.errors import BadImage, ChangedPhoto, Interrupted, RunError
 from finetune_cli.head.lbfgs import class_weights
 from finetune_cli.inference import runtimes
 from finetune_cli.inference.predictor import UNSURE
@@ -32,10 +32,11 @@ from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import BadPhoto, Dataset, Sample
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.progress import Meter, Observer
+from finetune_cli.runs.run import Run
 from finetune_cli.text import counted, shown
 from finetune_cli.training import extract
 from finetune_cli.training.extract import Features, Request
-from finetune_cli.training.requirements import cache_folder, check_room, check_settings, check_start, start_digest
+from finetune_cli.training.requirements import cache_folder, check_room, check_settings, start_digest
 
 _SHOWN = 20
 Result = TypeVar("Result")
@@ -63,8 +64,12 @@ class Prepared:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def prepare(config: Config, observer: Observer) -> Prepared:
+def prepare(
+    config: Config, observer: Observer, check: Callable[[Dataset, Backbone], None] = lambda _data, _backbone: None
+) -> Prepared:
     """Index the photos, build the backbone, and compute (or find in the cache) every feature.
+
+    `check` may raise when it sees the photos and the backbone, before any feature is computed.
 
     Raises `DataError` when photos are bad and `data.on_bad_image` does not let them be skipped; what was computed by
     then stays in the cache. Raises `StorageError` when there is no room for the features or for the run.
@@ -83,8 +88,8 @@ def prepare(config: Config, observer: Observer) -> Prepared:
         if extractor is None:
             _note_augmentation(config, augmentation, observer)
             extractor = _extractor(config, observer, seconds)
-            check_start(config, extractor.backbone)
         check_room(config, data, augmentation.views, extractor.backbone)
+        check(data, extractor.backbone)
         precision = runtimes.training_precision(extractor.device, config.runtime.feature_precision)
         with timed(seconds, "features"):
             parts, cache_bytes = _all_features(extractor, data, precision, augmentation)
@@ -125,7 +130,10 @@ def _note_augmentation(config: Config, augmentation: Augmenter, observer: Observ
 def _extractor(config: Config, observer: Observer, seconds: dict[str, float]) -> "Extractor":
     with timed(seconds, "backbone"), observer.stage("backbone", None, "MB") as advance:
         device = runtimes.choose_device(config.runtime.device)
-        return Extractor(config, build_backbone(config, advance_to(advance)), device, observer)
+        backbone = build_backbone(config, advance_to(advance))
+        if config.model.start_from is not None:
+            backbone = starting_backbone(Run.load(config.model.start_from), config, backbone)
+        return Extractor(config, backbone, device, observer)
 
 
 def _all_features(
@@ -235,7 +243,7 @@ class Extractor:
                 self._runtime,
                 cache_folder(self.config).scratch,
                 self.workers,
-                self._batch_size(),
+                self.batch_size,
                 advance,
             )
 
@@ -252,7 +260,9 @@ class Extractor:
     def _converted(self) -> Any:
         return runtimes.convert(self.backbone.model)
 
-    def _batch_size(self) -> int:
+    @property
+    def batch_size(self) -> int:
+        """Views in a call of the runtime."""
         if self.config.runtime.batch_size != "auto":
             return self.config.runtime.batch_size
         # On a CPU the activations of a few photos stay in the cache of a core; a GPU wants more to do at once.
@@ -270,6 +280,26 @@ def build_backbone(config: Config, progress: Callable[[int, int], None] = lambda
         progress(done // 10**6, total // 10**6)
 
     return build.build(model.backbone, model.weights, size, seed, model.weights_sha256, fetched)
+
+
+def starting_backbone(start: Run, config: Config, backbone: Backbone) -> Backbone:
+    """`backbone`, with the weights that fine-tuning gave it if `start` is a run that tuned it; it changes then.
+
+    Raises `RunError` when `start` has another backbone.
+    """
+    old = start.manifest.backbone
+    if old.fingerprint == backbone.fingerprint:
+        return backbone
+    if old.original != backbone.original:
+        raise RunError(
+            f"model.start_from: {start.folder} was trained on another backbone ({old.name})",
+            "use the same model.backbone, model.weights and image.size, or drop model.start_from",
+        )
+    path = start.file("model.keras")
+    tuned = build.with_weights_of(backbone, config.model.backbone, path)
+    if tuned.fingerprint != old.fingerprint:
+        raise RunError(f"{path} does not hold the backbone that run.json names", "restore the run from a copy")
+    return tuned
 
 
 def index(config: Config, observer: Observer, fresh: bool = False) -> Dataset:

@@ -15,7 +15,7 @@ from finetune_cli.backbones.build import Backbone
 from finetune_cli.cache import folder
 from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.config.schema import Config
-from finetune_cli.errors import ConfigError, RunError, StorageError
+from finetune_cli.errors import ConfigError, StorageError
 from finetune_cli.photos.dataset import Dataset
 from finetune_cli.runs.run import Run
 
@@ -58,18 +58,6 @@ def _meant(key: str, name: str) -> str:
     meant = "null" if name.lower() in {"none", "random"} else "imagenet"
     alike = meant == "null" or difflib.get_close_matches(name.lower(), [meant], cutoff=0.7)
     return f"; did you mean {meant}?" if alike else ""
-
-
-def check_start(config: Config, backbone: Backbone) -> None:
-    """Raise `RunError` when the run of `model.start_from` has features of another kind."""
-    if config.model.start_from is None:
-        return
-    old = Run.load(config.model.start_from).manifest.backbone
-    if old.fingerprint != backbone.fingerprint:
-        raise RunError(
-            f"model.start_from: {config.model.start_from} was trained on another backbone ({old.name})",
-            "use the same model.backbone, model.weights and image.size, or drop model.start_from",
-        )
 
 
 def start_digest(config: Config) -> str | None:

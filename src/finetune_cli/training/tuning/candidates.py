@@ -1,0 +1,116 @@
+"""Which model is kept: the frozen one, a tuned one, or one between them, by the validation photos alone.
+
+Logits (n, C) of every candidate and labels (n,) go in, the number of the one to keep comes out. The log loss is that
+after a temperature, because every model gets one at the end; no photo takes part in fitting the temperature that scales
+it. The frozen model wins all ties: a candidate must be better by more than chance would make it (a paired test over
+the photos, one-sided, 95 %), and by at least a hundredth.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_cli.head.lbfgs import Floats, Head, Ints
+from finetune_cli.metrics.calibration import cross_fitted, fit_temperature, softmax
+
+# Points on the line from the frozen to the tuned weights, beside its end (Wortsman et al. 2022, arXiv 2109.01903).
+SHARES = (0.25, 0.5, 0.75)
+_NOISE = 1.645  # standard errors: the 95 % quantile of the normal distribution
+_LEAST_GAIN = 0.01  # of the frozen log loss: less is not worth a backbone of one's own, however sure it is
+_SMALLEST = 1e-15
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A model that may be kept. `training` is the number of its training, None for the frozen model.
+
+    share: how far its weights are from the frozen (0) to the tuned ones (1); refitted: whether its head was fitted
+    once more, on the tuned features, and did not learn along with them.
+    """
+
+    training: int | None
+    share: float
+    refitted: bool
+    head: Head
+    losses: Floats
+    accuracy: float
+    temperature: float
+
+    @property
+    def log_loss(self) -> float:
+        """Mean validation log loss."""
+        return float(self.losses.mean())
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        if self.training is None:
+            return "frozen"
+        if self.refitted:
+            return "tuned, head fitted again"
+        return "tuned" if self.share == 1 else f"{100 * self.share:.0f} % of the way"
+
+    def to_json(self, frozen: "Candidate", kept: bool) -> dict[str, Any]:
+        """The numbers under stable names; `gain` is against `frozen`, with its standard error."""
+        gain, error = compared(frozen, self)
+        return {
+            "name": self.name,
+            "training": self.training,
+            "share": self.share,
+            "head": "fitted again" if self.refitted else "interpolated" if 0 < self.share < 1 else "as trained",
+            "log_loss": self.log_loss,
+            "accuracy": self.accuracy,
+            "temperature": self.temperature,
+            "gain": gain,
+            "gain_error": error,
+            "kept": kept,
+        }
+
+
+def candidate(
+    head: Head,
+    features: NDArray[np.float32],
+    labels: Ints,
+    groups: Ints,
+    calibrated: bool,
+    training: int | None = None,
+    share: float = 0.0,
+    refitted: bool = False,
+) -> Candidate:
+    """Score a head on validation features (n, D) with labels and groups (n,).
+
+    calibrated: whether the finished model gets a temperature.
+    """
+    logits = head.logits(features)
+    probabilities = cross_fitted(logits, labels, groups) if calibrated else softmax(logits)
+    return Candidate(
+        training,
+        share,
+        refitted,
+        head,
+        -np.log(np.maximum(probabilities[np.arange(len(labels)), labels], _SMALLEST)),
+        float((logits.argmax(axis=1) == labels).mean()),
+        fit_temperature(logits, labels) if calibrated else 1.0,
+    )
+
+
+def choose(frozen: Candidate, others: Sequence[Candidate]) -> Candidate:
+    """The candidate with the lowest log loss if that is lower than that of `frozen` by more than noise, else that."""
+    best = min(others, key=lambda other: other.log_loss)
+    gain, error = compared(frozen, best)
+    return best if gain > max(_NOISE * error, _LEAST_GAIN * frozen.log_loss) else frozen
+
+
+def compared(frozen: Candidate, other: Candidate) -> tuple[float, float]:
+    """By how much the log loss of `other` is lower than that of `frozen`, and the standard error of that, by photo.
+
+    The error of a single photo's difference is unknown, and so infinite.
+    """
+    differences = frozen.losses - other.losses
+    n = len(differences)
+    error = float(differences.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    return float(differences.mean()), error

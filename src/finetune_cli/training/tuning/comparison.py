@@ -1,0 +1,68 @@
+"""Frozen against tuned, on the same photos: numbers for the manifest, and tables and curves of the stage.
+
+tuning.csv         a row for each epoch of each training
+tuning_curves.png  the same as a picture, of the last training
+flipped.csv        the photos whose answer differs between the frozen and the kept model
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune_cli.drawing import figures
+from finetune_cli.metrics import scores
+from finetune_cli.tables import write_csv
+from finetune_cli.training.outputs import Judged
+
+HISTORY, FLIPPED, CURVES = "tuning.csv", "flipped.csv", "tuning_curves.png"
+
+
+def compared(before: Sequence[Judged], after: Sequence[Judged]) -> dict[str, Any]:
+    """By split: accuracy and log loss of the frozen and the kept model, and McNemar's exact test between them."""
+    found = {}
+    for frozen, kept in zip(before, after, strict=True):
+        labels = [sample.label for sample in kept.samples]
+        test = scores.compare(labels, frozen.probabilities.argmax(axis=1), kept.probabilities.argmax(axis=1))
+        found[kept.split] = {
+            "photos": len(labels),
+            "frozen": _scores(frozen),
+            "kept": _scores(kept),
+            "only_frozen_right": test.only_first,
+            "only_kept_right": test.only_second,
+            "p_value": test.p_value,
+        }
+    return found
+
+
+def _scores(judged: Judged) -> dict[str, float]:
+    return {"accuracy": judged.evaluation.accuracy.value, "log_loss": judged.evaluation.log_loss}
+
+
+def write(
+    folder: Path,
+    classes: Sequence[str],
+    before: Sequence[Judged],
+    after: Sequence[Judged],
+    history: Sequence[Mapping[str, float]],
+) -> list[str]:
+    """Write the files of the stage into `folder`; returns their names. Raises `StorageError`."""
+    header = list(history[0])
+    write_csv(folder / HISTORY, header, [[row[key] for key in header] for row in history])
+    last = history[-1]["training"]
+    figures.curves(folder / CURVES, [row for row in history if row["training"] == last])
+    write_csv(
+        folder / FLIPPED,
+        ("split", "path", "true", "frozen", "kept"),
+        (
+            (kept.split, sample.name, classes[sample.label], classes[int(first)], classes[int(second)])
+            for frozen, kept in zip(before, after, strict=True)
+            for sample, first, second in zip(
+                kept.samples,
+                frozen.probabilities.argmax(axis=1),
+                kept.probabilities.argmax(axis=1),
+                strict=True,
+            )
+            if first != second
+        ),
+    )
+    return [HISTORY, CURVES, FLIPPED]

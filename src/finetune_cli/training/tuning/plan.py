@@ -1,0 +1,68 @@
+"""What a fine-tuning is going to do, decided by the config, the network and the number of photos: never by the clock.
+
+So a resumed training, or the same one on another machine, tries the same.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from finetune_cli.config.schema import FineTuningConfig
+from finetune_cli.training.tuning.cuts import LAST_STAGE, Cut
+
+# Views that may be stored as float16: pixels are whole numbers, and others need not be exact.
+Storage = Literal["float16", "uint8", "recomputed"]
+
+_EPOCHS = ((2_000, 20), (10_000, 10))  # up to so many photos, so many epochs
+_FEWEST_EPOCHS = 5
+_LEARNING_RATE = 0.001
+_VALIDATION_ITEM = 4  # bytes: what decides is computed in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One training of the upper part."""
+
+    unfreeze: str
+    learning_rate: float
+    epochs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """How the activations at a cut are kept: the number of views, the type, and the bytes of the scratch files."""
+
+    storage: Storage
+    views: int
+    bytes: int
+
+
+def trials(section: FineTuningConfig, photos: int) -> tuple[Trial, ...]:
+    """The trainings for so many training photos."""
+    by_size = next((number for most, number in _EPOCHS if photos <= most), _FEWEST_EPOCHS)
+    epochs = by_size if section.epochs == "auto" else section.epochs
+    rate = _LEARNING_RATE if section.learning_rate == "auto" else section.learning_rate
+    unfreeze = LAST_STAGE if section.unfreeze == "auto" else section.unfreeze
+    return (Trial(unfreeze, rate, epochs),)
+
+
+def limit(section: FineTuningConfig) -> int:
+    """The most bytes that the scratch files may take."""
+    return int(1e9 * section.scratch_gb)
+
+
+def store(cut: Cut, photos: int, views: int, val_photos: int, most: int) -> Store:
+    """How the activations of `photos` training photos with `views` views each are kept within `most` bytes.
+
+    All views if they fit, else fewer, and with no room for one view a photo the lower part runs again in every epoch.
+    The validation photos take their view in float32.
+    """
+    numbers = math.prod(cut.shape)
+    storage: Storage = "float16" if cut.lower is not None else "uint8"
+    item = 2 if storage == "float16" else 1
+    val = _VALIDATION_ITEM * numbers * val_photos
+    fitting = (most - val) // (item * numbers * photos)
+    if fitting < 1:
+        return Store("recomputed", views, 0)
+    views = min(views, fitting)
+    return Store(storage, views, item * numbers * photos * views + val)

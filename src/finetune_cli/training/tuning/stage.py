@@ -1,0 +1,317 @@
+"""The fine-tuning stage of a training: from a fitted head on a frozen backbone to the best model that was found.
+
+    activations at the cut, once -> upper part and head, epoch by epoch -> the head once more on the tuned features
+    -> frozen, tuned, or between, by the validation photos -> the features of the tuned backbone, through the cache
+
+The backbone's own layers learn, so the backbone that goes in is the tuned one afterwards, or has its old weights again.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_cli import files
+from finetune_cli.backbones import build
+from finetune_cli.backbones.build import Backbone
+from finetune_cli.cache.features import FeatureStore
+from finetune_cli.config.schema import Config
+from finetune_cli.devices import Precision
+from finetune_cli.errors import CheckpointError, RunError, StorageError
+from finetune_cli.head.lbfgs import Head, class_weights
+from finetune_cli.inference import runtimes
+from finetune_cli.metrics.folds import group_numbers
+from finetune_cli.photos.augment import Augmenter
+from finetune_cli.photos.dataset import Dataset
+from finetune_cli.progress import Observer
+from finetune_cli.runs import checkpoints
+from finetune_cli.text import counted
+from finetune_cli.training import fit
+from finetune_cli.training.extract import Features, Request, scratch_array
+from finetune_cli.training.fit import Fitted, labels_of
+from finetune_cli.training.prepare import Extractor, Prepared, augmenter, image_settings, timed
+from finetune_cli.training.requirements import cache_folder
+from finetune_cli.training.tuning import activations, candidates, plan
+from finetune_cli.training.tuning.activations import Lower, Pixels, Recomputed, Source
+from finetune_cli.training.tuning.candidates import Candidate, candidate
+from finetune_cli.training.tuning.cuts import Cut, cut
+from finetune_cli.training.tuning.plan import Store, Trial
+from finetune_cli.training.tuning.upper import Labelled, Upper, UpperSettings, UpperState, Weights, interpolated
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What the stage ends with: the backbone to save, every photo's features of it, and the head on them (`fitted`).
+
+    tuned: whether the backbone is another than the frozen one. facts: what was tried and what was kept, as JSON
+    values. history: a row for each epoch of each training, with its number in `training`.
+    """
+
+    backbone: Backbone
+    parts: dict[str, Features]
+    fitted: Fitted
+    tuned: bool
+    facts: dict[str, Any]
+    history: tuple[dict[str, float], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _Trained:
+    """A finished training. `l2`: with which the head was fitted once more on its features."""
+
+    upper: Upper
+    l2: float
+    facts: dict[str, Any]
+
+
+def checked(config: Config) -> Callable[[Dataset, Backbone], None]:
+    """What `prepare` is to look at before hours of work: whether the network can be cut so, and room on the disk."""
+
+    def check(data: Dataset, backbone: Backbone) -> None:
+        section = config.fine_tuning
+        if section is None:
+            return
+        train, val = len(data.train), len(data.val)
+        needed = 0
+        for trial in plan.trials(section, train):
+            part = cut(backbone.model, trial.unfreeze)
+            needed += plan.store(part, train, augmenter(config).views, val, plan.limit(section)).bytes
+        try:
+            files.free_space_check(cache_folder(config).scratch, needed)
+        except StorageError as exc:
+            exc.remedy = f"{exc.remedy} (runtime.cache_dir), or lower fine_tuning.scratch_gb"
+            raise
+
+    return check
+
+
+def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, begun: str, observer: Observer) -> Outcome:
+    """Fine-tune the backbone of `prepared`, on which the head `fitted` is the best frozen one.
+
+    `begun`: what only the checkpoints of this training share. After a kill it goes on from those, to the same bits.
+    Raises `ConfigError` for a layer that cannot be cut at, `StorageError` when the scratch files have no room,
+    `FinetuneError` when the loss is no longer a number, `Interrupted` after a signal.
+    """
+    stage = _Stage(prepared, fitted, checkpoint_folder, begun, observer)
+    frozen = stage.scored(fitted.head, prepared.parts["val"].array[:, 0])
+    found: list[tuple[Candidate, Weights | None, _Trained | None]] = [(frozen, None, None)]
+    history: list[dict[str, float]] = []
+    facts = []
+    for number, trial in enumerate(stage.trials):
+        trained, rows, scored = stage.attempt(number, trial)
+        found += [(each, weights, trained) for each, weights in scored]
+        history += rows
+        facts.append(trained.facts)
+    kept = candidates.choose(frozen, [each for each, _weights, _trained in found[1:]])
+    document = {
+        "kept": kept.name,
+        "trainings": facts,
+        "candidates": [each.to_json(frozen, each is kept) for each, _weights, _trained in found],
+    }
+    prepared.backbone.model.trainable = False
+    weights, winner = next((weights, trained) for each, weights, trained in found if each is kept)
+    if winner is None or weights is None:
+        observer.note("fine-tuning: the frozen model is as good by the validation photos, and it is kept")
+        return Outcome(prepared.backbone, prepared.parts, fitted, False, document, tuple(history))
+    winner.upper.assign(weights)
+    backbone = build.with_changed_weights(prepared.backbone, prepared.config.model.backbone)
+    observer.note(
+        f"fine-tuning: kept is {kept.name}; validation log loss {kept.log_loss:.3f}, frozen {frozen.log_loss:.3f}"
+    )
+    with timed(prepared.seconds, "tuned features"):
+        parts = stage.features_of(backbone)
+    ended = replace(fitted, head=kept.head, l2=winner.l2 if kept.refitted else fitted.l2)
+    return Outcome(backbone, parts, ended, True, document, tuple(history))
+
+
+class _Stage:
+    """What all trainings of the stage share."""
+
+    def __init__(
+        self, prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, begun: str, observer: Observer
+    ) -> None:
+        assert prepared.config.fine_tuning is not None
+        self.section = prepared.config.fine_tuning
+        self.prepared, self.fitted, self.observer = prepared, fitted, observer
+        self.checkpoint_folder, self.begun = checkpoint_folder, begun
+        self.train, self.val = prepared.parts["train"], prepared.parts["val"]
+        self.labels, self.val_labels = labels_of(self.train.samples), labels_of(self.val.samples)
+        self.val_groups = group_numbers((sample.group, sample.digest) for sample in self.val.samples)
+        self.weights = class_weights(self.labels, prepared.config.training.class_weights, prepared.data.classes)
+        self.trials = plan.trials(self.section, len(self.train.samples))
+        self.extractor = Extractor(prepared.config, prepared.backbone, prepared.device, observer)
+        self._sources: dict[str, tuple[Source, Source, Store]] = {}
+
+    def scored(
+        self, head: Head, features: NDArray[np.float32], training: int | None = None, share: float = 0.0,
+        refitted: bool = False,
+    ) -> Candidate:  # fmt: skip
+        """The candidate of a head on validation features."""
+        calibrated = self.prepared.config.calibration == "temperature"
+        return candidate(head, features, self.val_labels, self.val_groups, calibrated, training, share, refitted)
+
+    def attempt(
+        self, number: int, trial: Trial
+    ) -> tuple[_Trained, list[dict[str, float]], list[tuple[Candidate, Weights]]]:
+        """One training, its history, and the candidates that come of it with their weights.
+
+        The backbone has its old weights again afterwards.
+        """
+        part = cut(self.prepared.backbone.model, trial.unfreeze)
+        with timed(self.prepared.seconds, "activations"):
+            train, val, store = self._activations(part)
+        model = Upper(part.upper, self.fitted.head)
+        start = model.weights()
+        with timed(self.prepared.seconds, "fine-tuning"):
+            state = self._trained(number, trial, model, train, val)
+        scored = []
+        for share in (*candidates.SHARES, 1.0):
+            weights = interpolated(start, state.weights, share)
+            model.assign(weights)
+            features = model.features(val, 1)[:, 0]
+            scored.append((self.scored(model.head(), features, number, share), weights))
+        with timed(self.prepared.seconds, "head again"):
+            again = self._head_again(model, train, store.views, features)
+        scored.append((self.scored(again.head, features, number, 1.0, refitted=True), state.weights))
+        model.assign(start)
+        rows = [{"training": number, **row} for row in state.history]
+        return _Trained(model, again.l2, self._facts(trial, part, store, start)), rows, scored
+
+    def _activations(self, part: Cut) -> tuple[Source, Source, Store]:
+        """The activations at `part` of the training photos (all views that fit) and of the validation photos."""
+        if part.below in self._sources:
+            return self._sources[part.below]
+        config, device = self.prepared.config, self.prepared.device
+        augmentation = augmenter(config)
+        store = plan.store(
+            part, len(self.train.samples), augmentation.views, len(self.val.samples), plan.limit(self.section)
+        )
+        converted = runtimes.convert(part.lower) if part.lower is not None and device == "cpu" else None
+
+        def lower(precision: Precision, views: Augmenter | None) -> Lower:
+            request = Request(image_settings(config), self.prepared.backbone.fingerprint, precision, views)
+            runtime: runtimes.Runtime = Pixels()
+            if converted is not None:
+                runtime = runtimes.OpenVinoRuntime(converted.clone(), precision, self.extractor.workers)
+            elif part.lower is not None:
+                runtime = runtimes.TensorFlowRuntime(part.lower, precision)
+            return Lower(request, runtime, part.shape, self.extractor.workers, self.extractor.batch_size)
+
+        of_train, of_val = lower(self.prepared.precision, augmentation), lower("float32", None)
+        if store.storage == "recomputed":
+            self.observer.warn(
+                "the activations of one view a photo do not fit in fine_tuning.scratch_gb, so the frozen part runs "
+                "again in every epoch"
+            )
+            found: tuple[Source, Source] = (
+                Recomputed(self.train.samples, of_train),
+                Recomputed(self.val.samples, of_val),
+            )
+        else:
+            if store.views < augmentation.views:
+                self.observer.warn(
+                    f"{counted(store.views, 'view')} of {augmentation.views} fit in fine_tuning.scratch_gb; the upper "
+                    "part learns from those"
+                )
+            folder = cache_folder(config).scratch
+            kind = np.float16 if store.storage == "float16" else np.uint8
+            photos = len(self.train.samples) + len(self.val.samples)
+            with self.observer.stage(f"activations of {part.below}", photos) as advance:
+                found = (
+                    activations.stored(self.train.samples, of_train, store.views, kind, folder, advance),
+                    activations.stored(self.val.samples, of_val, 1, np.float32, folder, advance),
+                )
+        self._sources[part.below] = (*found, store)
+        return self._sources[part.below]
+
+    def _trained(self, number: int, trial: Trial, model: Upper, train: Source, val: Source) -> UpperState:
+        """The last state of a training, gone on with from its newest checkpoint."""
+        training = self.prepared.config.training
+        settings = UpperSettings(
+            trial.epochs,
+            self.section.batch_size,
+            trial.learning_rate,
+            self.section.weight_decay,
+            training.label_smoothing,
+            training.seed,
+        )
+        folder = self.checkpoint_folder / f"tuning-{number}"
+        state = self._resumed(folder)
+        learnt = Labelled(train, self.labels, self.weights)
+        judged = Labelled(val, self.val_labels, np.ones(len(self.val_labels)))
+        with self.observer.stage(f"fine-tuning ({trial.unfreeze})", trial.epochs, "epochs") as advance:
+            if state is not None:
+                advance(state.epoch)
+            for each in model.train(learnt, judged, settings, state):
+                state = each
+                facts = {"history": list(state.history), "begun": self.begun}
+                checkpoints.save(folder, state.epoch, state.arrays(), facts, best=True)
+                row = state.history[-1]
+                self.observer.note(
+                    f"fine-tuning epoch {state.epoch}/{trial.epochs}: loss {row['loss']:.4f}, accuracy "
+                    f"{row['accuracy']:.1%}, validation loss {row['val_loss']:.4f}, accuracy {row['val_accuracy']:.1%}"
+                )
+                advance(1)
+        assert state is not None
+        return state
+
+    def _resumed(self, folder: Path) -> UpperState | None:
+        last = checkpoints.load_latest(folder)
+        if last is None:
+            return None
+        for warning in last.warnings:
+            self.observer.warn(warning)
+        if last.state.get("begun") != self.begun:
+            raise RunError(f"{last.path} belongs to another training", f"remove {last.path}")
+        self.observer.note(f"fine-tuning: going on after epoch {last.epoch}")
+        try:
+            return UpperState.restore(last.epoch, last.arrays, last.state["history"])
+        except (KeyError, TypeError) as exc:
+            raise CheckpointError(f"{last.path} is damaged: it lacks {exc}", f"remove {last.path}") from exc
+
+    def _head_again(self, model: Upper, train: Source, views: int, val_features: NDArray[np.float32]) -> Fitted:
+        """The head by the configured solver, on the features of the upper part as it is now."""
+        config, classes = self.prepared.config, self.prepared.data.classes
+        shape = (len(self.train.samples), views, val_features.shape[1])
+        array = model.features(train, views, scratch_array(cache_folder(config).scratch, shape))
+        tuned = replace(self.train, array=array)
+        if config.training.solver == "lbfgs":
+            return fit.lbfgs(config, tuned, classes, None, self.observer)
+        val = replace(self.val, array=val_features[:, None])
+        l2 = fit.chosen_l2(config, tuned, classes, self.observer)
+        *_, state = fit.keras(config, tuned, val, classes, l2, None, None)
+        return Fitted(state.best, l2, state.history)
+
+    def _facts(self, trial: Trial, part: Cut, store: Store, weights: Sequence[NDArray[Any]]) -> dict[str, Any]:
+        return {
+            "unfreeze": trial.unfreeze,
+            "last_frozen": part.below,
+            "first_trained": part.above,
+            "activations": list(part.shape),
+            "weights": sum(int(array.size) for array in weights),
+            "learning_rate": trial.learning_rate,
+            "epochs": trial.epochs,
+            "batch_size": self.section.batch_size,
+            "views": store.views,
+            "storage": store.storage,
+            "scratch_bytes": store.bytes,
+        }
+
+    def features_of(self, backbone: Backbone) -> dict[str, Features]:
+        """The features of all photos by the tuned `backbone`, as the frozen one's were made."""
+        config = self.prepared.config
+        extractor = Extractor(config, backbone, self.prepared.device, self.observer)
+        parts: dict[str, Features] = {}
+        folder = cache_folder(config)
+        with FeatureStore(folder.path, folder.writable) as store:
+            for split, part in self.prepared.parts.items():
+                precision: Precision = self.prepared.precision if split == "train" else "float32"
+                views = augmenter(config) if split == "train" else None
+                parts[split] = extractor(store, split, part.samples, precision, views)
+            warnings = list(store.warnings)
+        for warning in warnings:
+            self.observer.warn(warning)
+        return parts

@@ -1,0 +1,226 @@
+"""The upper part of a backbone and the head, trained together in Keras on activations at the cut, epoch by epoch.
+
+Activations (n, H, W, C) -> upper part, BatchNorm with its moving statistics -> features (n, D) -> Dense -> logits.
+AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) from a fitted head (Kumar et al. 2022,
+https://arxiv.org/abs/2202.10054: a random head would first destroy what the features know); linear warm-up over a
+tenth of the steps, then a cosine to zero; the norm of all gradients together clipped at 1; no weight decay on biases
+and on BatchNorm. Only Keras's backend-neutral API is used here.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_cli import signals
+from finetune_cli.errors import FinetuneError
+from finetune_cli.head.lbfgs import Floats, Head, Ints
+from finetune_cli.keras_setup import import_keras
+from finetune_cli.training.tuning.activations import Source
+
+_WARM_UP = 0.1  # of all steps
+_CLIP = 1.0
+_FEATURE_BATCH = 32
+
+Weights = tuple[NDArray[Any], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class UpperSettings:
+    """How the upper part is trained; `learning_rate` is the highest one, after the warm-up."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    label_smoothing: float
+    seed: int
+
+
+@dataclass(frozen=True, eq=False)
+class UpperState:
+    """Everything that the next epoch depends on, after `epoch` completed epochs.
+
+    weights: those that learn, the upper part's first, then the head's kernel and bias; optimizer: Keras's variables.
+    A row of `history` has epoch, loss, accuracy, val_loss, val_accuracy and seconds.
+    """
+
+    epoch: int
+    weights: Weights
+    optimizer: Weights
+    history: tuple[dict[str, float], ...]
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The state's arrays by name; with `history`, all that `restore` needs."""
+        named = {f"weights/{i:04}": value for i, value in enumerate(self.weights)}
+        return named | {f"optimizer/{i:04}": value for i, value in enumerate(self.optimizer)}
+
+    @classmethod
+    def restore(cls, epoch: int, arrays: Mapping[str, NDArray[Any]], history: Any) -> "UpperState":
+        """The state that `arrays` and `history` were taken from."""
+
+        def those(prefix: str) -> Weights:
+            return tuple(arrays[name] for name in sorted(arrays) if name.startswith(prefix))
+
+        return cls(epoch, those("weights/"), those("optimizer/"), tuple(history))
+
+
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Activations with labels (photos,) and weights (photos,)."""
+
+    source: Source
+    labels: Ints
+    weights: Floats
+
+
+class Upper:
+    """The upper part with a head on it; its layers are those of the backbone, which changes with it.
+
+    `model`: a `keras.Model` from activations to features (N, D).
+    """
+
+    def __init__(self, model: Any, head: Head) -> None:
+        self._keras = import_keras()
+        self.model = model
+        for layer in model.layers:
+            layer.trainable = True
+        with signals.deferred():
+            self._dense = self._keras.layers.Dense(head.kernel.shape[1], name="logits", dtype="float32")
+            self._dense.build((None, model.output_shape[-1]))
+            self._dense.set_weights([head.kernel, head.bias])
+            self._classifier = _classifier(self._keras, model, self._dense)
+
+    def weights(self) -> Weights:
+        """Copies of all weights that learn, the head's last."""
+        return tuple(np.array(variable) for variable in self._classifier.trainable_variables)
+
+    def assign(self, weights: Weights) -> None:
+        """Set all weights that learn."""
+        for variable, value in zip(self._classifier.trainable_variables, weights, strict=True):
+            variable.assign(value)
+
+    def set_head(self, head: Head) -> None:
+        """Put another head on the upper part."""
+        self._dense.set_weights([head.kernel, head.bias])
+
+    def head(self) -> Head:
+        """The head as it is now."""
+        return Head(*self._dense.get_weights())
+
+    @signals.deferred()
+    def features(self, source: Source, views: int, into: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """Features ``float32 (photos, views, D)`` of the upper part as it is now, written to `into` if it is given."""
+        photos = source.shape[0]
+        array = np.empty((photos, views, self.model.output_shape[-1]), np.float32) if into is None else into
+        pairs = [(photo, view) for photo in range(photos) for view in range(views)]
+        for start in range(0, len(pairs), _FEATURE_BATCH):
+            some = np.array(pairs[start : start + _FEATURE_BATCH], np.intp)
+            rows = source.batch(some[:, 0], some[:, 1])
+            array[some[:, 0], some[:, 1]] = np.asarray(self.model.predict_on_batch(rows))
+            signals.check()
+        return array
+
+    def train(
+        self, train: Labelled, val: Labelled, settings: UpperSettings, resume: UpperState | None = None
+    ) -> Iterator[UpperState]:
+        """Train from the weights as they are, or go on from `resume`; yields the state after every epoch.
+
+        An epoch visits each photo once, in an order drawn from (seed, epoch) and in its next view. The validation
+        loss is that of the photos of `val`, all of weight 1, without label smoothing. Raises `FinetuneError` when the
+        loss is no longer finite, `Interrupted` after a batch in which a signal came.
+        """
+        photos, views = train.source.shape[:2]
+        steps = math.ceil(photos / settings.batch_size)
+        state = resume
+        with signals.deferred():
+            optimizer = self._compile(settings, steps)
+            if state is not None:
+                self.assign(state.weights)
+                for variable, value in zip(optimizer.variables, state.optimizer, strict=True):
+                    variable.assign(value)
+        first = state.epoch if state is not None else 0
+        targets = np.eye(self._dense.units, dtype=np.float32)
+        # With weights of mean 1, and batches that differ by at most one photo, the mean of the batches is the loss.
+        weights = (train.weights / train.weights.mean()).astype(np.float32)
+        first_views = np.random.default_rng(settings.seed).integers(0, views, size=(photos,))
+        for epoch in range(first, settings.epochs):
+            began = time.perf_counter()
+            order = np.random.default_rng((settings.seed, epoch)).permutation(photos)
+            total = np.zeros(2)
+            with signals.deferred():
+                for chosen in np.array_split(order, steps):
+                    rows = train.source.batch(chosen, (first_views[chosen] + epoch) % views)
+                    measured = self._classifier.train_on_batch(rows, targets[train.labels[chosen]], weights[chosen])
+                    total += len(chosen) * np.array(measured, np.float64)
+                    self._classifier.reset_metrics()
+                    signals.check()
+                loss, accuracy = (total / photos).tolist()
+                row = {"epoch": epoch + 1, "loss": loss, "accuracy": accuracy, **self._validate(val)}
+                row["seconds"] = round(time.perf_counter() - began, 3)
+                if not math.isfinite(row["loss"] + row["val_loss"]):
+                    raise FinetuneError(
+                        f"fine-tuning diverged: the loss is no longer a number after epoch {epoch + 1}",
+                        f"choose a smaller fine_tuning.learning_rate than {settings.learning_rate:g}",
+                    )
+                history = (*(state.history if state is not None else ()), row)
+                state = UpperState(
+                    epoch + 1, self.weights(), tuple(np.array(variable) for variable in optimizer.variables), history
+                )
+            yield state
+
+    def _compile(self, settings: UpperSettings, steps: int) -> Any:
+        keras, total = self._keras, settings.epochs * steps
+        warm_up = min(max(1, round(_WARM_UP * total)), total - 1)
+        rate = keras.optimizers.schedules.CosineDecay(
+            0.0 if warm_up else settings.learning_rate,
+            max(1, total - warm_up),
+            warmup_target=settings.learning_rate if warm_up else None,
+            warmup_steps=warm_up,
+        )
+        optimizer = keras.optimizers.AdamW(rate, weight_decay=settings.weight_decay, global_clipnorm=_CLIP)
+        # Vectors are biases and the scales and shifts of normalisation; kernels have more axes.
+        vectors = [variable for variable in self._classifier.trainable_variables if len(variable.shape) < 2]
+        optimizer.exclude_from_weight_decay(var_list=vectors)
+        optimizer.build(self._classifier.trainable_variables)
+        self._classifier.compile(
+            optimizer,
+            keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=settings.label_smoothing),
+            weighted_metrics=None,
+            metrics=["accuracy"],
+            jit_compile=False,
+        )
+        return optimizer
+
+    def _validate(self, val: Labelled) -> dict[str, float]:
+        """Log loss and accuracy of the validation photos."""
+        logits = self.head().logits(self.features(val.source, 1)[:, 0]).astype(np.float64)
+        logits -= logits.max(axis=1, keepdims=True)
+        losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), val.labels]
+        return {"val_loss": float(losses.mean()), "val_accuracy": float((logits.argmax(axis=1) == val.labels).mean())}
+
+
+def _classifier(keras: Any, upper: Any, dense: Any) -> Any:
+    class Classifier(keras.Model):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__(name="classifier")
+            self.upper, self.dense = upper, dense
+
+        def call(self, activations: Any, training: bool = False) -> Any:  # noqa: ARG002
+            # In training, too: BatchNorm keeps the statistics of its first, much larger training set, and dropout
+            # rests. In a functional model, Keras would overrule this with the mode of the whole model.
+            return self.dense(self.upper(activations, training=False))
+
+    return Classifier()
+
+
+def interpolated(start: Weights, end: Weights, share: float) -> Weights:
+    """Weights on the straight line from `start` (share 0) to `end` (1); Wortsman et al. 2022, arXiv 2109.01903."""
+    return tuple(
+        ((1 - share) * first.astype(np.float64) + share * last.astype(np.float64)).astype(first.dtype)
+        for first, last in zip(start, end, strict=True)
+    )

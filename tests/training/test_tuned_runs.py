@@ -1,0 +1,328 @@
+"""`train` with fine-tuning, from photos to a finished run, with a tiny backbone whose frozen features are poor."""
+
+import csv
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs_fixture
+
+from finetune_cli import files
+from finetune_cli.config import schema
+from finetune_cli.errors import ConfigError, Interrupted, RunError, StorageError
+from finetune_cli.evaluation import evaluate as command_evaluate
+from finetune_cli.evaluation import explain as command_explain
+from finetune_cli.inference import predict as command_predict
+from finetune_cli.inference.predictor import RunPredictor
+from finetune_cli.keras_setup import import_keras
+from finetune_cli.progress import Silent
+from finetune_cli.report import refit_data
+from finetune_cli.runs.run import Run
+from finetune_cli.training import pipeline as command_train
+
+CLASSES = ("ant", "bee", "wasp")
+EPOCHS = 8
+
+
+class Place:
+    """Photos, a cache, and a backbone of two features: too few for three classes unless they are made for them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.photos, self.cache, self.backbone = folder / "photos", folder / "cache", folder / "narrow.keras"
+        self.cache.mkdir()
+        runs_fixture.draw_photos(self.photos, CLASSES)
+        keras = import_keras()
+        keras.utils.set_random_seed(4)
+        inputs = keras.Input((runs_fixture.SIZE, runs_fixture.SIZE, 3))
+        x = keras.layers.Rescaling(1 / 127.5, -1)(inputs)
+        x = keras.layers.Conv2D(12, 5, strides=4, padding="same", activation="relu", name="lower_conv")(x)
+        x = keras.layers.Conv2D(12, 3, strides=2, padding="same", activation="relu", name="upper_conv")(x)
+        x = keras.layers.BatchNormalization(name="upper_bn")(x)
+        x = keras.layers.Conv2D(2, 1, name="narrow_conv")(x)
+        keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(x)).save(self.backbone)
+
+    def config(self, folder: Path, *overrides: str) -> schema.Config:
+        return schema.load(
+            None,
+            [
+                f"data.train={self.photos / 'train'}",
+                f"data.val={self.photos / 'val'}",
+                f"data.test={self.photos / 'test'}",
+                f"model.backbone={self.backbone}",
+                f"image.size={runs_fixture.SIZE}",
+                f"runtime.cache_dir={self.cache}",
+                "runtime.feature_precision=float32",
+                "runtime.device=cpu",
+                f"output.directory={folder / 'runs'}",
+                "augmentation.views=2",
+                "augmentation.horizontal_flip=true",
+                f"fine_tuning.epochs={EPOCHS}",
+                "fine_tuning.learning_rate=0.02",
+                "fine_tuning.batch_size=8",
+                *overrides,
+            ],
+        )
+
+    def train(self, folder: Path, *overrides: str, observer: Silent | None = None) -> Run:
+        return command_train.train(self.config(folder, *overrides), observer or Silent(), "tuned")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def frozen(place, tmp_path_factory):
+    return place.train(tmp_path_factory.mktemp("frozen"), "fine_tuning=null")
+
+
+@pytest.fixture(scope="module")
+def tuned(place, tmp_path_factory):
+    return place.train(tmp_path_factory.mktemp("tuned"))
+
+
+def rows(run: Run, name: str) -> list[dict[str, str]]:
+    with run.file(name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_seconds(table: list[dict[str, str]]) -> list[dict[str, str]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in table]
+
+
+def test_a_tuned_run_is_better_and_says_what_was_tried(frozen, tuned):
+    facts = tuned.manifest.fine_tuning
+    assert facts["kept"] != "frozen"
+    before, after = (
+        {split: metrics.document for split, metrics in each.manifest.metrics.items()} for each in (frozen, tuned)
+    )
+    assert after["val"]["log_loss"] < 0.6 * before["val"]["log_loss"]
+    assert after["test"]["accuracy"] > before["test"]["accuracy"]
+    assert [each["name"] for each in facts["candidates"]] == [
+        "frozen", "25 % of the way", "50 % of the way", "75 % of the way", "tuned", "tuned, head fitted again",
+    ]  # fmt: skip
+    assert [each["name"] for each in facts["candidates"] if each["kept"]] == [facts["kept"]]
+    lowest = min(facts["candidates"], key=lambda each: each["log_loss"])
+    assert lowest["kept"]
+    (training,) = facts["trainings"]
+    assert (training["last_frozen"], training["first_trained"]) == ("lower_conv", "upper_conv")
+    assert training["activations"] == [16, 16, 12]
+    assert training["scratch_bytes"] == 16 * 16 * 12 * (2 * 2 * 49 + 4 * 30)
+    assert training["weights"] == 12 * 12 * 9 + 12 + 24 + 12 * 2 + 2 + 2 * 3 + 3
+    for split in ("val", "test"):
+        assert facts["compared"][split]["frozen"]["accuracy"] == before[split]["accuracy"]
+        assert facts["compared"][split]["kept"]["accuracy"] == after[split]["accuracy"]
+    assert json.loads(tuned.file("metrics.json").read_text())["fine_tuning"] == facts
+
+
+def test_its_tables_agree_with_both_models(frozen, tuned):
+    history = rows(tuned, "tuning.csv")
+    assert [row["epoch"] for row in history] == [str(i + 1) for i in range(EPOCHS)]
+    assert tuned.file("tuning_curves.png").stat().st_size > 1000
+    before = {(row["split"], row["path"]): row for row in rows(frozen, "predictions.csv")}
+    expected = [
+        {"split": row["split"], "path": row["path"], "true": row["true"],
+         "frozen": before[row["split"], row["path"]]["predicted"], "kept": row["predicted"]}
+        for row in rows(tuned, "predictions.csv")
+        if row["predicted"] != before[row["split"], row["path"]]["predicted"]
+    ]  # fmt: skip
+    assert expected
+    assert rows(tuned, "flipped.csv") == expected
+    test = tuned.manifest.fine_tuning["compared"]["test"]
+    of_test = [row for row in expected if row["split"] == "test"]
+    assert test["only_frozen_right"] == sum(row["frozen"] == row["true"] for row in of_test)
+    assert test["only_kept_right"] == sum(row["kept"] == row["true"] for row in of_test)
+
+
+def test_all_commands_work_on_it(tuned, tmp_path):
+    assert tuned.manifest.parity.openvino_against_measured < 1e-4
+    assert tuned.manifest.parity.openvino_against_keras < 1e-4
+    found = command_evaluate.evaluate(tuned, Silent()).judged
+    assert found.evaluation.accuracy.value == tuned.manifest.metrics["test"].accuracy
+    photo = next((tuned.data_roots()["test"] / "bee").iterdir())
+    expected = {row["path"]: row["predicted"] for row in rows(tuned, "predictions.csv") if row["split"] == "test"}
+    (answer,) = command_predict.predict(RunPredictor(tuned, 1), [photo], 1)
+    assert answer.label == expected[f"bee/{photo.name}"]
+    explanation = command_explain.explain(tuned, photo, None, tmp_path / "map.png")
+    for row in explanation.evidence:
+        assert row.supporting + row.opposing + row.bias == pytest.approx(row.logit, abs=1e-4)
+
+
+def test_only_the_upper_part_has_changed(place, tuned):
+    keras = import_keras()
+    before = keras.models.load_model(place.backbone)
+    inner = next(
+        layer for layer in keras.models.load_model(tuned.file("model.keras")).layers if hasattr(layer, "layers")
+    )
+    assert not tuned.manifest.fine_tuning["candidates"][0]["kept"]
+    pairs = list(zip(before.weights, inner.weights, strict=True))
+    same = {a.path for a, b in pairs if np.array_equal(a.numpy(), b.numpy())}
+    assert same == {a.path for a, _b in pairs if "lower_conv" in a.path or "moving" in a.path}
+
+
+def test_its_features_are_in_the_cache_under_their_own_fingerprint(place, frozen, tuned):
+    own, old = tuned.manifest.backbone, frozen.manifest.backbone
+    assert own.fingerprint != own.original == old.fingerprint == old.original
+    found = refit_data.load(tuned, schema.load(tuned.file("config.yaml")))
+    other = refit_data.load(frozen, schema.load(frozen.file("config.yaml")))
+    assert found.features.shape == other.features.shape
+    assert not np.allclose(found.features, other.features)
+
+
+def test_the_same_seed_gives_the_same_bits(place, tuned, tmp_path):
+    again = place.train(tmp_path)
+    for name in ("inference/model.bin", "inference/model.xml", "predictions.csv", "flipped.csv"):
+        assert again.manifest.files[name] == tuned.manifest.files[name], name
+    assert without_seconds(rows(again, "tuning.csv")) == without_seconds(rows(tuned, "tuning.csv"))
+
+
+class StoppedAfter(Silent):
+    """Stops the training, as a signal would, when a note begins so."""
+
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self.beginning = beginning
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        if text.startswith(self.beginning):
+            raise Interrupted(15)
+
+
+@pytest.mark.parametrize("moment", ["fine-tuning epoch 3/", f"fine-tuning epoch {EPOCHS}/", "fine-tuning: kept"])
+def test_a_resumed_run_ends_with_the_same_bits(place, tuned, tmp_path, moment):
+    with pytest.raises(Interrupted) as caught:
+        place.train(tmp_path, observer=StoppedAfter(moment))
+    folder = tmp_path / "runs" / "tuned-1"
+    assert f"--resume {folder}" in caught.value.remedy
+    observer = Silent()
+    again = command_train.resume(folder, schema.load(folder / "config.yaml"), observer)
+    epoch = EPOCHS if moment == "fine-tuning: kept" else int(moment.split()[2].rstrip("/"))
+    assert f"fine-tuning: going on after epoch {epoch}" in observer.notes
+    for name in ("inference/model.bin", "predictions.csv", "flipped.csv"):
+        assert again.manifest.files[name] == tuned.manifest.files[name], name
+    assert without_seconds(rows(again, "tuning.csv")) == without_seconds(rows(tuned, "tuning.csv"))
+    assert not (folder / "checkpoints").exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_one_refused(place, tuned, tmp_path):
+    with pytest.raises(Interrupted):
+        place.train(tmp_path, observer=StoppedAfter("fine-tuning epoch 3/"))
+    folder = tmp_path / "runs" / "tuned-1"
+    newest = folder / "checkpoints" / "tuning-0" / "epoch-0003"
+    data = bytearray((newest / "arrays.npz").read_bytes())
+    data[len(data) // 2] ^= 1
+    (newest / "arrays.npz").write_bytes(data)
+    observer = Silent()
+    again = command_train.resume(folder, schema.load(folder / "config.yaml"), observer)
+    assert "fine-tuning: going on after epoch 2" in observer.notes
+    assert any("epoch-0003 is damaged" in warning for warning in observer.warnings)
+    assert again.manifest.files["inference/model.bin"] == tuned.manifest.files["inference/model.bin"]
+    with pytest.raises(Interrupted):
+        place.train(tmp_path, "fine_tuning.weight_decay=0.5", observer=StoppedAfter("fine-tuning epoch 3/"))
+    other = tmp_path / "runs" / "tuned-2"
+    for path in sorted((other / "checkpoints" / "tuning-0").iterdir()):
+        (path / "state.json").write_text((path / "state.json").read_text().replace('"begun": "', '"begun": "0'))
+        sums = [f"{files.sha256(path / name)}  {name}\n" for name in ("arrays.npz", "state.json")]
+        (path / "SHA256SUMS").write_text("".join(sums))
+    with pytest.raises(RunError, match="belongs to another training"):
+        command_train.resume(other, schema.load(other / "config.yaml"), Silent())
+
+
+def test_the_frozen_model_is_kept_when_nothing_is_gained(place, frozen, tmp_path):
+    run = place.train(tmp_path, "fine_tuning.learning_rate=1e-9", "fine_tuning.epochs=1")
+    facts = run.manifest.fine_tuning
+    assert facts["kept"] == "frozen"
+    assert facts["compared"]["test"]["only_kept_right"] == facts["compared"]["test"]["only_frozen_right"] == 0
+    assert rows(run, "flipped.csv") == []
+    assert run.manifest.backbone == frozen.manifest.backbone
+    for name in ("inference/model.bin", "predictions.csv"):
+        assert run.manifest.files[name] == frozen.manifest.files[name]
+
+
+@pytest.mark.parametrize("overrides", [("fine_tuning.scratch_gb=0",), ("fine_tuning.unfreeze=all",)])
+def test_other_ways_to_the_activations_and_other_cuts(place, tmp_path, overrides):
+    observer = Silent()
+    run = place.train(tmp_path, *overrides, "fine_tuning.epochs=2", observer=observer)
+    (training,) = run.manifest.fine_tuning["trainings"]
+    if "scratch_gb" in overrides[0]:
+        assert training["storage"] == "recomputed"
+        assert any("do not fit in fine_tuning.scratch_gb" in warning for warning in observer.warnings)
+    else:
+        assert (training["storage"], training["activations"]) == ("uint8", [64, 64, 3])
+
+
+def test_fewer_views_are_stored_when_not_all_fit(place, tmp_path):
+    observer = Silent()
+    one_view = 16 * 16 * 12 * (2 * 49 + 4 * 30) / 1e9
+    run = place.train(tmp_path, f"fine_tuning.scratch_gb={1.1 * one_view}", "fine_tuning.epochs=1", observer=observer)
+    assert run.manifest.fine_tuning["trainings"][0]["views"] == 1
+    assert any("1 view of 2 fit" in warning for warning in observer.warnings)
+    assert run.manifest.views.a_photo == 2
+
+
+def test_a_tuned_run_is_a_backbone_to_start_from(place, tuned, tmp_path):
+    start = f"model.start_from={tuned.folder}"
+    run = place.train(tmp_path, "fine_tuning=null", start)
+    assert run.manifest.backbone.fingerprint == tuned.manifest.backbone.fingerprint
+    assert run.manifest.backbone.original == tuned.manifest.backbone.original
+    assert run.manifest["views"]["computed"] == 0
+    assert run.manifest.metrics["test"].accuracy >= tuned.manifest.metrics["test"].accuracy - 0.1
+    further = place.train(tmp_path, start, "fine_tuning.epochs=1")
+    assert further.manifest.backbone.original == tuned.manifest.backbone.original
+
+
+def test_a_start_whose_model_is_another_is_refused(place, tuned, frozen, tmp_path):
+    from finetune_cli.runs import run as runs
+
+    forged = tmp_path / "forged"
+    files.make_folder(forged)
+    (forged / "model.keras").write_bytes(frozen.file("model.keras").read_bytes())
+    manifest = {**tuned.manifest, "files": {"model.keras": files.sha256(forged / "model.keras")}}
+    files.write_json(forged / runs.MANIFEST, runs.sealed({k: v for k, v in manifest.items() if k != "sha256"}))
+    with pytest.raises(RunError, match="does not hold the backbone"):
+        place.train(tmp_path, f"model.start_from={forged}")
+
+
+def test_a_wrong_layer_stops_before_anything_exists(place, tmp_path):
+    with pytest.raises(ConfigError, match="no layer 'uper_conv'") as caught:
+        place.train(tmp_path, "fine_tuning.unfreeze=uper_conv")
+    assert "upper_conv" in caught.value.remedy
+    assert not list((tmp_path / "runs").glob("*/config.yaml"))
+
+
+def test_a_disk_without_room_stops_before_anything_exists(place, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _folder: usage._replace(free=1_600_000))
+    with pytest.raises(StorageError, match=r"needs 3\.9 MB of disk space, and 1\.6 MB are free") as caught:
+        place.train(tmp_path, "fine_tuning.unfreeze=all", "augmentation.views=4")
+    assert "fine_tuning.scratch_gb" in caught.value.remedy
+    assert not list((tmp_path / "runs").glob("*/config.yaml"))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve space on a disk")
+def test_a_disk_that_fills_up_stops_the_stage_and_resume_goes_on(place, tuned, tmp_path, monkeypatch):
+    reserve = os.posix_fallocate
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        if size == 16 * 16 * 12 * 2 * 2 * 49:  # the activations of the training photos, and nothing else
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(descriptor, offset, size)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(StorageError, match="activations: No space left"):
+            place.train(tmp_path)
+    folder = tmp_path / "runs" / "tuned-1"
+    again = command_train.resume(folder, schema.load(folder / "config.yaml"), Silent())
+    assert again.manifest.files["inference/model.bin"] == tuned.manifest.files["inference/model.bin"]
+
+
+def test_it_works_with_a_head_of_adam(place, tmp_path):
+    run = place.train(tmp_path, "training.solver=adam", "training.epochs=3", "fine_tuning.epochs=2")
+    assert {"history.csv", "tuning.csv"} <= set(run.manifest.files)

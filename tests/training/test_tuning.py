@@ -1,0 +1,345 @@
+"""The parts of the fine-tuning stage on a tiny network with branches and BatchNorm."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import runs_fixture
+from PIL import Image
+
+from finetune_cli.config.schema import FineTuningConfig
+from finetune_cli.errors import ConfigError, FinetuneError, StorageError
+from finetune_cli.head.lbfgs import Head
+from finetune_cli.keras_setup import import_keras
+from finetune_cli.photos.augment import Augmenter
+from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.training.extract import Request
+from finetune_cli.training.tuning import activations, candidates, plan
+from finetune_cli.training.tuning.activations import Lower, Pixels, Recomputed, ScratchFile
+from finetune_cli.training.tuning.cuts import cut
+from finetune_cli.training.tuning.upper import Labelled, Upper, UpperSettings, UpperState, interpolated
+
+SIZE = 32
+
+
+def network(inside: bool = False, shared: bool = False):
+    """32 x 32 pixels -> 16 x 16 x 8 -> 8 x 8 x 6 with a branch -> 4 x 4 x 5 with a branch -> 5 features."""
+    keras = import_keras()
+    keras.utils.set_random_seed(3)
+    layers = keras.layers
+
+    def block(x, name, filters, again=None):
+        x = layers.Conv2D(filters, 3, strides=2, padding="same", name=f"{name}_conv")(x)
+        y = layers.BatchNormalization(name=f"{name}_bn")(x)
+        y = (again or layers.Conv2D(filters, 1, activation="relu", name=f"{name}_branch"))(y)
+        return layers.Add(name=f"{name}_add")([x, y])
+
+    pixels = keras.Input((SIZE, SIZE, 3), name="pixels")
+    twice = layers.Conv2D(6, 1, name="twice") if shared else None
+    x = layers.Rescaling(1 / 127.5, -1, name="scale")(pixels)
+    x = layers.Conv2D(8, 3, strides=2, padding="same", activation="relu", name="stem")(x)
+    x = block(x, "one", 6, twice)
+    x = block(x, "two", 6 if shared else 5, twice)
+    model = keras.Model(pixels, layers.GlobalAveragePooling2D(name="pool")(x), name="net")
+    for layer in model.layers:
+        if isinstance(layer, layers.BatchNormalization):  # statistics as of a training
+            layer.set_weights([np.random.default_rng(5).uniform(0.5, 1.5, w.shape) for w in layer.get_weights()])
+    if inside:
+        entry = keras.Input((SIZE, SIZE, 3))
+        model = keras.Model(entry, model(entry))
+    model.trainable = False
+    return model
+
+
+@pytest.fixture(scope="module")
+def photos():
+    return np.random.default_rng(0).integers(0, 256, (9, SIZE, SIZE, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(
+    ("unfreeze", "below", "above", "shape"),
+    [
+        ("last_stage", "one_add", "two_conv", (8, 8, 6)),
+        ("last_two_stages", "stem", "one_conv", (16, 16, 8)),
+        ("two_conv", "one_add", "two_conv", (8, 8, 6)),
+        ("one_conv", "stem", "one_conv", (16, 16, 8)),
+        ("pool", "two_add", "pool", (4, 4, 5)),
+        ("all", "pixels", "scale", (SIZE, SIZE, 3)),
+    ],
+)
+def test_both_parts_together_are_the_network(photos, inside, unfreeze, below, above, shape):
+    model = network(inside)
+    found = cut(model, unfreeze)
+    assert (found.below, found.above, found.shape) == (below, above, shape)
+    middle = photos if found.lower is None else np.asarray(found.lower(photos))
+    assert middle.shape[1:] == shape
+    np.testing.assert_allclose(np.asarray(found.upper(middle)), np.asarray(model(photos)), rtol=1e-5, atol=1e-5)
+    owned = {id(weight) for weight in model.weights}
+    assert {id(weight) for weight in found.upper.weights} <= owned
+
+
+def test_a_layer_in_a_branch_names_the_nearest_that_can_be_cut_at():
+    with pytest.raises(ConfigError, match="below two_branch more than one tensor passes") as caught:
+        cut(network(), "two_branch")
+    assert "two_bn and pool" in caught.value.remedy
+
+
+def test_an_unknown_layer_names_the_nearest():
+    with pytest.raises(ConfigError, match="no layer 'two_cov'") as caught:
+        cut(network(), "two_cov")
+    assert "two_conv" in caught.value.remedy
+
+
+def test_a_layer_used_twice_is_never_on_both_sides_of_a_cut():
+    assert cut(network(shared=True), "last_stage").below == "one_conv"
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(np.float16, 1e-3), (np.float32, 0), (np.uint8, 0)])
+def test_the_scratch_file_gives_back_what_was_written(tmp_path, dtype, limit):
+    rows = np.random.default_rng(0).integers(0, 256, (3, 2, 4, 4, 5)).astype(np.float32)
+    file = ScratchFile(tmp_path, rows.shape, dtype)
+    for photo in range(3):
+        for view in range(2):
+            file.write(photo, view, rows[photo, view])
+    chosen, views = np.array([2, 0, 2]), np.array([1, 0, 0])
+    np.testing.assert_allclose(file.batch(chosen, views), rows[chosen, views], rtol=limit)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_beyond_float16_become_its_largest(tmp_path):
+    file = ScratchFile(tmp_path, (1, 1, 1, 1, 2), np.float16)
+    file.write(0, 0, np.array([[[1e6, -1e6]]], np.float32))
+    assert file.batch(np.array([0]), np.array([0])).ravel().tolist() == [65504.0, -65504.0]
+
+
+@pytest.mark.parametrize("damage", ["changed", "cut"])
+def test_a_damaged_scratch_file_is_an_error(tmp_path, damage):
+    file = ScratchFile(tmp_path, (2, 1, 4, 4, 5), np.float32)
+    for photo in range(2):
+        file.write(photo, 0, np.full((4, 4, 5), photo, np.float32))
+    file._file.flush()
+    if damage == "changed":
+        os.pwrite(file._file.fileno(), b"\x01", 4 * 80 + 17)
+    else:
+        os.ftruncate(file._file.fileno(), 4 * 80 + 17)
+    assert file.batch(np.array([0]), np.array([0])).max() == 0
+    with pytest.raises(StorageError, match="damaged") as caught:
+        file.batch(np.array([1]), np.array([0]))
+    assert "--resume" in caught.value.remedy
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="this system cannot reserve space on a disk")
+def test_a_full_disk_is_told_before_anything_is_computed(tmp_path, monkeypatch):
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StorageError, match=r"no room for 1.6 kB of activations: No space left") as caught:
+        ScratchFile(tmp_path, (10, 1, 4, 4, 5), np.float16)
+    assert "scratch_gb" in caught.value.remedy
+
+
+def test_recomputed_activations_are_the_stored_ones(tmp_path):
+    for i in range(5):
+        (tmp_path / "photos" / "a").mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 256, (40, 50, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photos" / "a" / f"{i}.png")
+    samples = runs_fixture.samples_of(tmp_path / "photos", ("a",))
+    augmenter = Augmenter({"horizontal_flip": True, "rotation_range": 30}, 3, 0, SIZE)
+    lower = Lower(Request(ImageSettings(SIZE), "x", "float32", augmenter), Pixels(), (SIZE, SIZE, 3), 2, 4)
+    advanced = []
+    stored = activations.stored(samples, lower, 3, np.uint8, tmp_path, advanced.append)
+    assert sum(advanced) == 5
+    again = Recomputed(samples, lower)
+    assert again.shape == stored.shape == (5, 3, SIZE, SIZE, 3)
+    photos, views = np.array([4, 0, 2]), np.array([1, 0, 2])
+    np.testing.assert_array_equal(again.batch(photos, views), stored.batch(photos, views))
+    other = stored.batch(photos, np.array([2, 1, 0]))
+    assert not np.array_equal(stored.batch(photos, views), other)
+
+
+class Held:
+    """Activations in memory."""
+
+    def __init__(self, array):
+        self.array, self.shape = array, array.shape
+
+    def batch(self, photos, views):
+        return self.array[photos, views]
+
+
+@pytest.fixture(scope="module")
+def material():
+    """Activations (24, 2, 8, 8, 6) and (9, 1, 8, 8, 6) whose classes differ by what is left and what is right."""
+    rng = np.random.default_rng(1)
+
+    def drawn(n, views):
+        labels = np.arange(n) % 3
+        array = rng.normal(0, 1, (n, views, 8, 8, 6)).astype(np.float32)
+        array[labels == 1, :, :, :4, 0] += 2
+        array[labels == 2, :, :, 4:, 0] += 2
+        return Labelled(Held(array), labels, np.ones(n))
+
+    return drawn(24, 2), drawn(9, 1)
+
+
+HEAD = Head(np.random.default_rng(2).normal(0, 0.1, (5, 3)).astype(np.float32), np.zeros(3, np.float32))
+
+
+def settings(**changes):
+    values = {
+        "epochs": 4, "batch_size": 8, "learning_rate": 0.02, "weight_decay": 0.01, "label_smoothing": 0.0, "seed": 0,
+    }  # fmt: skip
+    return UpperSettings(**{**values, **changes})
+
+
+def begin():
+    model = network()
+    return model, Upper(cut(model, "last_stage").upper, HEAD)
+
+
+def test_training_changes_the_upper_weights_and_no_statistics(material):
+    train, val = material
+    model, upper = begin()
+    before = {weight.path: np.array(weight.numpy()) for weight in model.weights}
+    np.testing.assert_array_equal(
+        upper.features(val.source, 1)[:, 0], np.asarray(upper.model(val.source.array[:, 0], training=False))
+    )
+    states = list(upper.train(train, val, settings(epochs=12)))
+    assert [state.epoch for state in states] == list(range(1, 13))
+    changed = {path for path, value in before.items() for w in model.weights
+               if w.path == path and not np.array_equal(w.numpy(), value)}  # fmt: skip
+    assert {path.rpartition("/")[0].rpartition("/")[2] or path for path in changed} == {
+        "two_conv", "two_bn", "two_branch",
+    }  # fmt: skip
+    assert not [path for path in changed if "moving" in path]
+    history = states[-1].history
+    assert history[-1]["loss"] < 0.6 * history[0]["loss"]
+    logits = upper.head().logits(upper.features(val.source, 1)[:, 0]).astype(float)
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(9), val.labels]
+    assert history[-1]["val_loss"] == pytest.approx(losses.mean(), rel=1e-4)
+    assert history[-1]["val_accuracy"] == pytest.approx((logits.argmax(axis=1) == val.labels).mean())
+
+
+def test_a_resumed_training_ends_with_the_same_bits(material):
+    train, val = material
+    whole = list(begin()[1].train(train, val, settings()))
+    half = whole[1]
+    stored = UpperState.restore(half.epoch, half.arrays(), list(half.history))
+    resumed = list(begin()[1].train(train, val, settings(), stored))
+    assert [state.epoch for state in resumed] == [3, 4]
+    for name, value in whole[-1].arrays().items():
+        np.testing.assert_array_equal(resumed[-1].arrays()[name], value)
+    other = list(begin()[1].train(train, val, settings(seed=1)))
+    assert not np.array_equal(other[-1].weights[0], whole[-1].weights[0])
+
+
+def test_vectors_do_not_decay(material):
+    """With a learning rate and a decay but no gradient, kernels shrink, and biases and BatchNorm stay as they are."""
+    train, val = material
+    zero = Labelled(train.source, train.labels, train.weights)
+    model = network()
+    silent = Head(np.zeros((5, 3), np.float32), np.zeros(3, np.float32))  # no gradient goes below this head
+    upper = Upper(cut(model, "last_stage").upper, silent)
+    before = upper.weights()
+    next(upper.train(zero, val, settings(epochs=1, batch_size=24, weight_decay=0.5, learning_rate=0.1)))
+    for start, end in zip(before[:-2], upper.weights()[:-2], strict=True):
+        if start.ndim > 1:
+            np.testing.assert_allclose(end, start * (1 - 0.1 * 0.5), rtol=1e-5)
+        else:
+            np.testing.assert_array_equal(end, start)
+
+
+def test_a_diverging_training_says_so(material):
+    train, val = material
+    broken = Labelled(Held(train.source.array * np.float32(np.inf)), train.labels, train.weights)
+    with pytest.raises(FinetuneError, match="diverged") as caught:
+        list(begin()[1].train(broken, val, settings(epochs=1)))
+    assert "fine_tuning.learning_rate" in caught.value.remedy
+
+
+def test_the_ends_of_an_interpolation_are_the_models():
+    start, end = (np.array([1.0, 2.0], np.float32),), (np.array([3.0, -2.0], np.float32),)
+    np.testing.assert_array_equal(interpolated(start, end, 0.0)[0], start[0])
+    np.testing.assert_array_equal(interpolated(start, end, 1.0)[0], end[0])
+    np.testing.assert_array_equal(interpolated(start, end, 0.25)[0], [1.5, 1.0])
+
+
+def scored(losses, training=0):
+    head = Head(np.zeros((1, 2), np.float32), np.zeros(2, np.float32))
+    return candidates.Candidate(training, 1.0, False, head, np.array(losses), 0.5, 1.0)
+
+
+def test_the_lowest_log_loss_wins():
+    frozen = scored([1.0, 1.1, 0.9, 1.0], None)
+    worse, better = scored([0.8, 0.7, 0.9, 0.8]), scored([0.3, 0.2, 0.4, 0.3])
+    assert candidates.choose(frozen, [worse, better]) is better
+
+
+def test_frozen_wins_what_may_be_chance():
+    """Differences 2, -1, 1, -1, 0.4: mean 0.28, standard error 0.58."""
+    frozen = scored([3.0, 1.0, 2.0, 1.0, 1.4], None)
+    other = scored([1.0, 2.0, 1.0, 2.0, 1.0])
+    gain, error = candidates.compared(frozen, other)
+    assert (gain, error) == (pytest.approx(0.28), pytest.approx(np.sqrt(6.768 / 4 / 5)))
+    assert candidates.choose(frozen, [other]) is frozen
+
+
+def test_a_single_validation_photo_decides_nothing():
+    frozen = scored([3.0], None)
+    assert candidates.choose(frozen, [scored([0.1])]) is frozen
+
+
+def test_a_gain_that_is_sure_and_tiny_is_not_worth_it():
+    frozen = scored([1.0, 1.2, 0.8, 1.0], None)
+    assert candidates.choose(frozen, [scored([0.995, 1.195, 0.795, 0.995])]) is frozen
+    assert candidates.choose(frozen, [other := scored([0.985, 1.185, 0.785, 0.985])]) is other
+
+
+def test_equal_models_stay_frozen():
+    frozen = scored([1.0, 2.0], None)
+    assert candidates.choose(frozen, [scored([1.0, 2.0])]) is frozen
+
+
+def test_a_photo_takes_no_part_in_its_own_temperature():
+    """Logits that are far too large: the plain loss is huge, and the temperature of the others makes it small."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 60)
+    features = np.where(labels == 1, 1.0, -1.0)[:, None] * 50
+    features[:6] *= -1
+    head = Head(np.array([[-1.0, 1.0]], np.float32), np.zeros(2, np.float32))
+    arguments = head, features.astype(np.float32), labels, np.arange(60)
+    with_temperature = candidates.candidate(*arguments, calibrated=True)
+    without = candidates.candidate(*arguments, calibrated=False)
+    least = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))  # of a model that is right nine times in ten, and knows it
+    assert without.log_loss > 3 > 0.6 > with_temperature.log_loss > least
+    assert with_temperature.temperature > 10
+    assert without.temperature == 1
+    assert without.accuracy == pytest.approx(0.9)
+
+
+def test_the_list_of_trainings_depends_on_the_photos_alone():
+    assert [trial.epochs for trial in plan.trials(FineTuningConfig(), 500)] == [20]
+    assert [trial.epochs for trial in plan.trials(FineTuningConfig(), 30_000)] == [5]
+    (own,) = plan.trials(FineTuningConfig(unfreeze="all", epochs=3, learning_rate=0.1), 10)
+    assert (own.unfreeze, own.epochs, own.learning_rate) == ("all", 3, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("limit", "storage", "views", "size"),
+    [
+        (10**9, "float16", 4, 2 * 384 * 100 * 4 + 4 * 384 * 20),
+        (2 * 384 * 100 * 3 + 4 * 384 * 20, "float16", 3, 2 * 384 * 100 * 3 + 4 * 384 * 20),
+        (2 * 384 * 100 + 4 * 384 * 20 - 1, "recomputed", 4, 0),
+        (0, "recomputed", 4, 0),
+    ],
+)
+def test_activations_are_stored_within_the_limit(limit, storage, views, size):
+    found = plan.store(cut(network(), "last_stage"), 100, 4, 20, limit)
+    assert (found.storage, found.views, found.bytes) == (storage, views, size)
+
+
+def test_pixels_are_stored_as_they_are():
+    assert plan.store(cut(network(), "all"), 10, 2, 1, 10**9).storage == "uint8"
