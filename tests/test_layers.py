@@ -13,8 +13,8 @@ FLOORS = [
     *("errors", "devices", "text", "fields", "streams", "signals", "progress", "parallel"),
     *("held", "files", "tables", "keras_setup"),
     *("metrics", "config", "untrusted", "cache", "photos", "practice"),
-    *("runs", "backbones", "inference", "head", "drawing"),
-    *("training", "evaluation", "report", "inspection", "exports"),
+    *("runs", "backbones", "inference", "head", "drawing", "inspection"),
+    *("training", "evaluation", "report", "exports"),
     *("cli", "api", "__main__"),
 ]
 

@@ -5,13 +5,19 @@ import errno
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import runs_fixture
+import trainings
+from typer.testing import CliRunner
 
 from finetune_cli import files
+from finetune_cli.cli import render, render_tuning
+from finetune_cli.cli.console import Console
+from finetune_cli.cli.main import app
 from finetune_cli.config import schema
 from finetune_cli.errors import ConfigError, Interrupted, RunError, StorageError
 from finetune_cli.evaluation import evaluate as command_evaluate
@@ -20,9 +26,12 @@ from finetune_cli.inference import predict as command_predict
 from finetune_cli.inference.predictor import RunPredictor
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.progress import Silent
-from finetune_cli.report import refit_data
+from finetune_cli.report import html as command_report
+from finetune_cli.report import refit_data, tuning
 from finetune_cli.runs.run import Run
 from finetune_cli.training import pipeline as command_train
+from finetune_cli.training import prepare
+from finetune_cli.training.tuning import budget, comparison
 
 CLASSES = ("ant", "bee", "wasp")
 EPOCHS = 8
@@ -108,7 +117,7 @@ def test_a_tuned_run_is_better_and_says_what_was_tried(frozen, tuned):
     ]  # fmt: skip
     assert [each["name"] for each in facts["candidates"] if each["kept"]] == [facts["kept"]]
     lowest = min(facts["candidates"], key=lambda each: each["log_loss"])
-    assert lowest["kept"]
+    assert lowest["kept"] or facts["kept"] == "tuned, head fitted again"
     (training,) = facts["trainings"]
     assert (training["last_frozen"], training["first_trained"]) == ("lower_conv", "upper_conv")
     assert training["activations"] == [16, 16, 12]
@@ -271,7 +280,7 @@ def test_a_tuned_run_is_a_backbone_to_start_from(place, tuned, tmp_path):
     run = place.train(tmp_path, "fine_tuning=null", start)
     assert run.manifest.backbone.fingerprint == tuned.manifest.backbone.fingerprint
     assert run.manifest.backbone.original == tuned.manifest.backbone.original
-    assert run.manifest["views"]["computed"] == 0
+    assert run.manifest.views.computed == 0
     assert run.manifest.metrics["test"].accuracy >= tuned.manifest.metrics["test"].accuracy - 0.1
     further = place.train(tmp_path, start, "fine_tuning.epochs=1")
     assert further.manifest.backbone.original == tuned.manifest.backbone.original
@@ -326,3 +335,141 @@ def test_a_disk_that_fills_up_stops_the_stage_and_resume_goes_on(place, tuned, t
 def test_it_works_with_a_head_of_adam(place, tmp_path):
     run = place.train(tmp_path, "training.solver=adam", "training.epochs=3", "fine_tuning.epochs=2")
     assert {"history.csv", "tuning.csv"} <= set(run.manifest.files)
+
+
+def test_a_plan_tells_stages_and_disk_and_leaves_nothing(place, tmp_path):
+    overrides = ("augmentation.views=3", f"runtime.cache_dir={tmp_path / 'cache'}", "fine_tuning.epochs=4")
+    found = budget.budget(place.config(tmp_path, *overrides), Silent())
+    rows = {row.stage.split(",")[0]: row for row in found.rows}
+    assert list(rows) == ["features", "head", "activations", "fine-tuning", "head again", "tuned features", "saving"]
+    views = 49 * 3 + 30 + 25
+    assert (rows["features"].views, rows["features"].disk) == (views, 4 * 2 * 2 * views)
+    assert (rows["activations"].views, rows["activations"].disk) == (49 * 3 + 30, 16 * 16 * 12 * (2 * 49 * 3 + 4 * 30))
+    assert rows["fine-tuning"].views == 4 * 49
+    assert all(rows[stage].seconds > 0 for stage in ("features", "activations", "fine-tuning", "tuned features"))
+    assert found.seconds < 60
+    assert not (tmp_path / "runs").exists()
+    assert {path.name for path in (tmp_path / "cache").iterdir()} <= {"digests.sqlite", ".lock"}
+
+
+def test_a_plan_without_fine_tuning_has_the_features_alone(place, frozen, tmp_path):
+    found = budget.budget(place.config(tmp_path, "fine_tuning=null"), Silent())
+    assert [row.stage for row in found.rows] == ["features", "head", "saving"]
+    assert found.rows[0].views == 0  # all in the cache
+
+
+def test_inspect_shows_where_the_gradient_stops(place, tuned, frozen):
+    from finetune_cli.cli.tools import _inspected
+    from finetune_cli.inspection import graph
+
+    model, *_rest = _inspected(tuned.folder, Silent())
+    shown = {node.name.rpartition("/")[2]: node for node in graph.inspect(model).nodes}
+    assert not shown["lower_conv"].gradient
+    assert shown["upper_conv"].trained == 12 * 12 * 9 + 12
+    assert shown["upper_bn"].trained == 24
+    assert shown["lower_conv"].kept == 16 * 16 * 12 * 4
+    model, *_rest = _inspected(frozen.folder, Silent())
+    assert graph.inspect(model).gradient_stops == ("logits",)
+
+
+def test_a_frozen_run_estimates_what_fine_tuning_would_take(frozen, tuned):
+    assert frozen.manifest.fine_tuning_seconds > 0
+    assert "fine_tuning_seconds" not in tuned.manifest
+
+
+def test_the_estimate_is_what_the_passes_and_the_epochs_take(place, frozen, tmp_path):
+    """49 photos: activations and head again, and the tuned features, of 2 views each; 20 epochs of the upper part."""
+    loaded = place.config(tmp_path, "fine_tuning=null")
+    backbone = prepare.build_backbone(loaded)
+    upper = 8 * 8 * (3 * 3 * 12 * 12 + 12 * 2)
+    share = upper / (upper + 16 * 16 * 5 * 5 * 3 * 12)
+    assert budget.rough_seconds(backbone, loaded, 49, 0.01) == pytest.approx(49 * 0.01 * (4 + 20 * 3 * share))
+
+
+def test_the_report_has_a_section_on_it(tuned, frozen, tmp_path):
+    def page(run: Run) -> str:
+        result = command_evaluate.evaluate(run, Silent(), name=tmp_path.name)
+        return command_report.report(result.judged, tmp_path / run.folder.name, Silent()).read_text("utf-8")
+
+    (tmp_path / tuned.folder.name).mkdir()
+    text = page(tuned)
+    facts = tuned.manifest.fine_tuning
+    assert f"Kept: {facts['kept']}." in text
+    assert "Everything from upper_conv on learned" in text
+    for each in facts["candidates"]:
+        assert f"<td>{each['log_loss']:.4f}</td>" in text
+    won = [row for row in rows(tuned, "flipped.csv") if row["split"] == "test" and row["kept"] == row["true"]]
+    assert won
+    assert f"only the kept model gets right: {len(won)}" in text
+    assert "Fine-tuning</h3>" not in page(frozen)
+
+
+def test_the_screen_shows_what_was_tried_and_what_to_try(tuned, frozen, capsys):
+    render.trained(Console(), tuned)
+    text = capsys.readouterr().out
+    (kept,) = [line for line in text.splitlines() if line.startswith("kept")]
+    assert tuned.manifest.fine_tuning["kept"] in kept
+    assert "upper_conv" in kept
+    assert "see flipped.csv" in text
+    assert "fine_tuning=auto" not in text
+    render.trained(Console(), frozen)
+    text = capsys.readouterr().out
+    assert f"finetune train {frozen.folder / 'config.yaml'} fine_tuning=auto" in text.replace("\n", "")
+
+
+def test_a_resumed_run_is_not_planned():
+    answer = CliRunner().invoke(app, ["train", "--resume", "--dry-run"])
+    assert answer.exit_code == 2
+    assert "--dry-run and --resume exclude each other" in answer.output
+
+
+def test_the_plan_is_a_table(place, frozen, tmp_path, capsys):
+    render_tuning.planned(Console(), budget.budget(place.config(tmp_path), Silent()))
+    text = capsys.readouterr().out
+    assert f"fine-tuning, {EPOCHS} epochs of last_stage at 0.02" in text
+    assert [line.split()[0] for line in text.splitlines() if line[:8] in {"together", "features"}] == [
+        "features", "together",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "a second"), (44, "44 seconds"), (200, "3 minutes"), (9000, "2 hours")]
+)
+def test_durations_are_told_in_fitting_units(seconds, text):
+    assert render_tuning.duration(seconds) == text
+
+
+@pytest.mark.parametrize("facts", [{}, [], "x", {"kept": 1, "trainings": 2, "candidates": [], "compared": {}}])
+def test_a_report_survives_a_manifest_that_makes_no_sense(tuned, facts):
+    run = Run(tuned.folder, {**tuned.manifest, "fine_tuning": facts})
+    found = tuning.section(run)
+    assert found is not None
+    assert found["problem"]
+    if facts:
+        with pytest.raises(RunError, match="does not describe its fine-tuning"):
+            comparison.trained_from(Run(tuned.folder, {**tuned.manifest, "fine_tuning": [facts]}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (signal.SIGTERM, 143, "fine-tuning epoch 3/"),
+        (signal.SIGKILL, -9, "fine-tuning epoch 5/"),
+        (signal.SIGTERM, 143, "head (lbfgs)"),  # so while the activations are computed
+        (signal.SIGKILL, -9, "fine-tuning: kept"),
+    ],
+)
+def test_a_killed_process_is_resumed_to_the_same_bits(place, tuned, tmp_path, number, code, line):
+    values = place.config(tmp_path).dump(tmp_path)
+    (tmp_path / "tuned.yaml").write_text(json.dumps(values))
+    command = trainings.Command(tmp_path, "train", "tuned.yaml")
+    assert command.wait_for(line)
+    command.send(number)
+    assert command.end().code == code
+    ended = trainings.Command(tmp_path, "train", "--resume").end()
+    assert ended.code == 0, ended.errors
+    run = Run.load(tmp_path / "runs" / "tuned-1")
+    for name in ("inference/model.bin", "predictions.csv", "flipped.csv"):
+        assert run.manifest.files[name] == tuned.manifest.files[name], name
+    assert without_seconds(rows(run, "tuning.csv")) == without_seconds(rows(tuned, "tuning.csv"))

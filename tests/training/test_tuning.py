@@ -1,6 +1,7 @@
 """The parts of the fine-tuning stage on a tiny network with branches and BatchNorm."""
 
 import errno
+import json
 import os
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 import runs_fixture
 from PIL import Image
 
+from finetune_cli.backbones import build
+from finetune_cli.config import schema
 from finetune_cli.config.schema import FineTuningConfig
 from finetune_cli.errors import ConfigError, FinetuneError, StorageError
 from finetune_cli.head.lbfgs import Head
@@ -78,6 +81,29 @@ def test_both_parts_together_are_the_network(photos, inside, unfreeze, below, ab
     np.testing.assert_allclose(np.asarray(found.upper(middle)), np.asarray(model(photos)), rtol=1e-5, atol=1e-5)
     owned = {id(weight) for weight in model.weights}
     assert {id(weight) for weight in found.upper.weights} <= owned
+
+
+def test_the_last_stage_of_the_bundled_backbone_is_cut_where_it_is_narrow():
+    found = cut(build.build("efficientnet_lite0", None, 224, 0).model, "last_stage")
+    assert (found.below, found.above, found.shape) == ("block10_add", "block11_expand_conv", (14, 14, 112))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "last", "last_two"),
+    [
+        ("resnet50", ("conv4_block6_out", (14, 14, 1024)), ("conv3_block4_out", (28, 28, 512))),
+        ("vgg16", ("block4_pool", (14, 14, 512)), ("block3_pool", (28, 28, 256))),
+        ("densenet121", ("pool4_pool", (7, 7, 512)), ("pool3_pool", (14, 14, 256))),
+        ("efficientnetb0", ("block5c_add", (14, 14, 112)), ("block3b_add", (28, 28, 40))),
+        ("mobilenetv2", ("block_12_add", (14, 14, 96)), ("block_5_add", (28, 28, 32))),
+    ],
+)
+def test_the_stages_of_well_known_networks(name, last, last_two):
+    model = build.build(name, None, 224, 0).model
+    for unfreeze, expected in (("last_stage", last), ("last_two_stages", last_two)):
+        found = cut(model, unfreeze)
+        assert (found.below, found.shape) == expected
 
 
 def test_a_layer_in_a_branch_names_the_nearest_that_can_be_cut_at():
@@ -267,9 +293,9 @@ def test_the_ends_of_an_interpolation_are_the_models():
     np.testing.assert_array_equal(interpolated(start, end, 0.25)[0], [1.5, 1.0])
 
 
-def scored(losses, training=0):
+def scored(losses, training=0, refitted=False):
     head = Head(np.zeros((1, 2), np.float32), np.zeros(2, np.float32))
-    return candidates.Candidate(training, 1.0, False, head, np.array(losses), 0.5, 1.0)
+    return candidates.Candidate(training, 1.0, refitted, head, np.array(losses), 0.5, 1.0)
 
 
 def test_the_lowest_log_loss_wins():
@@ -287,9 +313,21 @@ def test_frozen_wins_what_may_be_chance():
     assert candidates.choose(frozen, [other]) is frozen
 
 
+def test_of_tuned_models_that_tie_the_one_with_the_new_head_is_kept():
+    frozen = scored([3.0, 2.0, 3.0, 2.0], None)
+    tuned, tied = scored([0.1, 0.2, 0.1, 0.2]), scored([0.3, 0.1, 0.1, 0.2], refitted=True)
+    assert candidates.choose(frozen, [tuned, tied]) is tied
+    worse = scored([0.5, 0.6, 0.5, 0.7], refitted=True)
+    assert candidates.choose(frozen, [tuned, worse]) is tuned
+    # It ties with the best, but not even with chance on its side does it beat the frozen model.
+    uncertain = scored([0.1, 0.1, 0.1, 6.0], refitted=True)
+    assert candidates.choose(frozen, [tuned, uncertain]) is tuned
+
+
 def test_a_single_validation_photo_decides_nothing():
-    frozen = scored([3.0], None)
-    assert candidates.choose(frozen, [scored([0.1])]) is frozen
+    frozen, other = scored([3.0], None), scored([0.1])
+    assert candidates.choose(frozen, [other]) is frozen
+    assert json.loads(json.dumps(other.to_json(frozen, kept=False), allow_nan=False))["gain_error"] is None
 
 
 def test_a_gain_that_is_sure_and_tiny_is_not_worth_it():
@@ -343,3 +381,30 @@ def test_activations_are_stored_within_the_limit(limit, storage, views, size):
 
 def test_pixels_are_stored_as_they_are():
     assert plan.store(cut(network(), "all"), 10, 2, 1, 10**9).storage == "uint8"
+
+
+@pytest.mark.parametrize("value", ["auto", "{}"])
+def test_auto_is_the_section_with_its_defaults(tmp_path, value):
+    loaded = schema.load(None, [f"data.train={tmp_path}", f"fine_tuning={value}"])
+    assert loaded.fine_tuning == FineTuningConfig()
+    written = loaded.dump(tmp_path)
+    assert written["fine_tuning"]["unfreeze"] == "auto"
+    (tmp_path / "x.yaml").write_text(json.dumps(written))
+    assert schema.load(tmp_path / "x.yaml").fine_tuning == loaded.fine_tuning
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("fine_tuning=deep", "`fine_tuning` is 'deep': write its keys below it, or auto, or null"),
+        ("fine_tuning.epoch=3", "its name is `fine_tuning.epochs`"),
+        ("fine_tuning.lr=3", "its name is `fine_tuning.learning_rate`"),
+        ("fine_tuning.unfrozen=all", "did you mean `fine_tuning.unfreeze`?"),
+        ("fine_tuning.epochs=0", "`fine_tuning.epochs` is 0: input should be greater than or equal to 1"),
+        ("freeze=10", "its name is `fine_tuning.unfreeze`"),
+    ],
+)
+def test_wrong_keys_are_named(tmp_path, override, text):
+    with pytest.raises(ConfigError) as caught:
+        schema.load(None, [f"data.train={tmp_path}", override])
+    assert text in caught.value.problem

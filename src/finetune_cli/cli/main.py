@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from typer.models import OptionInfo
 
     from finetune_cli.cli.console import Console
+    from finetune_cli.config.schema import Config
     from finetune_cli.runs.run import Run
 
 __all__ = ["app"]
@@ -61,6 +62,9 @@ def train(
         bool,
         typer.Option("--resume", help="Go on with a run, named in place of CONFIG, or the newest unfinished in runs/."),
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the stages with their seconds and disk space; train nothing.")
+    ] = False,
     name: Annotated[
         str | None,
         typer.Option(
@@ -80,10 +84,23 @@ def train(
     if print_run:
         console.results_to_stderr()
     path, overrides = config_or_override(config, overrides)
+    if resume and dry_run:
+        raise UsageError("--dry-run and --resume exclude each other", "plan a new run: leave out --resume")
+    if dry_run:
+        _plan(console, load_config(path, overrides))
+        return
     finished = _resume(console, path, overrides, name) if resume else _train(console, path, overrides, name)
     render.trained(console, finished)
     if print_run:
         typer.echo(os.fsencode(finished.folder.absolute()))
+
+
+def _plan(console: "Console", config: "Config") -> None:
+    """Show what a training would take."""
+    from finetune_cli.cli import render_tuning
+    from finetune_cli.training.tuning import budget
+
+    render_tuning.planned(console, budget.budget(config, console))
 
 
 def _train(console: "Console", path: Path | None, overrides: list[str] | None, name: str | None) -> "Run":

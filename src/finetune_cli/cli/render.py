@@ -1,10 +1,10 @@
 """Results as a person reads them: tables and lines on a `Console`."""
 
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from finetune_cli.cli import render_tuning
 from finetune_cli.cli.console import Console
 from finetune_cli.text import counted, listed, shown
 
@@ -38,7 +38,7 @@ def trained(console: Console, run: "Run") -> None:
     ]
     console.table(("", "accuracy", "95 % interval", "largest class alone", "photos"), rows, right=(1, 2, 3, 4))
     if manifest.fine_tuning is not None:
-        _fine_tuned(console, manifest.fine_tuning)
+        render_tuning.fine_tuned(console, manifest.fine_tuning)
     console.table(("stage", "seconds"), [(k, f"{v:.1f}") for k, v in manifest.seconds.items()], right=(1,))
     console.print(
         f"views: {manifest.views.computed} computed, {manifest.views.cached} from the cache "
@@ -49,36 +49,15 @@ def trained(console: Console, run: "Run") -> None:
     console.print("\ntry next:")
     console.print(f"  finetune predict PHOTO --run {shown(shlex.quote(str(folder)))}")
     console.print(f"  finetune evaluate --run {shown(shlex.quote(str(folder)))}")
-
-
-def _fine_tuned(console: Console, facts: Mapping[str, Any]) -> None:
-    """What fine-tuning tried and kept, and what that is worth on the photos."""
-    console.print("\nfine-tuning, by the validation photos:")
-    rows = []
-    for each in facts["candidates"]:
-        trial = facts["trainings"][each["training"]] if each["training"] is not None else None
-        rows.append(
-            (
-                "kept" if each["kept"] else "",
-                each["name"],
-                "" if trial is None else trial["first_trained"],
-                "" if trial is None else f"{trial['learning_rate']:g}",
-                f"{each['log_loss']:.4f}",
-                "" if trial is None else f"{each['gain']:+.4f} ± {each['gain_error']:.4f}",
-                f"{each['accuracy']:.1%}",
-            )
+    if manifest.fine_tuning is None:
+        seconds = manifest.fine_tuning_seconds
+        takes = (
+            "add --dry-run to see how long that takes"
+            if seconds is None
+            else f"about {render_tuning.duration(seconds)} more"
         )
-    console.table(
-        ("", "model", "trained from", "learning rate", "log loss", "gain", "accuracy"), rows, right=(3, 4, 5, 6)
-    )
-    for split, found in facts["compared"].items():
-        if facts["kept"] != "frozen":
-            console.print(
-                f"{split}: frozen {found['frozen']['accuracy']:.1%}, kept {found['kept']['accuracy']:.1%}; only frozen "
-                f"is right on {counted(found['only_frozen_right'], 'photo')}, only kept on "
-                f"{found['only_kept_right']} (McNemar's exact test, p = {found['p_value']:.2g}); see flipped.csv"
-            )
-    console.print()
+        console.print(f"  finetune train {shown(shlex.quote(str(folder / 'config.yaml')))} fine_tuning=auto")
+        console.print(f"    (the backbone learns, too; kept only if it is better; {takes})")
 
 
 def _nearby(path: Path) -> Path:

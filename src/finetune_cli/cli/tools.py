@@ -116,6 +116,7 @@ def _inspected(target: Path, console: "Console") -> "tuple[Any, ImageSettings, i
     """Model, image settings, classes to put a head for, and views a second if known, of a run or a config."""
     from finetune_cli.runs.run import located
     from finetune_cli.training import prepare
+    from finetune_cli.training.tuning import comparison, cuts, plan
 
     target = located(target)
     if target.is_dir():
@@ -124,10 +125,16 @@ def _inspected(target: Path, console: "Console") -> "tuple[Any, ImageSettings, i
         run = find_run(console, target)
         computed, seconds = run.manifest.views.computed, run.manifest.seconds.get("features")
         rate = computed / seconds if computed and seconds else None
-        return load_keras_file(run.file("model.keras")), run.image_settings, None, rate
+        model = load_keras_file(run.file("model.keras"))
+        if (first := comparison.trained_from(run)) is not None:
+            cuts.unfreeze_above(model, first)
+        return model, run.image_settings, None, rate
     config = load_config(target, None)
-    classes = len(prepare.index(config, console).classes)
-    return prepare.build_backbone(config).model, prepare.image_settings(config), classes, None
+    data = prepare.index(config, console)
+    model = prepare.build_backbone(config).model
+    if config.fine_tuning is not None:
+        cuts.unfreeze_above(model, plan.trials(config.fine_tuning, len(data.train))[0].unfreeze)
+    return model, prepare.image_settings(config), len(data.classes), None
 
 
 @command(app)

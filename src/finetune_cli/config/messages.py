@@ -31,6 +31,7 @@ _ELSEWHERE = {
     "data.val_split": "split valfraction validationfraction validationsplit validfraction validpct",
     "image.max_pixels": "maximagepixels",
     "image.resize": "centercrop cropmode itemtfms",
+    "fine_tuning.unfreeze": "freeze",
     "image.size": "cropsize imagesize imgsize imgsz inputshape inputsize resizesize targetsize traincropsize",
     "model.backbone": "arch architecture backbonename basemodel encoder modelname",
     "model.dropout": "drop droprate",

@@ -27,7 +27,7 @@ from finetune_cli.parallel import cores
 from finetune_cli.photos.dataset import Sample
 from finetune_cli.photos.groups import propose
 from finetune_cli.progress import Observer
-from finetune_cli.report import charts, refit_data, refits, sentences, thumbnails
+from finetune_cli.report import charts, refit_data, refits, sentences, thumbnails, tuning
 from finetune_cli.report import matrix as confusion
 from finetune_cli.report.refits import FRACTIONS, Judges, LearningCurve, Suspect
 from finetune_cli.report.thumbnails import Figure
@@ -62,6 +62,7 @@ def report(judged: Judged, folder: Path, observer: Observer) -> Path:
         "calibration": judged.calibration,
         "counts": _counts(judged),
         "history": _history(run),
+        "tuning": tuning.section(run),
         "classes": _classes(judged),
         "examples": examples,
         "feature_map": run.manifest.backbone.feature_map,

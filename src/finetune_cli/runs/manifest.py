@@ -121,6 +121,7 @@ class Manifest:
     start_from: the SHA-256 of the model that the head was begun with. photos: how many by split. roots: split -> the
     folder that its photos were in, relative to the run. seconds: by stage. parity: None if no photo was compared.
     files: name -> SHA-256 of every other file of the run. fine_tuning: what was tried and kept, None without it.
+    fine_tuning_seconds: what it would take here, as estimated by a run without it.
     """
 
     created: str
@@ -142,6 +143,7 @@ class Manifest:
     metrics: Mapping[str, SplitMetrics]
     files: Mapping[str, str]
     fine_tuning: Mapping[str, Any] | None = None
+    fine_tuning_seconds: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The whole of `run.json`, sealed."""
@@ -180,6 +182,7 @@ class Manifest:
                 "seconds": dict(self.seconds),
                 "metrics": {split: dict(metrics.document) for split, metrics in self.metrics.items()},
                 "files": dict(self.files),
+                "fine_tuning_seconds": self.fine_tuning_seconds,
                 "fine_tuning": None if self.fine_tuning is None else dict(self.fine_tuning),
             }
         )
@@ -222,6 +225,7 @@ class Manifest:
             },
             files=fields.listed_files("files"),
             fine_tuning=_fine_tuning(fields),
+            fine_tuning_seconds=_fine_tuning_seconds(fields),
         )
         for key in ("photos", "roots", "metrics"):
             if unknown := set(getattr(manifest, key)) - set(SPLITS):
@@ -267,6 +271,10 @@ def _fine_tuning(fields: Fields) -> Mapping[str, Any] | None:
     if fields.document.get("fine_tuning") is None:
         return None
     return fields.object("fine_tuning").document
+
+
+def _fine_tuning_seconds(fields: Fields) -> int | None:
+    return None if fields.document.get("fine_tuning_seconds") is None else fields.integer("fine_tuning_seconds")
 
 
 def _backbone(fields: Fields) -> Backbone:

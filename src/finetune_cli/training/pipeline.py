@@ -44,7 +44,7 @@ from finetune_cli.training import resume as resume_record
 from finetune_cli.training.extract import Features
 from finetune_cli.training.fit import Fitted, labels_of
 from finetune_cli.training.prepare import Prepared, evenly_spread, image_settings, prepare, timed
-from finetune_cli.training.tuning import comparison, stage
+from finetune_cli.training.tuning import budget, comparison, stage
 
 
 def train(config: Config, observer: Observer) -> Run:
@@ -110,6 +110,10 @@ def _fit_and_finish(folder: Path, prepared: Prepared, start: Head | None, observ
         parity = _save_models(folder, prepared, fitted.head, temperature, judged[0].probabilities)
     names += ["model.keras", "inference/model.xml", "inference/model.bin"]
     manifest = replace(_manifest(folder, prepared, fitted, temperature, parity, judged), fine_tuning=tuning)
+    if tuning is None and manifest.views.computed:
+        photos, a_view = len(prepared.parts["train"].samples), prepared.seconds["features"] / manifest.views.computed
+        seconds = budget.rough_seconds(prepared.backbone, prepared.config, photos, a_view)
+        manifest = replace(manifest, fine_tuning_seconds=round(seconds))
     finished = run.finish(folder, manifest, names)
     if os.path.lexists(folder / "checkpoints"):
         files.remove_folder(folder / "checkpoints")

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune_cli.drawing import figures
+from finetune_cli.errors import RunError
 from finetune_cli.metrics import scores
+from finetune_cli.runs.run import MANIFEST, Run
 from finetune_cli.tables import write_csv
 from finetune_cli.training.outputs import Judged
 
@@ -32,6 +34,23 @@ def compared(before: Sequence[Judged], after: Sequence[Judged]) -> dict[str, Any
             "p_value": test.p_value,
         }
     return found
+
+
+def trained_from(run: Run) -> str | None:
+    """The first layer that learned in the training that `run` kept; None when its backbone is the frozen one.
+
+    Raises `RunError` when the manifest does not say so as it should.
+    """
+    facts = run.manifest.fine_tuning
+    try:
+        if facts is None:
+            return None
+        kept = next(each for each in facts["candidates"] if each["kept"])
+        return None if kept["training"] is None else str(facts["trainings"][kept["training"]]["first_trained"])
+    except (LookupError, TypeError, StopIteration) as exc:
+        raise RunError(
+            f"{run.folder / MANIFEST} does not describe its fine-tuning: {exc}", "restore the run from a copy"
+        ) from exc
 
 
 def _scores(judged: Judged) -> dict[str, float]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from finetune_cli import signals
 from finetune_cli.errors import ConfigError
 from finetune_cli.inspection.layers import nodes
 from finetune_cli.keras_setup import import_keras
@@ -47,6 +48,7 @@ class _Point:
         return math.prod(self.tensor.shape[1:])
 
 
+@signals.deferred()
 def cut(model: Any, unfreeze: str) -> Cut:
     """Cut a backbone (a Functional `keras.Model` of one input and one output) below what is to learn.
 
@@ -72,6 +74,12 @@ def cut(model: Any, unfreeze: str) -> Cut:
         keras.Model(flat.input, point.tensor, name="lower") if point.nodes_below else None,
         keras.Model(point.tensor, flat.output, name="upper") if point.nodes_below else flat,
     )
+
+
+def unfreeze_above(model: Any, unfreeze: str) -> None:
+    """Mark the layers of `model` above a cut (see `cut`) as trainable, so that `inspect` shows what learns."""
+    for layer in cut(model, unfreeze).upper.layers:
+        layer.trainable = True
 
 
 def flattened(model: Any) -> Any:

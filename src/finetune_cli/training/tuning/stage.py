@@ -19,10 +19,11 @@ from finetune_cli.backbones import build
 from finetune_cli.backbones.build import Backbone
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.config.schema import Config
-from finetune_cli.devices import Precision
+from finetune_cli.devices import Device, Precision
 from finetune_cli.errors import CheckpointError, RunError, StorageError
 from finetune_cli.head.lbfgs import Head, class_weights
 from finetune_cli.inference import runtimes
+from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.metrics.folds import group_numbers
 from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import Dataset
@@ -60,25 +61,39 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class _Trained:
-    """A finished training. `l2`: with which the head was fitted once more on its features."""
+    """A finished training: the weights that it began and ended with, and what came of it.
+
+    `l2`: with which the head was fitted once more on its features.
+    """
 
     upper: Upper
+    start: Weights
+    end: Weights
     l2: float
+    candidates: tuple[Candidate, ...]
+    history: tuple[dict[str, float], ...]
     facts: dict[str, Any]
 
 
 def checked(config: Config) -> Callable[[Dataset, Backbone], None]:
-    """What `prepare` is to look at before hours of work: whether the network can be cut so, and room on the disk."""
+    """What `prepare` is to look at before hours of work: whether the network can be cut there, and room on
+    the disk."""
 
     def check(data: Dataset, backbone: Backbone) -> None:
         section = config.fine_tuning
         if section is None:
             return
-        train, val = len(data.train), len(data.val)
-        needed = 0
+        train, val, views = len(data.train), len(data.val), augmenter(config).views
+        # The features of the frozen and of the tuned backbone, each in the cache and at hand; the head's second fit.
+        row = 4 * backbone.width
+        needed = 4 * row * (train * views + val + len(data.test)) + row * train * views
+        checkpoints_needed = 0
         for trial in plan.trials(section, train):
             part = cut(backbone.model, trial.unfreeze)
-            needed += plan.store(part, train, augmenter(config).views, val, plan.limit(section)).bytes
+            needed += plan.store(part, train, views, val, plan.limit(section)).bytes
+            # Up to three checkpoints, each with the weights and both moments of AdamW.
+            checkpoints_needed += 3 * 3 * 4 * part.upper.count_params()
+        files.free_space_check(config.output.directory, checkpoints_needed)
         try:
             files.free_space_check(cache_folder(config).scratch, needed)
         except StorageError as exc:
@@ -97,26 +112,21 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, begun: str,
     """
     stage = _Stage(prepared, fitted, checkpoint_folder, begun, observer)
     frozen = stage.scored(fitted.head, prepared.parts["val"].array[:, 0])
-    found: list[tuple[Candidate, Weights | None, _Trained | None]] = [(frozen, None, None)]
-    history: list[dict[str, float]] = []
-    facts = []
-    for number, trial in enumerate(stage.trials):
-        trained, rows, scored = stage.attempt(number, trial)
-        found += [(each, weights, trained) for each, weights in scored]
-        history += rows
-        facts.append(trained.facts)
-    kept = candidates.choose(frozen, [each for each, _weights, _trained in found[1:]])
+    trained = [stage.attempt(number, trial) for number, trial in enumerate(stage.trials)]
+    tuned = [each for training in trained for each in training.candidates]
+    kept = candidates.choose(frozen, tuned)
     document = {
         "kept": kept.name,
-        "trainings": facts,
-        "candidates": [each.to_json(frozen, each is kept) for each, _weights, _trained in found],
+        "trainings": [training.facts for training in trained],
+        "candidates": [each.to_json(frozen, each is kept) for each in (frozen, *tuned)],
     }
+    history = tuple(row for training in trained for row in training.history)
     prepared.backbone.model.trainable = False
-    weights, winner = next((weights, trained) for each, weights, trained in found if each is kept)
-    if winner is None or weights is None:
-        observer.note("fine-tuning: the frozen model is as good by the validation photos, and it is kept")
-        return Outcome(prepared.backbone, prepared.parts, fitted, False, document, tuple(history))
-    winner.upper.assign(weights)
+    if kept.training is None:
+        observer.note("fine-tuning: no other model is better than the frozen one by more than chance, so that is kept")
+        return Outcome(prepared.backbone, prepared.parts, fitted, False, document, history)
+    winner = trained[kept.training]
+    winner.upper.assign(interpolated(winner.start, winner.end, kept.share))
     backbone = build.with_changed_weights(prepared.backbone, prepared.config.model.backbone)
     observer.note(
         f"fine-tuning: kept is {kept.name}; validation log loss {kept.log_loss:.3f}, frozen {frozen.log_loss:.3f}"
@@ -124,7 +134,16 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, begun: str,
     with timed(prepared.seconds, "tuned features"):
         parts = stage.features_of(backbone)
     ended = replace(fitted, head=kept.head, l2=winner.l2 if kept.refitted else fitted.l2)
-    return Outcome(backbone, parts, ended, True, document, tuple(history))
+    return Outcome(backbone, parts, ended, True, document, history)
+
+
+def lower_runtime(lower: Any | None, device: Device, precision: Precision, workers: int) -> Runtime:
+    """The lower part of a cut on the fast runtime of the device; `lower` None gives the pixels themselves."""
+    if lower is None:
+        return Pixels()
+    if device == "gpu":
+        return runtimes.TensorFlowRuntime(lower, precision)
+    return runtimes.OpenVinoRuntime(runtimes.convert(lower), precision, workers)
 
 
 class _Stage:
@@ -153,13 +172,8 @@ class _Stage:
         calibrated = self.prepared.config.calibration == "temperature"
         return candidate(head, features, self.val_labels, self.val_groups, calibrated, training, share, refitted)
 
-    def attempt(
-        self, number: int, trial: Trial
-    ) -> tuple[_Trained, list[dict[str, float]], list[tuple[Candidate, Weights]]]:
-        """One training, its history, and the candidates that come of it with their weights.
-
-        The backbone has its old weights again afterwards.
-        """
+    def attempt(self, number: int, trial: Trial) -> _Trained:
+        """One training and its candidates. The backbone has its old weights again afterwards."""
         part = cut(self.prepared.backbone.model, trial.unfreeze)
         with timed(self.prepared.seconds, "activations"):
             train, val, store = self._activations(part)
@@ -169,16 +183,16 @@ class _Stage:
             state = self._trained(number, trial, model, train, val)
         scored = []
         for share in (*candidates.SHARES, 1.0):
-            weights = interpolated(start, state.weights, share)
-            model.assign(weights)
+            model.assign(interpolated(start, state.weights, share))
             features = model.features(val, 1)[:, 0]
-            scored.append((self.scored(model.head(), features, number, share), weights))
+            scored.append(self.scored(model.head(), features, number, share))
         with timed(self.prepared.seconds, "head again"):
             again = self._head_again(model, train, store.views, features)
-        scored.append((self.scored(again.head, features, number, 1.0, refitted=True), state.weights))
+        scored.append(self.scored(again.head, features, number, 1.0, refitted=True))
         model.assign(start)
-        rows = [{"training": number, **row} for row in state.history]
-        return _Trained(model, again.l2, self._facts(trial, part, store, start)), rows, scored
+        rows = tuple({"training": number, **row} for row in state.history)
+        facts = self._facts(trial, part, store, start)
+        return _Trained(model, start, state.weights, again.l2, tuple(scored), rows, facts)
 
     def _activations(self, part: Cut) -> tuple[Source, Source, Store]:
         """The activations at `part` of the training photos (all views that fit) and of the validation photos."""
@@ -189,15 +203,10 @@ class _Stage:
         store = plan.store(
             part, len(self.train.samples), augmentation.views, len(self.val.samples), plan.limit(self.section)
         )
-        converted = runtimes.convert(part.lower) if part.lower is not None and device == "cpu" else None
 
         def lower(precision: Precision, views: Augmenter | None) -> Lower:
             request = Request(image_settings(config), self.prepared.backbone.fingerprint, precision, views)
-            runtime: runtimes.Runtime = Pixels()
-            if converted is not None:
-                runtime = runtimes.OpenVinoRuntime(converted.clone(), precision, self.extractor.workers)
-            elif part.lower is not None:
-                runtime = runtimes.TensorFlowRuntime(part.lower, precision)
+            runtime = lower_runtime(part.lower, device, precision, self.extractor.workers)
             return Lower(request, runtime, part.shape, self.extractor.workers, self.extractor.batch_size)
 
         of_train, of_val = lower(self.prepared.precision, augmentation), lower("float32", None)

@@ -99,6 +99,7 @@ class Upper:
         """Copies of all weights that learn, the head's last."""
         return tuple(np.array(variable) for variable in self._classifier.trainable_variables)
 
+    @signals.deferred()
     def assign(self, weights: Weights) -> None:
         """Set all weights that learn."""
         for variable, value in zip(self._classifier.trainable_variables, weights, strict=True):
