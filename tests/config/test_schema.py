@@ -363,7 +363,7 @@ def test_names_from_elsewhere_lead_to_keys_that_exist():
         ("training.device", "is unknown; did you mean `runtime.device`?"),
         ("training.batchsize", "is unknown; did you mean `training.batch_size`?"),
         ("runtime.batchsize", "is unknown; did you mean `runtime.batch_size`?"),
-        ("model.freeze", "is unknown; known are: model.backbone, "),
+        ("model.frozen", "is unknown; known are: model.backbone, "),
     ],
 )
 def test_an_unknown_key_is_corrected_only_when_its_meaning_is_clear(tmp_path, key, told):

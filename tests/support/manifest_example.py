@@ -16,7 +16,9 @@ EXAMPLE = Manifest(
     created="2026-01-01T00:00:00+00:00",
     classes=("ant", "bee"),
     image=ImageSettings(224, "pad", 1000),
-    backbone=Backbone(name="resnet50", width=2048, fingerprint="f", weights_sha256="a" * 64, feature_map=True),
+    backbone=Backbone(
+        name="resnet50", width=2048, fingerprint="f", original="f", weights_sha256="a" * 64, feature_map=True
+    ),
     start_from=None,
     solver=Solver("lbfgs", 0.001),
     temperature=1.5,

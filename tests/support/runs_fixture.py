@@ -166,7 +166,9 @@ def build(folder: Path, classes: tuple[str, ...] = ("ant", "bee", "wasp")) -> Ti
         created="2026-01-01T00:00:00+00:00",
         classes=classes,
         image=ImageSettings(SIZE),
-        backbone=Backbone(name="tiny", width=24, fingerprint="tiny", weights_sha256=None, feature_map=True),
+        backbone=Backbone(
+            name="tiny", width=24, fingerprint="tiny", original="tiny", weights_sha256=None, feature_map=True
+        ),
         start_from=None,
         solver=Solver("lbfgs", 1e-4),
         temperature=TEMPERATURE,

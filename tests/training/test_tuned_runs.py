@@ -77,7 +77,7 @@ class Place:
         )
 
     def train(self, folder: Path, *overrides: str, observer: Silent | None = None) -> Run:
-        return command_train.train(self.config(folder, *overrides), observer or Silent(), "tuned")
+        return command_train.train(self.config(folder, *overrides), observer or Silent())
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ class StoppedAfter(Silent):
 def test_a_resumed_run_ends_with_the_same_bits(place, tuned, tmp_path, moment):
     with pytest.raises(Interrupted) as caught:
         place.train(tmp_path, observer=StoppedAfter(moment))
-    folder = tmp_path / "runs" / "tuned-1"
+    folder = tmp_path / "runs" / "photos-1"
     assert f"--resume {folder}" in caught.value.remedy
     observer = Silent()
     again = command_train.resume(folder, schema.load(folder / "config.yaml"), observer)
@@ -222,7 +222,7 @@ def test_a_resumed_run_ends_with_the_same_bits(place, tuned, tmp_path, moment):
 def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_one_refused(place, tuned, tmp_path):
     with pytest.raises(Interrupted):
         place.train(tmp_path, observer=StoppedAfter("fine-tuning epoch 3/"))
-    folder = tmp_path / "runs" / "tuned-1"
+    folder = tmp_path / "runs" / "photos-1"
     newest = folder / "checkpoints" / "tuning-0" / "epoch-0003"
     data = bytearray((newest / "arrays.npz").read_bytes())
     data[len(data) // 2] ^= 1
@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_one_refused(place, tu
     assert again.manifest.files["inference/model.bin"] == tuned.manifest.files["inference/model.bin"]
     with pytest.raises(Interrupted):
         place.train(tmp_path, "fine_tuning.weight_decay=0.5", observer=StoppedAfter("fine-tuning epoch 3/"))
-    other = tmp_path / "runs" / "tuned-2"
+    other = tmp_path / "runs" / "photos-2"
     for path in sorted((other / "checkpoints" / "tuning-0").iterdir()):
         (path / "state.json").write_text((path / "state.json").read_text().replace('"begun": "', '"begun": "0'))
         sums = [f"{files.sha256(path / name)}  {name}\n" for name in ("arrays.npz", "state.json")]
@@ -327,7 +327,7 @@ def test_a_disk_that_fills_up_stops_the_stage_and_resume_goes_on(place, tuned, t
         patch.setattr(os, "posix_fallocate", full)
         with pytest.raises(StorageError, match="activations: No space left"):
             place.train(tmp_path)
-    folder = tmp_path / "runs" / "tuned-1"
+    folder = tmp_path / "runs" / "photos-1"
     again = command_train.resume(folder, schema.load(folder / "config.yaml"), Silent())
     assert again.manifest.files["inference/model.bin"] == tuned.manifest.files["inference/model.bin"]
 
@@ -469,7 +469,7 @@ def test_a_killed_process_is_resumed_to_the_same_bits(place, tuned, tmp_path, nu
     assert command.end().code == code
     ended = trainings.Command(tmp_path, "train", "--resume").end()
     assert ended.code == 0, ended.errors
-    run = Run.load(tmp_path / "runs" / "tuned-1")
+    run = Run.load(tmp_path / "runs" / "photos-1")
     for name in ("inference/model.bin", "predictions.csv", "flipped.csv"):
         assert run.manifest.files[name] == tuned.manifest.files[name], name
     assert without_seconds(rows(run, "tuning.csv")) == without_seconds(rows(tuned, "tuning.csv"))

@@ -399,7 +399,7 @@ def test_auto_is_the_section_with_its_defaults(tmp_path, value):
         ("fine_tuning=deep", "`fine_tuning` is 'deep': write its keys below it, or auto, or null"),
         ("fine_tuning.epoch=3", "its name is `fine_tuning.epochs`"),
         ("fine_tuning.lr=3", "its name is `fine_tuning.learning_rate`"),
-        ("fine_tuning.unfrozen=all", "did you mean `fine_tuning.unfreeze`?"),
+        ("fine_tuning.unfreez=all", "did you mean `fine_tuning.unfreeze`?"),
         ("fine_tuning.epochs=0", "`fine_tuning.epochs` is 0: input should be greater than or equal to 1"),
         ("freeze=10", "its name is `fine_tuning.unfreeze`"),
     ],
