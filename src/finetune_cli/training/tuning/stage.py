@@ -76,8 +76,10 @@ class _Trained:
 
 
 def checked(config: Config) -> Callable[[Dataset, Backbone], None]:
-    """What `prepare` is to look at before hours of work: whether the network can be cut there, and room on
-    the disk."""
+    """A check for `prepare` to make before hours of work: that the network can be cut, and that the disk has room.
+
+    It raises `ConfigError` and `StorageError`.
+    """
 
     def check(data: Dataset, backbone: Backbone) -> None:
         section = config.fine_tuning
