@@ -479,10 +479,21 @@ def test_the_suffix_chooses_the_format(tiny_run, photos, tmp_path):
     assert run(*common, "--output", tmp_path / "old.csv", "--force").exit_code == 0
     assert (tmp_path / "old.csv").read_text().startswith("path,")
     assert run(*common, "--output", tmp_path / "o.txt", "--format", "table").exit_code == 0
-    assert run(*common, "--format", "csv", "--output", "/dev/null").exit_code == 0
     (tmp_path / "none").mkdir()
     assert run("predict", tmp_path / "none", *common[2:], "--output", tmp_path / "no.csv").exit_code == 3
     assert not (tmp_path / "no.csv").exists()
+
+
+def test_an_output_that_is_a_pipe_is_written_to_and_not_replaced(tiny_run, photos, tmp_path):
+    """As root, `--output /dev/null` once replaced the device by a regular file."""
+    pipe = tmp_path / "pipe.csv"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    answer = run("predict", next(photos.glob("a.*")), "--run", tiny_run.run.folder, "--quiet", "--output", pipe)
+    assert answer.exit_code == 0, answer.output
+    assert os.read(reader, 1 << 16).startswith(b"path,")
+    os.close(reader)
+    assert pipe.is_fifo()
 
 
 def test_resume_does_not_take_the_folder_of_a_project_for_a_run(tmp_path):

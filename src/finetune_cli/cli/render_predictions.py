@@ -46,7 +46,7 @@ def _opened(output: Path | None, form: str) -> Iterator[IO[Any]]:
         return
     from finetune_cli import files
 
-    with files.atomic_path(output) as path:
+    with files.atomic_output(output) as path:
         if form == "parquet":
             with path.open("wb") as binary:
                 yield binary
