@@ -9,7 +9,7 @@ import pytest
 import yaml
 from paths import ROOT
 
-from finetune_cli.cli.main import app
+from finetune_cli.cli.app import app
 from finetune_cli.config.schema import Config, Section
 
 README = (ROOT / "README.md").read_text("utf-8")

@@ -8,7 +8,7 @@ import pytest
 from paths import ROOT
 from typer.testing import CliRunner
 
-from finetune_cli.cli import main
+from finetune_cli.cli.app import app
 
 PAGE = (ROOT / "docs" / "json.md").read_text("utf-8")
 
@@ -36,7 +36,7 @@ def test_the_keys_are_documented(home, command):
         "evaluate": ["evaluate", "--no-report", "--compare", "tiny-1"],
         "inspect": ["inspect", "tiny-1", "--full"],
     }[command]
-    answer = CliRunner().invoke(main.app, [*arguments, "--format", "json"])
+    answer = CliRunner().invoke(app, [*arguments, "--format", "json"])
     assert answer.exit_code == 0, answer.stderr
     printed = json.loads(answer.stdout)
     found = printed[0] if command == "runs" else printed
@@ -44,6 +44,6 @@ def test_the_keys_are_documented(home, command):
 
 
 def test_the_keys_of_a_comparison_are_documented(home):
-    answer = CliRunner().invoke(main.app, ["evaluate", "--no-report", "--compare", "tiny-1", "--format", "json"])
+    answer = CliRunner().invoke(app, ["evaluate", "--no-report", "--compare", "tiny-1", "--format", "json"])
     row = next(line for line in PAGE.splitlines() if line.startswith("| `comparison`"))
     assert set(json.loads(answer.stdout)["comparison"]) == set(re.findall(r"`(\w+)`", row)) - {"comparison"}

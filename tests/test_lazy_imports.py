@@ -17,7 +17,7 @@ def loaded_by(code: str) -> set[str]:
 
 
 def test_the_command_line_loads_nothing_heavy():
-    assert not loaded_by("import finetune_cli.cli.main") & (HEAVY | {"pydantic", "numpy", "PIL", "yaml"})
+    assert not loaded_by("import finetune_cli.cli.app") & (HEAVY | {"pydantic", "numpy", "PIL", "yaml"})
 
 
 def test_a_wrong_config_loads_nothing_heavy():

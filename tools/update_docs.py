@@ -16,7 +16,7 @@ def help_text(command: str) -> str:
     """What `finetune COMMAND --help` prints on a terminal of 100 columns."""
     from typer.testing import CliRunner
 
-    from finetune_cli.cli.main import app
+    from finetune_cli.cli.app import app
 
     answer = CliRunner().invoke(
         app, [command, "--help"], prog_name="finetune", env={"COLUMNS": "100"}, terminal_width=100

@@ -11,7 +11,7 @@ def main() -> None:
     streams.prepare()
     signals.catch()  # before the first import that takes time
     try:
-        from finetune_cli.cli.main import app
+        from finetune_cli.cli.app import app
 
         app()
     except Interrupted as exc:

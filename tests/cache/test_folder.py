@@ -40,7 +40,8 @@ import os, sys
 from pathlib import Path
 import filelock, platformdirs, rich.text, encodings.utf_8_sig
 from finetune_cli.cache import folder as cachefolder, sqlite_file
-from finetune_cli.cli import main, console, render
+from finetune_cli.cli import console
+from finetune_cli.cli.app import app
 from finetune_cli.config import schema
 from finetune_cli.cache import maintenance
 from finetune_cli.training import check
@@ -184,7 +185,7 @@ def test_a_cache_that_root_made_is_read_where_it_cannot_be_written(public):
 
 
 COMMAND = """
-    main.app(sys.argv[1:])
+    app(sys.argv[1:])
 """
 
 

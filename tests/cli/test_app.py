@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from finetune_cli import __version__
-from finetune_cli.cli.main import app
+from finetune_cli.cli.app import app
 from finetune_cli.config import schema
 
 
@@ -56,7 +56,7 @@ def test_a_picture_that_cannot_be_called_so_is_told_before_the_work(tmp_path, na
     ):
         answer = run(*arguments, tmp_path / name)
         assert answer.exit_code == 2
-        assert "is no name for a PNG picture" in answer.stderr
+        assert "is not the name of a PNG file" in answer.stderr
 
 
 def test_a_folder_that_was_never_a_run_is_told_so(tmp_path):
@@ -111,7 +111,8 @@ def test_no_run_yet(tmp_path, monkeypatch):
         answer = run("train", "--resume", name)
         assert answer.exit_code == 2
         assert (
-            f"{name} is no run directory: it is {'a file' if name == 'config.yaml' else 'not there'}" in answer.stderr
+            f"{name} is not a run directory: it {'is a file' if name == 'config.yaml' else 'does not exist'}"
+            in answer.stderr
         )
 
 
@@ -311,20 +312,21 @@ main()
 def test_a_bare_except_cannot_swallow_a_signal():
     script = """
 import os, signal, sys, time
-from finetune_cli.cli import app as cli_app
+from finetune_cli.cli.app import app, register
+from finetune_cli.cli.console import Console
 from finetune_cli import signals
 
-@cli_app.command(cli_app.app)
 def victim() -> None:
     try:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
     except BaseException:
         print("swallowed")
-    cli_app.new_console().note("a sign of life")
+    Console().note("a sign of life")
     print("not stopped")
 
-cli_app.app(["victim"])
+register(app, victim)
+app(["victim"])
 """
     answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert answer.returncode == 143
@@ -453,9 +455,9 @@ def test_predict_reads_names_separated_by_nul_or_line_ends(tiny_run, photos, sep
     [
         (["--output", "x.txt"], "the name x.txt does not say which format to write"),
         (["--output", "x.json", "--format", "csv"], "--format csv contradicts the name x.json"),
-        (["--output", "there.csv"], "there.csv exists already"),
+        (["--output", "there.csv"], "there.csv already exists"),
         (["--output", "folder.csv"], "folder.csv is a folder"),
-        (["--format", "parquet"], "parquet is no text for the terminal"),
+        (["--format", "parquet"], "parquet is a binary format, not for the terminal"),
     ],
 )
 def test_an_output_that_does_not_go_with_its_format_is_refused_before_the_work(tmp_path, monkeypatch, options, problem):
@@ -508,7 +510,8 @@ def test_resume_does_not_take_the_folder_of_a_project_for_a_run(tmp_path):
     assert f"in {tmp_path}; all that are there are finished\n" in run("train", "--resume", tmp_path).stderr
 
 
-def test_an_output_that_is_no_file_is_not_probed(monkeypatch):
+def test_an_output_that_is_not_a_file_is_not_probed(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
     monkeypatch.setattr("finetune_cli.files.check_writable", lambda folder: pytest.fail(f"probed {folder}"))
-    answer = run("predict", "x.jpg", "--run", "absent", "--output", "/dev/null", "--format", "csv")
+    answer = run("predict", "x.jpg", "--run", "absent", "--output", tmp_path / "pipe", "--format", "csv")
     assert "there is no run absent" in answer.stderr

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from finetune_cli.backbones import registry
-from finetune_cli.cli.main import app
+from finetune_cli.cli.app import app
 
 
 def rows() -> dict[str, dict]:
@@ -41,7 +41,7 @@ def test_weights_in_kerass_cache_are_found(monkeypatch, tmp_path):
 def test_listing_loads_nothing_heavy():
     script = """
 import sys
-from finetune_cli.cli.main import app
+from finetune_cli.cli.app import app
 app(["backbones"], standalone_mode=False)
 assert not {"tensorflow", "keras", "openvino", "scipy", "h5py"} & set(sys.modules)
 """

@@ -7,7 +7,7 @@ import pytest
 from manifest_example import EXAMPLE
 from typer.testing import CliRunner
 
-from finetune_cli.cli import main
+from finetune_cli.cli.app import app
 from finetune_cli.runs import run
 from finetune_cli.runs.run import SplitRow
 
@@ -34,7 +34,7 @@ def directory(tmp_path, monkeypatch):
 
 
 def test_json(directory):
-    answer = CliRunner().invoke(main.app, ["runs", "--format", "json"])
+    answer = CliRunner().invoke(app, ["runs", "--format", "json"])
     assert answer.exit_code == 0
     rows = {row["name"]: row for row in json.loads(answer.stdout)}
     assert set(rows) == {"a-1", "b-1", "begun-1", "broken-1"}
@@ -51,7 +51,7 @@ def test_json(directory):
 
 
 def test_a_table(directory):
-    answer = CliRunner().invoke(main.app, ["runs", str(directory)])
+    answer = CliRunner().invoke(app, ["runs", str(directory)])
     assert answer.exit_code == 0
     lines = {line.split()[0]: line.split() for line in answer.stdout.splitlines() if line.strip()}
     assert lines["b-1"] == ["b-1", "2026-03-01", "29", "2", "75.0%", "validation", "resnet50", "frozen"]
@@ -62,10 +62,10 @@ def test_a_table(directory):
 
 
 def test_nothing_to_list(tmp_path):
-    answer = CliRunner().invoke(main.app, ["runs", str(tmp_path)])
+    answer = CliRunner().invoke(app, ["runs", str(tmp_path)])
     assert (answer.exit_code, answer.stdout) == (0, f"there are no runs in {tmp_path}\n")
-    assert CliRunner().invoke(main.app, ["runs", str(tmp_path), "--format", "json"]).stdout == "[]\n"
-    answer = CliRunner().invoke(main.app, ["runs", str(tmp_path / "absent")])
+    assert CliRunner().invoke(app, ["runs", str(tmp_path), "--format", "json"]).stdout == "[]\n"
+    answer = CliRunner().invoke(app, ["runs", str(tmp_path / "absent")])
     assert answer.exit_code == 1
     assert "cannot be listed: No such file or directory" in answer.stderr
 
@@ -76,22 +76,22 @@ def test_train_prints_the_path_alone(directory, monkeypatch, tmp_path):
     monkeypatch.setattr(pipeline, "train", lambda _config, _console: run.Run.load(directory / "b-1"))
     (tmp_path / "photos").mkdir()
     arguments = ["train", f"data.train={tmp_path / 'photos'}", "model.backbone=efficientnet_lite0"]
-    answer = CliRunner().invoke(main.app, [*arguments, "--print-run"])
+    answer = CliRunner().invoke(app, [*arguments, "--print-run"])
     assert answer.exit_code == 0, answer.stderr
     assert answer.stdout == f"{directory / 'b-1'}\n"
     assert "75.0%" in answer.stderr
-    answer = CliRunner().invoke(main.app, arguments)
+    answer = CliRunner().invoke(app, arguments)
     assert "75.0%" in answer.stdout
 
 
 def test_a_run_that_was_not_named_is_said_with_its_date_and_classes(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "runs" / "many-1", classes=tuple(f"c{i:02}" for i in range(40)))
-    explain = CliRunner().invoke(main.app, ["explain", "x.jpg", "--class", "none"])
+    explain = CliRunner().invoke(app, ["explain", "x.jpg", "--class", "none"])
     assert "run: runs/many-1 of 2026-01-01, classes: c00, c01, c02, c03, c04, c05, c06 and 33 others" in explain.stderr
-    named = CliRunner().invoke(main.app, ["explain", "x.jpg", "--class", "none", "--run", "many-1"])
+    named = CliRunner().invoke(app, ["explain", "x.jpg", "--class", "none", "--run", "many-1"])
     assert "many-1 has no class 'none'" in named.stderr
     assert "run: " not in named.stderr
-    wrong = CliRunner().invoke(main.app, ["explain", "x.jpg", "--run", "none-1"])
+    wrong = CliRunner().invoke(app, ["explain", "x.jpg", "--run", "none-1"])
     assert "there is no run none-1" in wrong.stderr
     assert "finetune runs" in wrong.stderr

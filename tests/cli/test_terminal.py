@@ -14,7 +14,7 @@ import pytest
 from paths import SOURCE
 from typer.testing import CliRunner
 
-from finetune_cli.cli.main import app
+from finetune_cli.cli.app import app
 
 COLUMNS = 60
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(SOURCE)}

@@ -21,8 +21,9 @@ from sklearn import metrics as reference
 from typer.testing import CliRunner
 
 from finetune_cli import files
-from finetune_cli.cli import main, render
+from finetune_cli.cli.app import app
 from finetune_cli.cli.console import Console
+from finetune_cli.cli.evaluate import print_result
 from finetune_cli.errors import DataError, GateError, StorageError, UsageError
 from finetune_cli.evaluation import evaluate as command
 from finetune_cli.evaluation import judge
@@ -361,7 +362,7 @@ def test_runs_with_other_classes_are_compared_on_the_shared_ones(tiny, monkeypat
     assert compared.comparison.both_right == right.sum()
     assert compared.comparison.only_second == (~right).sum()
     both = replace(found, compared=compared)
-    render.evaluated(Console(), command.Result(both, tiny.run.folder))
+    print_result(Console(), command.Result(both, tiny.run.folder))
     told = capsys.readouterr().out
     assert f"compared on the {known.sum()} photos of the 2 classes that both runs have" in told
     assert "left out: wasp, hornet" in told
@@ -447,7 +448,7 @@ def test_a_folder_that_holds_something_is_not_replaced(tiny, monkeypatch, tmp_pa
 def test_json_alone_is_on_stdout(tiny, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     arguments = ["evaluate", "--run", "tiny-1", "--format", "json", "--no-report", "--compare", "tiny-1"]
-    answer = CliRunner().invoke(main.app, arguments)
+    answer = CliRunner().invoke(app, arguments)
     assert answer.exit_code == 0, answer.stderr
     found = json.loads(answer.stdout)
     folder = Path("runs/tiny-1/evaluations/test-1")
@@ -483,16 +484,24 @@ def test_the_gate(tiny):
 )
 def test_exit_codes(tiny, monkeypatch, arguments, code):
     monkeypatch.chdir(tiny.run.folder.parents[1])
-    answer = CliRunner().invoke(main.app, ["evaluate", *arguments])
+    answer = CliRunner().invoke(app, ["evaluate", *arguments])
     assert answer.exit_code == code, answer.output
 
 
 def test_the_command_line_tells_all(tiny, monkeypatch):
     monkeypatch.chdir(tiny.run.folder.parents[1])
     next((tiny.photos / "test" / "wasp").iterdir()).write_bytes(b"GIF89a")
-    answer = CliRunner().invoke(main.app, ["evaluate", "--compare", "runs/tiny-1", "--name", "one"])
+    answer = CliRunner().invoke(app, ["evaluate", "--compare", "runs/tiny-1", "--name", "one"])
     assert answer.exit_code == 3
-    for text in ("95 % interval", "always bee", "recall", "true \\ predicted", "to be right on", "McNemar", "left out"):
+    for text in (
+        "95 % interval",
+        "always bee",
+        "recall",
+        "true \\ predicted",
+        "target accuracy",
+        "McNemar",
+        "left out",
+    ):
         assert text in answer.output
     assert "1 of 25 photos were left out" in answer.output
     assert (tiny.run.folder / "evaluations" / "one" / "predictions.csv").is_file()
@@ -513,10 +522,10 @@ def test_the_screen_says_how_many_rows_it_leaves_out(tiny, capsys):
         metrics.evaluate(probabilities, labels, classes),
         None,
     )
-    render.evaluated(Console(), command.Result(found, tiny.run.folder))
+    print_result(Console(), command.Result(found, tiny.run.folder))
     told = capsys.readouterr().out
     assert "the 20 classes with the lowest F1, and 30 more in per_class.csv" in told
-    assert "classes with neither photos nor answers here: 10" in told
+    assert "classes with neither photos nor predictions here: 10" in told
     assert "... and 80 more pairs; all photos are in predictions.csv" in told  # 50 x 2 pairs
     assert "... and 3 more; all are in metrics.json" in told
 

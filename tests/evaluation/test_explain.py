@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from finetune_cli.cli import main
+from finetune_cli.cli.app import app
 from finetune_cli.drawing import heatmap
 from finetune_cli.errors import BadImage, RunError, UsageError
 from finetune_cli.evaluation import explain as command
@@ -153,10 +153,10 @@ def test_wrong_arguments(tiny_run, photo, tmp_path):
 def test_the_command_line(tiny_run, photo, tmp_path, monkeypatch):
     shutil.copytree(tiny_run.run.folder, tmp_path / "runs" / "tiny-1")
     monkeypatch.chdir(tmp_path)
-    answer = CliRunner().invoke(main.app, ["explain", str(photo), "--class", "ant"])
+    answer = CliRunner().invoke(app, ["explain", str(photo), "--class", "ant"])
     assert answer.exit_code == 0, answer.output
-    assert "places for" in answer.output
-    assert "red speaks for ant" in answer.output
+    assert "regions for" in answer.output
+    assert "red regions support ant" in answer.output
     assert (tmp_path / "heatmap.png").is_file()
 
 

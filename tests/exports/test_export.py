@@ -21,7 +21,7 @@ from paths import PROGRAMS, SOURCE
 from PIL import Image
 from typer.testing import CliRunner
 
-from finetune_cli.cli.main import app
+from finetune_cli.cli.app import app
 from finetune_cli.errors import DataError, GateError, MissingExtra, RunError, StorageError, UsageError, WeightsError
 from finetune_cli.exports import keras, litert, opening, openvino, parity, savedmodel
 from finetune_cli.exports.export import Request, export
@@ -353,7 +353,7 @@ def test_what_is_no_export(folders, tmp_path, tiny_run):
             opening.open_model(path, 1)
     answer = command("predict", tmp_path / "x.pkl", "--model", tmp_path, "--run", tiny_run.run.folder)
     assert answer.exit_code == 2
-    assert "exclude each other" in answer.stderr
+    assert "cannot be combined" in answer.stderr
 
 
 # The proof
@@ -808,13 +808,14 @@ def test_a_target_that_cannot_be_written(tiny_run):
 
 AS_NOBODY = """
 import os, sys
-from finetune_cli.cli import main, console, render
+from finetune_cli.cli import console
+from finetune_cli.cli.app import app
 from finetune_cli.config import schema
 from finetune_cli.exports import export  # what is imported late is imported now: root may own Python's files
 import rich.text
 if os.geteuid() == 0:
     os.setgroups([]), os.setgid(65534), os.setuid(65534)
-main.app(["export", *sys.argv[1:]])
+app(["export", *sys.argv[1:]])
 """
 
 
@@ -871,6 +872,6 @@ def test_the_table_on_the_screen(tiny_run, tmp_path):
         tmp_path / "out",
     )
     assert answer.exit_code == 0, answer.output
-    for text in ("compared with the run on 30 validation photos", "<= 0.0001", "100.0%", "MB", "ms a photo"):
+    for text in ("compared with the run on 30 validation photos", "<= 0.0001", "100.0%", "MB", "ms per photo"):
         assert text in answer.stdout
     assert f"finetune predict PHOTO --model {tmp_path / 'out' / 'keras'}" in answer.stdout

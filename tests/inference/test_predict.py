@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from photo_files import write_photo
 
-from finetune_cli.cli import render_predictions
+from finetune_cli.cli import predict as command
 from finetune_cli.config import schema
 from finetune_cli.errors import Interrupted, MissingExtra, UsageError
 from finetune_cli.inference.predict import predict
@@ -89,7 +89,7 @@ def test_a_path_that_is_too_long_costs_no_other_answer(tmp_path):
 def written(tmp_path, form, names="a.png bad.png c.png", top_k=2):
     output = tmp_path / f"answers.{form}"
     answers = predict(Guess(("ant", "=bee")), rows_of(tmp_path, names), top_k)
-    counts = render_predictions.predictions(answers, form, output, top_k)
+    counts = command.write_predictions(answers, form, output, top_k)
     return output, counts
 
 
@@ -105,7 +105,7 @@ def test_json_is_one_array(tmp_path):
 def test_parquet_is_read_by_others(tmp_path, monkeypatch):
     from pyarrow import parquet
 
-    monkeypatch.setattr(render_predictions, "_ROW_GROUP", 2)
+    monkeypatch.setattr(command, "_ROW_GROUP", 2)
     output, counts = written(tmp_path, "parquet")
     assert counts == (3, 1)
     assert parquet.ParquetFile(output).metadata.num_row_groups == 2
@@ -128,14 +128,14 @@ def test_parquet_shows_a_name_that_is_not_utf8(tmp_path):
     from pyarrow import parquet
 
     photo = write_photo(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")))
-    render_predictions.predictions(predict(Guess(), [photo], 1), "parquet", tmp_path / "o.parquet", 1)
+    command.write_predictions(predict(Guess(), [photo], 1), "parquet", tmp_path / "o.parquet", 1)
     assert parquet.read_table(tmp_path / "o.parquet").to_pylist()[0]["path"] == f"{tmp_path}/\\udcff.png"
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtra) as caught:
-        render_predictions.import_pyarrow()
+        command.import_pyarrow()
     assert "finetune-cli[parquet]" in caught.value.remedy
 
 
@@ -148,7 +148,7 @@ def test_an_interrupted_file_is_absent(tmp_path, form):
         raise Interrupted(15)
 
     with pytest.raises(Interrupted):
-        render_predictions.predictions(answers(), form, tmp_path / f"o.{form}", 1)
+        command.write_predictions(answers(), form, tmp_path / f"o.{form}", 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png"]
 
 
@@ -160,5 +160,5 @@ def test_every_row_is_flushed_on_standard_output(tmp_path, monkeypatch):
             seen.append(len(self.getvalue().splitlines()))
 
     monkeypatch.setattr(sys, "stdout", Stream())
-    render_predictions.predictions(predict(Guess(), rows_of(tmp_path), 1), "jsonl", None, 1)
+    command.write_predictions(predict(Guess(), rows_of(tmp_path), 1), "jsonl", None, 1)
     assert seen == [1, 2, 3]

@@ -344,7 +344,8 @@ def fill_up(path: Path) -> None:
 
 AS_NOBODY = """
     import os, sys
-    from finetune_cli.cli import main, console, render
+    from finetune_cli.cli import console
+    from finetune_cli.cli.app import app
     from finetune_cli.config import schema
     from finetune_cli.training import pipeline  # what is imported late is imported now: root may own Python's files
     from finetune_cli.training import prepare
@@ -352,7 +353,7 @@ AS_NOBODY = """
 
     if os.geteuid() == 0:
         os.setgroups([]), os.setgid(65534), os.setuid(65534)
-    main.app(["train", *sys.argv[1:]])
+    app(["train", *sys.argv[1:]])
 """
 
 

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 import runs_fixture
 import trainings
+from finetune_cli.cli.main import app
 from typer.testing import CliRunner
 
 from finetune_cli import files
-from finetune_cli.cli import render, render_tuning
+from finetune_cli.cli import train as train_command
+from finetune_cli.cli import tuning_output
 from finetune_cli.cli.console import Console
-from finetune_cli.cli.main import app
 from finetune_cli.config import schema
 from finetune_cli.errors import ConfigError, Interrupted, RunError, StorageError
 from finetune_cli.evaluation import evaluate as command_evaluate
@@ -360,6 +361,7 @@ def test_a_plan_without_fine_tuning_has_the_features_alone(place, frozen, tmp_pa
 
 def test_inspect_shows_where_the_gradient_stops(place, tuned, frozen):
     from finetune_cli.cli.tools import _inspected
+
     from finetune_cli.inspection import graph
 
     model, *_rest = _inspected(tuned.folder, Silent())
@@ -405,14 +407,14 @@ def test_the_report_has_a_section_on_it(tuned, frozen, tmp_path):
 
 
 def test_the_screen_shows_what_was_tried_and_what_to_try(tuned, frozen, capsys):
-    render.trained(Console(), tuned)
+    train_command._print_result(Console(), tuned)
     text = capsys.readouterr().out
     (kept,) = [line for line in text.splitlines() if line.startswith("kept")]
     assert tuned.manifest.fine_tuning["kept"] in kept
     assert "upper_conv" in kept
     assert "see flipped.csv" in text
     assert "fine_tuning=auto" not in text
-    render.trained(Console(), frozen)
+    train_command._print_result(Console(), frozen)
     text = capsys.readouterr().out
     assert f"finetune train {frozen.folder / 'config.yaml'} fine_tuning=auto" in text.replace("\n", "")
 
@@ -424,7 +426,7 @@ def test_a_resumed_run_is_not_planned():
 
 
 def test_the_plan_is_a_table(place, frozen, tmp_path, capsys):
-    render_tuning.planned(Console(), budget.budget(place.config(tmp_path), Silent()))
+    tuning_output.planned(Console(), budget.budget(place.config(tmp_path), Silent()))
     text = capsys.readouterr().out
     assert f"fine-tuning, {EPOCHS} epochs of last_stage at 0.02" in text
     assert [line.split()[0] for line in text.splitlines() if line[:8] in {"together", "features"}] == [
@@ -436,7 +438,7 @@ def test_the_plan_is_a_table(place, frozen, tmp_path, capsys):
     ("seconds", "text"), [(0, "a second"), (44, "44 seconds"), (200, "3 minutes"), (9000, "2 hours")]
 )
 def test_durations_are_told_in_fitting_units(seconds, text):
-    assert render_tuning.duration(seconds) == text
+    assert tuning_output.duration(seconds) == text
 
 
 @pytest.mark.parametrize("facts", [{}, [], "x", {"kept": 1, "trainings": 2, "candidates": [], "compared": {}}])

@@ -1,4 +1,4 @@
-"""The command `runs`: its options, and its list as a table or as JSON."""
+"""`finetune runs`: the runs in a folder, as a table or JSON."""
 
 import json
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune_cli.cli.app import DebugOption, ResultFormat, app, command, new_console
+from finetune_cli.cli.options import DebugOption, ResultFormat, new_console
 from finetune_cli.text import brief, counted
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from finetune_cli.runs.listing import Row
 
 
-@command(app)
 def runs(
     directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="The folder that holds the runs.")] = Path(
         "runs"
@@ -23,11 +22,11 @@ def runs(
     format: Annotated[ResultFormat, typer.Option(help="How to write the list.")] = ResultFormat.table,  # noqa: A002
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
-    """List the runs in a folder, the newest last; unfinished and damaged ones, too."""
-    from finetune_cli.runs import listing as command_runs
+    """List the runs in a folder, the newest last, including unfinished and damaged ones."""
+    from finetune_cli.runs.listing import runs as list_runs
 
     console = new_console()
-    found = command_runs.runs(directory)
+    found = list_runs(directory)
     if format == ResultFormat.json:
         console.print(json.dumps([row.to_json() for row in found], indent=2))
     elif found:
@@ -59,6 +58,6 @@ def _table(console: "Console", rows: "Sequence[Row]") -> None:
             console.print(f"damaged: {row.problem}")
     if unfinished := [row for row in rows if row.state == "unfinished"]:
         console.print(
-            f"{counted(len(unfinished), 'run')} not finished; go on with: "
+            f"{counted(len(unfinished), 'unfinished run')}; resume with: "
             f"finetune train --resume {unfinished[-1].folder}"
         )

@@ -1,4 +1,4 @@
-"""The fine-tuning stage as a person reads it: what is planned, and what was tried and kept."""
+"""What `finetune train` prints of fine-tuning: what is planned, and what was tried and kept."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any

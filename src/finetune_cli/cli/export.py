@@ -1,0 +1,104 @@
+"""`finetune export`: a run in formats for other programs."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune_cli.cli.options import DataOption, DebugOption, QuietOption, RunOption, find_run, new_console
+from finetune_cli.exports import registry
+
+if TYPE_CHECKING:
+    from typer.models import OptionInfo
+
+    from finetune_cli.cli.console import Console
+    from finetune_cli.exports.export import Result
+
+DEFAULT_FORMAT = "savedmodel"
+
+
+def _form_option(option: str, what: str) -> "OptionInfo":
+    """The option of one format, with the choices that the registry lists."""
+    choices = registry.choices(option)
+    text = f"{registry.owner(option).name}: {what}. [default: {choices[0]}]"
+    return typer.Option(metavar="|".join(choices), help=text)  # type: ignore[no-any-return]
+
+
+def export(
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="A new or empty folder; several formats go into folders below it.")
+    ],
+    run: RunOption = None,
+    format: Annotated[  # noqa: A002
+        list[str] | None,
+        typer.Option(
+            metavar="FORMAT[,FORMAT...]",
+            help=f"{', '.join(registry.FORMS)}, or {registry.ALL}. A SavedModel is a program: whoever loads it must "
+            f"trust its author. [default: {DEFAULT_FORMAT}]",
+            show_default=False,
+        ),
+    ] = None,
+    version: Annotated[
+        int | None, typer.Option(metavar="N", help="savedmodel: the version, DIR/N. [default: the next free number]")
+    ] = None,
+    quantize: Annotated[str | None, _form_option("quantize", "how to quantize the model")] = None,
+    precision: Annotated[str | None, _form_option("precision", "the type of the weights")] = None,
+    root: DataOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that already exists.")] = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Export a run for other programs, after checking on validation photos that the predictions agree."""
+    from finetune_cli.exports.export import Request
+    from finetune_cli.exports.export import export as export_run
+
+    console = new_console(quiet)
+    request = Request(
+        names=registry.parse(format or [DEFAULT_FORMAT]),
+        output=output,
+        version=version,
+        quantize=quantize,
+        precision=precision,
+        root=root,
+        force=force,
+    )
+    result = export_run(find_run(console, run), request, console)
+    _print_result(console, result)
+    if result.not_installed:
+        raise registry.missing_extras(result.not_installed)
+
+
+def _print_result(console: "Console", result: "Result") -> None:
+    """The end of `export`: how much each format differs from the run, its size, its speed and its folder."""
+    console.print()
+    console.title(f"compared with the run on {result.photos} validation photos")
+    checks = [(exported.form, check) for exported in result.exports for check in exported.checks]
+    console.table(
+        ("format", "input", "photos", "top-1 agrees", "largest difference", "mean", "allowed"),
+        [
+            (form, check.signature, check.photos, f"{check.agreement:.1%}", f"{check.largest:.1e}", f"{check.mean:.1e}",
+             check.rule())
+            for form, check in checks
+        ],
+        right=(2, 3, 4, 5),
+    )  # fmt: skip
+    for form, check in checks:
+        for note in check.notes:
+            console.print(f"{form}, {check.signature}: {note}")
+    console.table(
+        ("format", "options", "MB", "ms per photo", "folder"),
+        [
+            (
+                exported.form,
+                " ".join(exported.options.values()),
+                f"{exported.size / 1e6:.1f}",
+                f"{exported.milliseconds:.1f}",
+                exported.folder,
+            )
+            for exported in result.exports
+        ],
+        right=(2, 3),
+    )
+    console.print("try next:")
+    for exported in result.exports:
+        console.print(f"  finetune predict PHOTO --model {exported.folder}")
