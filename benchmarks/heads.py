@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 from finetune_cli.head.keras_fit import KerasSettings, fit_epochs
 from finetune_cli.head.lbfgs import Head, choose_l2, fit_lbfgs, flatten_views
 from finetune_cli.metrics import scores
@@ -55,7 +55,7 @@ def load(folder: Path, name: str) -> Photos:
         "augmentation.width_shift_range=0.2",
         "augmentation.height_shift_range=0.2",
     ]
-    parts = prepare(schema.load(None, overrides), Silent()).parts
+    parts = prepare(load_config(None, overrides), Silent()).parts
     return Photos(
         np.array(parts["train"].array),
         labels_of(parts["train"].samples),

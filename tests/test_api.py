@@ -16,7 +16,7 @@ from PIL import Image
 
 import finetune_cli
 from finetune_cli import errors
-from finetune_cli.config import schema as configs
+from finetune_cli.config.load import load_config
 from finetune_cli.errors import BadImage, BadPhotos, ConfigError, DataError, FinetuneError, RunError, UsageError
 from finetune_cli.inference import predict as command_predict
 from finetune_cli.inference.predictor import RunPredictor
@@ -339,7 +339,7 @@ def test_a_config_comes_as_a_file_a_dict_or_loaded(trained, tmp_path, monkeypatc
     given = {"augmentation": {"views": 2}}
     assert finetune_cli.train(path) == "run"
     finetune_cli.train(str(path))
-    finetune_cli.train(configs.load(path))
+    finetune_cli.train(load_config(path))
     finetune_cli.train(values, **given)
     finetune_cli.train(**values, **given)
     first = trained[0][0]
@@ -354,7 +354,7 @@ def test_sections_change_keys_of_any_config(trained, tmp_path):
     path = tmp_path / "scenes.yaml"
     path.write_text("data: {train: photos}\ntraining: {seed: 5, solver: adam}\naugmentation: {views: 2}\n")
     rates = np.logspace(-3, -1, 2)
-    for config in (path, configs.load(path), {"data": {"train": tmp_path / "photos"}, "training": {"solver": "adam"}}):
+    for config in (path, load_config(path), {"data": {"train": tmp_path / "photos"}, "training": {"solver": "adam"}}):
         finetune_cli.train(
             config,
             training={"seed": 1, "learning_rate": rates[0], "class_weights": {"ant": np.float32(2)}},

@@ -23,10 +23,10 @@ def test_the_command_line_loads_nothing_heavy():
 def test_a_wrong_config_loads_nothing_heavy():
     code = """
 from pathlib import Path
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 from finetune_cli.errors import ConfigError
 try:
-    schema.load(None, ["training.lr=1"])
+    load_config(None, ["training.lr=1"])
 except ConfigError:
     pass
 """

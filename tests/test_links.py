@@ -18,7 +18,7 @@ from manifest_example import export_manifest
 from finetune_cli import files, held
 from finetune_cli.cache.digests import DigestCache, Facts
 from finetune_cli.cache.features import FeatureStore, clear, info
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 from finetune_cli.errors import CheckpointError, ConfigError, RunError, StorageError, UsageError, WeightsError
 from finetune_cli.evaluation import evaluate
 from finetune_cli.exports import manifest, opening, place
@@ -178,8 +178,8 @@ def test_the_config_in_a_run_is_not_read_through_a_link(copy, tmp_path):
     (copy / "config.yaml").rename(tmp_path / "config.yaml")
     (copy / "config.yaml").symlink_to(tmp_path / "config.yaml")
     with pytest.raises(ConfigError, match=r"config\.yaml is a symbolic link"):
-        schema.load(copy / "config.yaml", own=True)
-    assert schema.load(copy / "config.yaml").data.train.name == "train"  # a person's own may be one
+        load_config(copy / "config.yaml", own=True)
+    assert load_config(copy / "config.yaml").data.train.name == "train"  # a person's own may be one
 
 
 def test_checkpoints_are_neither_written_nor_read_through_links(tmp_path, outside):

@@ -20,7 +20,7 @@ from finetune_cli import files
 from finetune_cli.backbones import build, weights
 from finetune_cli.cache.digests import DigestCache
 from finetune_cli.cache.features import FeatureStore, info
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 from finetune_cli.errors import BadImage, ConfigError, DataError, FinetuneError, RunError, StorageError, WeightsError
 from finetune_cli.evaluation import judge
 from finetune_cli.exports import manifest, opening
@@ -88,7 +88,7 @@ kinds = pytest.mark.parametrize("kind", KINDS)
 def test_a_config(tmp_path, kind):
     path = place(tmp_path / "config.yaml", kind)
     with pytest.raises(ConfigError, match=KINDS[kind]) as caught:
-        schema.load(path)
+        load_config(path)
     assert len(str(caught.value).splitlines()) == 2
 
 

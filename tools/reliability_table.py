@@ -34,7 +34,7 @@ MODULES = (
     "backbones.weights",
     "untrusted.hdf5",
     "runs.run",
-    "config.schema",
+    "config.yaml_file",
     "photos.bad_images",
     "guard",
     "reproducible",
@@ -142,10 +142,10 @@ HOSTILE = {
     "manifests: paths that leave the run, wrong types": ["runs.run::test_a_manifest", "runs.run::test_a_broken"],
     "checkpoints with fitting sums": ["runs.checkpoints::test_a_strangers"],
     "YAML: aliases, tags, depth, size": [
-        "config.schema::test_billion",
-        "config.schema::test_malformed",
-        "config.schema::test_oversized",
-        "config.schema::test_duplicate",
+        "config.yaml_file::test_billion",
+        "config.yaml_file::test_malformed",
+        "config.yaml_file::test_oversized",
+        "config.yaml_file::test_duplicate",
     ],
 }
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Union, overl
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli.config.schema import Config, merge
-from finetune_cli.config.schema import load as load_config
+from finetune_cli.config.load import load_config, merge
+from finetune_cli.config.schema import Config
 from finetune_cli.errors import BadImage, BadPhotos, UsageError
 from finetune_cli.inference.predictor import RunPredictor, answers, best, chunks
 from finetune_cli.metrics.scores import Evaluation

@@ -16,7 +16,7 @@ from photo_files import write_photos
 from finetune_cli.cache import folder as cachefolder
 from finetune_cli.cache.digests import DigestCache
 from finetune_cli.cache.features import FeatureStore
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 
 NOBODY, SOMEBODY = 65534, 12345
 KEY, ROW = b"k" * 32, np.arange(5, dtype=np.float32)
@@ -42,7 +42,7 @@ import filelock, platformdirs, rich.text, encodings.utf_8_sig
 from finetune_cli.cache import folder as cachefolder, sqlite_file
 from finetune_cli.cli import console
 from finetune_cli.cli.app import app
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 from finetune_cli.cache import maintenance
 from finetune_cli.training import check
 from finetune_cli.cache.features import FeatureStore
@@ -254,7 +254,7 @@ def test_a_training_without_a_cache_folder(tmp_path):
         f"runtime.cache_dir={tmp_path / 'file' / 'cache'}",
     ]
     observer = Silent()
-    run = train(schema.load(None, settings), observer)
+    run = train(load_config(None, settings), observer)
     assert run.manifest.views.computed == 20
     assert sum("a temporary cache is used" in text for text in observer.warnings) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "tiny.keras", "file", "runs"}

@@ -10,7 +10,7 @@ import squashfs
 
 from finetune_cli.cache import mounts
 from finetune_cli.cache.digests import Facts
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 from finetune_cli.errors import ChangedPhoto
 from finetune_cli.photos import dataset, scan
 from finetune_cli.progress import Silent
@@ -62,7 +62,7 @@ def table(tmp_path):
 
 def settings(table, backbone):
     folder = table.parent
-    return schema.load(
+    return load_config(
         None,
         [
             f"data.train={table}",

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from finetune_cli import __version__
 from finetune_cli.cli.app import app
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 
 
 def run(*arguments, **options):
@@ -363,7 +363,7 @@ def test_init_and_check_propose_groups(tmp_path, monkeypatch):
     assert "config.yaml sets data.group_regex" in answer.stderr
     text = (tmp_path / "config.yaml").read_text()
     assert "A guess: photos such as cat/p" in text
-    assert schema.load(tmp_path / "config.yaml").data.group_regex == "(?:^|/)(p[0-9]+)"
+    assert load_config(tmp_path / "config.yaml").data.group_regex == "(?:^|/)(p[0-9]+)"
     answer = run("check", "config.yaml")
     assert answer.exit_code == 0, answer.output
     assert "warning" not in answer.stderr
@@ -383,7 +383,7 @@ def test_check_and_init_say_that_photos_of_one_moment_are_on_both_sides(tmp_path
         assert answer.exit_code == 0, answer.output
         assert "warning: 40 of 40 photos with a recording time (Exif)" in answer.stderr
         assert "are in both train and val; if they show the same thing, name the groups" in answer.stderr
-    assert schema.load(tmp_path / "config.yaml").data.group_regex is None
+    assert load_config(tmp_path / "config.yaml").data.group_regex is None
 
 
 def test_inspect_shows_a_run_and_a_config(tiny_run, tmp_path, monkeypatch):

@@ -280,7 +280,7 @@ print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}})))
 
 
 def card_text():
-    return json.dumps({"format": 1, "classes": ["a", "b"], "image": {"size": 8, "resize": "crop", "max_pixels": 99}})
+    return json.dumps({"format": 1, "classes": ["a", "b"], "image": {"size": 32, "resize": "crop", "max_pixels": 99}})
 
 
 @pytest.mark.parametrize("hostile", ["weights elsewhere", "weights at an absolute path", "an unknown operation"])
@@ -810,7 +810,7 @@ AS_NOBODY = """
 import os, sys
 from finetune_cli.cli import console
 from finetune_cli.cli.app import app
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 from finetune_cli.exports import export  # what is imported late is imported now: root may own Python's files
 import rich.text
 if os.geteuid() == 0:

@@ -12,7 +12,7 @@ import pytest
 from photo_files import write_photo
 
 from finetune_cli.cli import predict as command
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 from finetune_cli.errors import Interrupted, MissingExtra, UsageError
 from finetune_cli.inference.predict import predict
 from finetune_cli.photos import dataset
@@ -51,7 +51,7 @@ def test_training_warns_of_a_class_named_unsure(tmp_path, name, warned):
         write_photo(tmp_path / "photos" / ("ant" if i % 2 else name) / f"{i}.png", str(i))
     observer = Silent()
     settings = [f"data.train={tmp_path / 'photos'}", f"runtime.cache_dir={tmp_path / 'cache'}"]
-    prepare.index(schema.load(None, settings), observer)
+    prepare.index(load_config(None, settings), observer)
     assert any("--min-confidence" in text for text in observer.warnings) == warned
 
 

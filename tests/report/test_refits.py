@@ -7,7 +7,7 @@ import pytest
 from sklearn import metrics as reference
 from sklearn.linear_model import LogisticRegression
 
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 from finetune_cli.errors import DataError
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.metrics.folds import group_folds
@@ -20,7 +20,7 @@ from finetune_cli.runs.run import Run, SplitRow
 
 
 def load(tiny_run) -> Material:
-    return refit_data.load(tiny_run.run, schema.load(tiny_run.run.folder / "config.yaml"))
+    return refit_data.load(tiny_run.run, load_config(tiny_run.run.folder / "config.yaml"))
 
 
 def made(labels, features, l2=1e-3, classes=("a", "b", "c")) -> Material:
@@ -68,14 +68,14 @@ def test_the_material_is_what_the_backbone_makes_of_the_photos(tiny_run):
 
 
 def test_no_cache_is_said_and_none_is_made(tiny_run, tmp_path):
-    settings = schema.load(tiny_run.run.folder / "config.yaml", [f"runtime.cache_dir={tmp_path / 'none'}"])
+    settings = load_config(tiny_run.run.folder / "config.yaml", [f"runtime.cache_dir={tmp_path / 'none'}"])
     with pytest.raises(DataError, match="not in the feature cache"):
         refit_data.load(tiny_run.run, settings)
     assert not (tmp_path / "none").exists()
 
 
 def test_another_augmentation_is_not_in_the_cache(tiny_run):
-    settings = schema.load(tiny_run.run.folder / "config.yaml", ["augmentation.rotation_range=10"])
+    settings = load_config(tiny_run.run.folder / "config.yaml", ["augmentation.rotation_range=10"])
     with pytest.raises(DataError, match="not in the feature cache"):
         refit_data.load(tiny_run.run, settings)
 
@@ -209,7 +209,7 @@ def test_without_l2_the_one_is_chosen_that_suits_the_calibration(calibrated):
 
 def test_the_material_knows_whether_the_model_is_calibrated(tiny_run):
     assert load(tiny_run).calibrated
-    settings = schema.load(tiny_run.run.folder / "config.yaml", ["calibration=none"])
+    settings = load_config(tiny_run.run.folder / "config.yaml", ["calibration=none"])
     assert not refit_data.load(tiny_run.run, settings).calibrated
 
 

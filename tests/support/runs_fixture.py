@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from finetune_cli.cache.features import FeatureStore
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 from finetune_cli.fields import Fields
 from finetune_cli.head import lbfgs
 from finetune_cli.inference import runtimes
@@ -108,7 +108,7 @@ def build(folder: Path, classes: tuple[str, ...] = ("ant", "bee", "wasp")) -> Ti
     """Draw photos in `folder`, fit the tiny network on them and write the finished run `folder/runs/tiny-1`."""
     photos, cache, home = folder / "photos", folder / "cache", folder / "runs" / "tiny-1"
     wrong, twin = draw_photos(photos, classes)
-    settings = schema.load(
+    settings = load_config(
         None,
         [
             f"data.train={photos / 'train'}",

@@ -23,7 +23,7 @@ import trainings
 from PIL import Image
 from trainings import Command, Workshop, copied, kill
 
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 from finetune_cli.errors import FinetuneError, Interrupted, RunError
 from finetune_cli.progress import Silent
 from finetune_cli.runs import checkpoints
@@ -240,7 +240,7 @@ class InterruptedAtOnce(Silent):
 
 
 def resume(run: Path, *overrides: str, observer: Silent | None = None) -> None:
-    command_train.resume(run, schema.load(run / "config.yaml", overrides), observer or Silent())
+    command_train.resume(run, load_config(run / "config.yaml", overrides), observer or Silent())
 
 
 def flipped(content: bytes, bit: int) -> bytes:
@@ -346,7 +346,7 @@ AS_NOBODY = """
     import os, sys
     from finetune_cli.cli import console
     from finetune_cli.cli.app import app
-    from finetune_cli.config import schema
+    from finetune_cli.config.load import load_config
     from finetune_cli.training import pipeline  # what is imported late is imported now: root may own Python's files
     from finetune_cli.training import prepare
     import encodings.utf_8_sig, filelock, rich.text

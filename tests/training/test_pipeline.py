@@ -11,7 +11,7 @@ from paths import ROOT
 from PIL import Image
 
 from finetune_cli import files
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 from finetune_cli.errors import BadPhotos, DataError, FinetuneError, GateError, Interrupted, RunError, UsageError
 from finetune_cli.evaluation import evaluate as command_evaluate
 from finetune_cli.inference import predict as command_predict
@@ -43,7 +43,7 @@ def cache(tmp_path_factory):
 
 
 def load(folder: Path, drawn: Path, cache: Path, *overrides: str):
-    return schema.load(
+    return load_config(
         None,
         [
             f"data.train={drawn}",
@@ -184,7 +184,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, drawn, cache):
     (folder / ".lock").unlink()
     (folder / ".lock").symlink_to(tmp_path / "precious")
     observer = Silent()
-    resumed = command_train.resume(folder, schema.load(folder / "config.yaml"), observer)
+    resumed = command_train.resume(folder, load_config(folder / "config.yaml"), observer)
     assert (tmp_path / "precious").read_bytes() == b"precious"
     assert [path for path in folder.rglob("*") if path.is_symlink()] == []
     assert any("epoch 3" in note for note in observer.notes), observer.notes
@@ -192,7 +192,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, drawn, cache):
     ours, theirs = (run.file("predictions.csv").read_bytes() for run in (whole, resumed))
     assert ours == theirs
     with pytest.raises(RunError, match="nothing to resume"):
-        command_train.resume(folder, schema.load(folder / "config.yaml"), Silent())
+        command_train.resume(folder, load_config(folder / "config.yaml"), Silent())
 
 
 def test_a_run_is_not_resumed_with_other_photos(tmp_path, drawn, cache):
@@ -211,7 +211,7 @@ def test_a_run_is_not_resumed_with_other_photos(tmp_path, drawn, cache):
     gone.unlink()
     folder = tmp_path / "runs" / "photos-1"
     with pytest.raises(RunError, match="1 gone") as error:
-        command_train.resume(folder, schema.load(folder / "config.yaml"), Silent())
+        command_train.resume(folder, load_config(folder / "config.yaml"), Silent())
     assert gone.name in error.value.problem
 
 
@@ -343,9 +343,9 @@ def test_the_manifest_names_versions_and_surroundings(finished):
 @pytest.mark.parametrize("name", ["quickstart", "resnet50", "text-and-signs"])
 def test_every_shipped_config_trains(tmp_path, drawn, cache, name):
     path = ROOT / "configs" / f"{name}.yaml"
-    weights = ["model.weights=null", "image.size=64"] if schema.load(path).model.backbone == "resnet50" else []
+    weights = ["model.weights=null", "image.size=64"] if load_config(path).model.backbone == "resnet50" else []
     overrides = [f"data.train={drawn}", f"runtime.cache_dir={cache}", f"output.directory={tmp_path / 'runs'}"]
-    run = command_train.train(schema.load(path, [*overrides, *weights]), Silent(), name)
+    run = command_train.train(load_config(path, [*overrides, *weights]), Silent(), name)
     assert run.name == f"{name}-1"
     assert run.manifest.views.a_photo > 1
 

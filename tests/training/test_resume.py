@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from finetune_cli.config import schema as configs
+from finetune_cli.config.load import load_config
 from finetune_cli.errors import RunError
 from finetune_cli.photos.dataset import Sample
 from finetune_cli.progress import Silent
@@ -44,14 +44,14 @@ def begun(request, tmp_path):
     (tmp_path / "photos").mkdir()
     settings = [f"data.train={tmp_path / 'photos'}", f"training.solver={request.param}", "runtime.device=cpu"]
     (tmp_path / "run").mkdir()
-    config = configs.load(None, settings)
+    config = load_config(None, settings)
     resume.begin(tmp_path / "run", prepared(config))
     return tmp_path / "run", config
 
 
 def go_on(folder, config=None, observer=None, **changes):
     resume.check(folder)
-    config = config or configs.load(folder / "config.yaml")
+    config = config or load_config(folder / "config.yaml")
     resume.go_on(folder, prepared(config, **changes), observer or Silent())
 
 
@@ -119,7 +119,7 @@ def test_more_epochs_and_moved_photos_are_no_other_run(begun):
     data = config.data.model_copy(update={"train": moved})
     go_on(folder, config.model_copy(update={"training": training, "data": data}))
     go_on(folder)
-    assert configs.load(folder / "config.yaml").training.epochs == epochs
+    assert load_config(folder / "config.yaml").training.epochs == epochs
     assert resume.identity(folder) == begun_as
 
 

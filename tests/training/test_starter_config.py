@@ -9,7 +9,7 @@ import yaml
 from PIL import Image
 
 from finetune_cli import files
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 from finetune_cli.errors import DataError
 from finetune_cli.progress import Silent
 from finetune_cli.training import prepare
@@ -35,7 +35,7 @@ def test_the_config_loads_and_its_photos_are_found_from_there(tmp_path: Path) ->
     target = tmp_path / "configs" / "pets.yaml"
     text = starter_config(tmp_path / "my photos", target, Silent())
     files.write_text(target, text)
-    loaded = schema.load(target)
+    loaded = load_config(target)
     assert yaml.safe_load(text)["data"]["train"] == "../my photos"
     assert loaded.data.train == tmp_path / "my photos"
     assert loaded.model.backbone == "efficientnet_lite0"
@@ -68,7 +68,7 @@ def test_a_csv_will_do(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("image_path,label\n" + "\n".join(rows) + "\n")
     target = tmp_path / "config.yaml"
     files.write_text(target, starter_config(tmp_path / "labels.csv", target, Silent()))
-    assert prepare.index(schema.load(target), Silent()).classes == ("even", "odd")
+    assert prepare.index(load_config(target), Silent()).classes == ("even", "odd")
 
 
 def test_bad_photos_are_told_and_skipped(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_bad_photos_are_told_and_skipped(tmp_path: Path) -> None:
     text = starter_config(tmp_path / "set", target, Silent())
     assert "1 cannot be read, such as dog/broken.jpg: " in text
     files.write_text(target, text)
-    assert schema.load(target).data.on_bad_image == "skip"
+    assert load_config(target).data.on_bad_image == "skip"
 
 
 def test_too_many_bad_photos_are_told(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_rare_classes_get_more_weight(number: int, balanced: str, tmp_path: Path
     photos(tmp_path / "set" / "rare", 10)
     target = tmp_path / "config.yaml"
     files.write_text(target, starter_config(tmp_path / "set", target, Silent()))
-    assert schema.load(target).training.class_weights == balanced
+    assert load_config(target).training.class_weights == balanced
 
 
 def test_a_folder_that_cannot_be_trained_on_is_an_error(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from finetune_cli import files
 from finetune_cli.cli import train as train_command
 from finetune_cli.cli import tuning_output
 from finetune_cli.cli.console import Console
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
+from finetune_cli.config.schema import Config
 from finetune_cli.errors import ConfigError, Interrupted, RunError, StorageError
 from finetune_cli.evaluation import evaluate as command_evaluate
 from finetune_cli.evaluation import explain as command_explain
@@ -55,8 +56,8 @@ class Place:
         x = keras.layers.Conv2D(2, 1, name="narrow_conv")(x)
         keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(x)).save(self.backbone)
 
-    def config(self, folder: Path, *overrides: str) -> schema.Config:
-        return schema.load(
+    def config(self, folder: Path, *overrides: str) -> Config:
+        return load_config(
             None,
             [
                 f"data.train={self.photos / 'train'}",
@@ -178,8 +179,8 @@ def test_only_the_upper_part_has_changed(place, tuned):
 def test_its_features_are_in_the_cache_under_their_own_fingerprint(place, frozen, tuned):
     own, old = tuned.manifest.backbone, frozen.manifest.backbone
     assert own.fingerprint != own.original == old.fingerprint == old.original
-    found = refit_data.load(tuned, schema.load(tuned.file("config.yaml")))
-    other = refit_data.load(frozen, schema.load(frozen.file("config.yaml")))
+    found = refit_data.load(tuned, load_config(tuned.file("config.yaml")))
+    other = refit_data.load(frozen, load_config(frozen.file("config.yaml")))
     assert found.features.shape == other.features.shape
     assert not np.allclose(found.features, other.features)
 
@@ -211,7 +212,7 @@ def test_a_resumed_run_ends_with_the_same_bits(place, tuned, tmp_path, moment):
     folder = tmp_path / "runs" / "photos-1"
     assert f"--resume {folder}" in caught.value.remedy
     observer = Silent()
-    again = command_train.resume(folder, schema.load(folder / "config.yaml"), observer)
+    again = command_train.resume(folder, load_config(folder / "config.yaml"), observer)
     epoch = EPOCHS if moment == "fine-tuning: kept" else int(moment.split()[2].rstrip("/"))
     assert f"fine-tuning: going on after epoch {epoch}" in observer.notes
     for name in ("inference/model.bin", "predictions.csv", "flipped.csv"):
@@ -229,7 +230,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_one_refused(place, tu
     data[len(data) // 2] ^= 1
     (newest / "arrays.npz").write_bytes(data)
     observer = Silent()
-    again = command_train.resume(folder, schema.load(folder / "config.yaml"), observer)
+    again = command_train.resume(folder, load_config(folder / "config.yaml"), observer)
     assert "fine-tuning: going on after epoch 2" in observer.notes
     assert any("epoch-0003 is damaged" in warning for warning in observer.warnings)
     assert again.manifest.files["inference/model.bin"] == tuned.manifest.files["inference/model.bin"]
@@ -241,7 +242,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_one_refused(place, tu
         sums = [f"{files.sha256(path / name)}  {name}\n" for name in ("arrays.npz", "state.json")]
         (path / "SHA256SUMS").write_text("".join(sums))
     with pytest.raises(RunError, match="belongs to another training"):
-        command_train.resume(other, schema.load(other / "config.yaml"), Silent())
+        command_train.resume(other, load_config(other / "config.yaml"), Silent())
 
 
 def test_the_frozen_model_is_kept_when_nothing_is_gained(place, frozen, tmp_path):
@@ -329,7 +330,7 @@ def test_a_disk_that_fills_up_stops_the_stage_and_resume_goes_on(place, tuned, t
         with pytest.raises(StorageError, match="activations: No space left"):
             place.train(tmp_path)
     folder = tmp_path / "runs" / "photos-1"
-    again = command_train.resume(folder, schema.load(folder / "config.yaml"), Silent())
+    again = command_train.resume(folder, load_config(folder / "config.yaml"), Silent())
     assert again.manifest.files["inference/model.bin"] == tuned.manifest.files["inference/model.bin"]
 
 

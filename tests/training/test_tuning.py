@@ -10,7 +10,7 @@ import runs_fixture
 from PIL import Image
 
 from finetune_cli.backbones import build
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 from finetune_cli.config.schema import FineTuningConfig
 from finetune_cli.errors import ConfigError, FinetuneError, StorageError
 from finetune_cli.head.lbfgs import Head
@@ -385,12 +385,12 @@ def test_pixels_are_stored_as_they_are():
 
 @pytest.mark.parametrize("value", ["auto", "{}"])
 def test_auto_is_the_section_with_its_defaults(tmp_path, value):
-    loaded = schema.load(None, [f"data.train={tmp_path}", f"fine_tuning={value}"])
+    loaded = load_config(None, [f"data.train={tmp_path}", f"fine_tuning={value}"])
     assert loaded.fine_tuning == FineTuningConfig()
     written = loaded.dump(tmp_path)
     assert written["fine_tuning"]["unfreeze"] == "auto"
     (tmp_path / "x.yaml").write_text(json.dumps(written))
-    assert schema.load(tmp_path / "x.yaml").fine_tuning == loaded.fine_tuning
+    assert load_config(tmp_path / "x.yaml").fine_tuning == loaded.fine_tuning
 
 
 @pytest.mark.parametrize(
@@ -406,5 +406,5 @@ def test_auto_is_the_section_with_its_defaults(tmp_path, value):
 )
 def test_wrong_keys_are_named(tmp_path, override, text):
     with pytest.raises(ConfigError) as caught:
-        schema.load(None, [f"data.train={tmp_path}", override])
+        load_config(None, [f"data.train={tmp_path}", override])
     assert text in caught.value.problem

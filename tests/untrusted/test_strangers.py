@@ -21,7 +21,7 @@ import pytest
 from finetune_cli import files
 from finetune_cli.backbones import build
 from finetune_cli.backbones.weights import load_into
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 from finetune_cli.errors import FinetuneError
 from finetune_cli.head import classifier
 from finetune_cli.inference.predictor import RunPredictor
@@ -204,13 +204,13 @@ def billion_laughs_in_openvino_xml(stranger: Stranger):
 def billion_laughs_in_a_config(stranger: Stranger):
     lines = ["a: &a [x, x]"] + [f"{b}: &{b} [*{a}, *{a}]" for a, b in zip("abcdefgh", "bcdefghi", strict=True)]
     (stranger.folder / "c.yaml").write_text("\n".join(lines))
-    return lambda: schema.load(stranger.folder / "c.yaml")
+    return lambda: load_config(stranger.folder / "c.yaml")
 
 
 @case
 def python_object_in_a_config(stranger: Stranger):
     (stranger.folder / "c.yaml").write_text(f"data: !!python/object/apply:os.system ['touch {stranger.canary}']")
-    return lambda: schema.load(stranger.folder / "c.yaml")
+    return lambda: load_config(stranger.folder / "c.yaml")
 
 
 @pytest.mark.parametrize("name", CASES)

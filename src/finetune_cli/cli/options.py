@@ -62,10 +62,10 @@ def new_console(quiet: bool = False) -> "Console":
 
 
 def load_config(path: Path | None, overrides: list[str] | None, own: bool = False) -> "Config":
-    """The config of a YAML file and ``key=value`` overrides; `own`: it is in a run, and may not be a link."""
-    from finetune_cli.config import schema
+    """The config of a YAML file and ``key=value`` overrides; `own`: it is in a run, and must not be a link."""
+    from finetune_cli.config import load
 
-    return schema.load(path, overrides or (), own)
+    return load.load_config(path, overrides or (), own)
 
 
 @contextlib.contextmanager

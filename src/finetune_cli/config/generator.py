@@ -1,12 +1,12 @@
-"""The arguments of Keras's `ImageDataGenerator`: which of them augment, which are refused and why, which are senseless.
+"""The arguments of Keras's `ImageDataGenerator`: which of them augment, and which are refused and why.
 
-Plain data and a check of it: a mistyped config is told at once, without NumPy or Keras.
+Plain data and a check of it: a wrong config is reported at once, without NumPy or Keras.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-# The augmenting arguments of `ImageDataGenerator` and the values with which it leaves a photo alone.
+# The augmenting arguments of `ImageDataGenerator` and the values with which it does not change a photo.
 GENERATOR_DEFAULTS: dict[str, Any] = {
     "horizontal_flip": False,
     "vertical_flip": False,
@@ -46,7 +46,7 @@ FILL_MODES = ("nearest", "constant", "reflect", "wrap")
 
 
 def problems(arguments: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with each argument that is refused, unknown or senseless; empty when all are fine."""
+    """What is wrong with each argument that is refused, unknown or invalid; empty when all are fine."""
     found = {}
     for name, value in arguments.items():
         if name in REFUSED:

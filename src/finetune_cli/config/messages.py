@@ -1,4 +1,4 @@
-"""pydantic's findings, told in the words of a YAML file: key, line, and what the person probably meant."""
+"""Validation errors of pydantic in the terms of a YAML file: key, line, and what was probably meant."""
 
 import difflib
 import types
@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from finetune_cli.config.generator import REFUSED
 
 # Names that people know from Keras, Ultralytics, fastai, timm and torchvision, in lower case and without underscores,
-# for the key that does the same here.
+# and the key that does the same here.
 _ELSEWHERE = {
     "augmentation.brightness_range": "brightness colorjitter hsvv maxlighting randombrightness",
     "augmentation.channel_shift_range": "channelshift",
@@ -56,7 +56,7 @@ _ELSEWHERE = {
 KNOWN_ELSEWHERE = {name: key for key, names in _ELSEWHERE.items() for name in names.split()}
 
 
-# Where pydantic's words would be about patterns and unions.
+# Where pydantic's messages would be about patterns and unions.
 _EXPECTED = {
     "model.weights_sha256": "64 hexadecimal digits",
     "output.name": "letters, digits, `_`, `-` and `.`, beginning with a letter, a digit or `_`",
@@ -65,10 +65,12 @@ _EXPECTED = {
 _NUMBERS = {"int_type", "float_type"}
 
 
-def describe(exc: ValidationError, schema: type[BaseModel], place: Callable[[tuple[str | int, ...]], str]) -> list[str]:
+def describe(
+    exc: ValidationError, schema: type[BaseModel], position: Callable[[tuple[str | int, ...]], str]
+) -> list[str]:
     """One line per problem: where, which key, what is wrong, what to write instead.
 
-    `place` tells file and line of a key path.
+    `position` gives file and line of a key path.
     """
     found: dict[str, str] = {}
     for error in exc.errors(include_url=False, include_context=True):
@@ -90,7 +92,7 @@ def describe(exc: ValidationError, schema: type[BaseModel], place: Callable[[tup
             text = f"`{name}` is {error['input']!r}: {message}"
             if name in found:  # another branch of the same union
                 text = found[name].split("\0", 1)[1] + f", or {message}"
-        found[name] = f"{place(keys)}\0{text}"
+        found[name] = f"{position(keys)}\0{text}"
     return [line.replace("\0", ": ") for line in found.values()]
 
 
@@ -110,7 +112,7 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
 
 
 def kinds(annotation: Any) -> set[type]:
-    """The classes that values of `annotation` may have, without what those hold; literals count for none."""
+    """The classes that values of `annotation` may have, without their items; literals have none."""
     origin = typing.get_origin(annotation)
     if origin is typing.Annotated:
         return kinds(typing.get_args(annotation)[0])
@@ -143,7 +145,7 @@ def _unknown(keys: tuple[str | int, ...], schema: type[BaseModel]) -> str:
     by_last: dict[str, list[str]] = {}
     for key in known:
         by_last.setdefault(key.split(".")[-1], []).append(key)
-    # 0.8: a letter of five is wrong, or two are swapped. Less alike is most often something else, such as amp and cval.
+    # 0.8: one letter of five is wrong, or two are swapped. Less similar names mostly mean something else: amp, cval.
     for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.8):
         close = [key for key in by_last[match] if key.startswith(f"{keys[0]}.")] or by_last[match]
         return f"`{name}` is unknown; did you mean `{close[0]}`?"

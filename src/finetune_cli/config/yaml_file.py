@@ -1,8 +1,8 @@
-"""YAML text in, plain values and the line of every key out; nothing in a file can run code or eat the memory.
+"""YAML text in, plain values and the line of every key out; nothing in a file can run code or use up the memory.
 
 Plain scalars are read by the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema), without its octal
-and hexadecimal numbers: PyYAML's own rules, of YAML 1.1, take ``1e-3`` for text, ``010`` for 8, ``1:30`` for 90 and
-``no`` for false. What is neither null, true, false nor a decimal number is text, and so are keys.
+and hexadecimal numbers: PyYAML's own rules, of YAML 1.1, read ``1e-3`` as text, ``010`` as 8, ``1:30`` as 90 and
+``no`` as false. What is neither null, true, false nor a decimal number is text, and so are keys.
 """
 
 import re
@@ -38,9 +38,9 @@ class Document:
 
 
 def read(path: Path, is_text: IsText, own: bool = False) -> Document:
-    """Read the mapping in `path`; `is_text` tells which key paths take text, so that ``name: 007`` stays as it is.
+    """Read the mapping in `path`; `is_text` decides which key paths take text, so that ``name: 007`` stays as it is.
 
-    own: the file is the config in a run, and may not be a link. Anchors, aliases and tags are refused: a config of this
+    own: the file is in a run, and must not be a link. Anchors, aliases and tags are refused: a config of this
     tool never needs them, and nested aliases expand to billions of values. Raises `ConfigError` for a missing,
     oversized or malformed file, and for a pipe, which may never end.
     """
@@ -71,14 +71,14 @@ def read(path: Path, is_text: IsText, own: bool = False) -> Document:
         document = Document()
         document.values.update(_construct(node, (), is_text, document))
     except (yaml.YAMLError, ValueError, RecursionError) as exc:
-        raise ConfigError(f"{path} is not valid YAML: {_one_line(exc)}", "correct that place") from exc
+        raise ConfigError(f"{path} is not valid YAML: {_one_line(exc)}", "correct that line") from exc
     return document
 
 
 def parse_argument(text: str, keys: Keys, is_text: IsText) -> Any:
     """The value of `text`, given on the command line for `keys`. Raises `ValueError` when it is malformed.
 
-    Text is taken literally, whatever it looks like: only nothing at all and the word null stand for null. Elsewhere a
+    Text is taken literally, whatever it looks like: only empty text and the word null mean null. Elsewhere a
     value in brackets, braces or quotes is YAML, and any other is a number, true, false, null or a word.
     """
     import yaml
@@ -116,7 +116,7 @@ def plain_scalar(text: str) -> Any:
 
 
 def _construct(node: Any, keys: Keys, is_text: IsText, document: Document) -> Any:
-    """The value of `node`, which stands at `keys`; lines and duplicates are added to `document`."""
+    """The value of `node`, whose key path is `keys`; lines and duplicates are added to `document`."""
     import yaml
 
     if isinstance(node, yaml.MappingNode):
@@ -150,19 +150,19 @@ def _checked(data: bytes, path: Path) -> str:
         raise ConfigError(f"{path} is not UTF-8 text: {exc.reason} at byte {exc.start}", "save it as UTF-8") from exc
     depth = 0
     for token in yaml.scan(text, Loader=yaml.SafeLoader):
-        place = f"{path}, line {token.start_mark.line + 1}"
+        position = f"{path}, line {token.start_mark.line + 1}"
         if isinstance(token, yaml.AliasToken | yaml.AnchorToken):
-            raise ConfigError(f"{place}: anchors and aliases are not allowed here", "write the value out")
+            raise ConfigError(f"{position}: anchors and aliases are not allowed here", "write the value out")
         if isinstance(token, yaml.TagToken):
-            raise ConfigError(f"{place}: tags such as !!str are not allowed here", "write the value without it")
+            raise ConfigError(f"{position}: tags such as !!str are not allowed here", "write the value without it")
         if isinstance(token, yaml.ScalarToken) and len(token.value) > MAX_SCALAR:
             raise ConfigError(
-                f"{place}: a value of more than {MAX_SCALAR} characters, which no key takes", "shorten it"
+                f"{position}: a value of more than {MAX_SCALAR} characters, which no key takes", "shorten it"
             )
         depth += isinstance(token, opening)
         depth -= isinstance(token, closing)
         if depth > MAX_DEPTH:
-            raise ConfigError(f"{place}: nested more than {MAX_DEPTH} deep, which no config is", _WRITE_ONE)
+            raise ConfigError(f"{position}: nested more than {MAX_DEPTH} deep, which no config is", _WRITE_ONE)
     return text
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from finetune_cli import files
 from finetune_cli.errors import WeightsError
+from finetune_cli.fields import Fields
+from finetune_cli.photos import settings as image_settings
 from finetune_cli.photos.decode import ImageSettings
 
 FILE = "classes.json"
@@ -39,7 +41,7 @@ class Card:
         return {
             "format": FORMAT,
             "classes": list(self.classes),
-            "image": {"size": settings.size, "resize": settings.resize, "max_pixels": settings.max_pixels},
+            "image": image_settings.to_json(settings),
             "preparation": [
                 "turn the photo as its Exif data say, lay it on white where it is transparent",
                 _RESIZING[settings.resize].format(size=settings.size)
@@ -70,7 +72,7 @@ class Card:
         """The card in `text`, which was found in `source`. Raises `WeightsError` when it is damaged."""
         try:
             card = json.loads(text)
-            return cls(_classes(card), _settings(card["image"]))
+            return cls(_classes(card), image_settings.from_json(Fields(card).object("image")))
         except (ValueError, KeyError, TypeError, RecursionError) as exc:
             raise WeightsError(
                 f"{source}: its list of classes and image settings is damaged ({exc})", "export again"
@@ -84,10 +86,3 @@ def _classes(card: Mapping[str, Any]) -> tuple[str, ...]:
     if not isinstance(classes, list) or len(classes) < 2 or not all(isinstance(name, str) for name in classes):
         raise ValueError("classes are not at least two names")
     return tuple(classes)
-
-
-def _settings(image: Mapping[str, Any]) -> ImageSettings:
-    size, resize, max_pixels = image["size"], image["resize"], image["max_pixels"]
-    if resize not in _RESIZING or not all(type(value) is int and value > 0 for value in (size, max_pixels)):
-        raise ValueError("wrong image settings")
-    return ImageSettings(size, resize, max_pixels)

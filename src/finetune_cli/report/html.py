@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from finetune_cli import __version__, files
-from finetune_cli.config import schema
+from finetune_cli.config.load import load_config
 from finetune_cli.drawing import figures
 from finetune_cli.errors import FinetuneError
 from finetune_cli.evaluation.judge import Judged
@@ -221,7 +221,7 @@ def _from_training(judged: Judged, observer: Observer) -> Values:
         "refits_problem": "",
     }  # fmt: skip
     try:
-        stuff = refits.with_strength(refit_data.load(run, schema.load(run.file("config.yaml"))))
+        stuff = refits.with_strength(refit_data.load(run, load_config(run.file("config.yaml"))))
     except FinetuneError as exc:
         return {**values, "training_problem": "; ".join(map(shown, filter(None, (exc.problem, exc.remedy))))}
     if judged.seen > _MOST_SEEN * len(judged.answers.samples):

@@ -14,13 +14,12 @@ from typing import Any
 
 from finetune_cli.devices import Precision
 from finetune_cli.fields import FieldError, Fields
+from finetune_cli.photos import settings
 from finetune_cli.photos.decode import ImageSettings
 
 FORMAT = 1
 FILE = "run.json"
 SPLITS = ("train", "val", "test")
-_LARGEST_IMAGE = 1024
-_SMALLEST_IMAGE = 32
 
 
 class NewerFormat(FieldError):
@@ -153,7 +152,7 @@ class Manifest:
                 "format": FORMAT,
                 "created": self.created,
                 "classes": list(self.classes),
-                "image": {key: getattr(self.image, key) for key in ("size", "resize", "max_pixels")},
+                "image": settings.to_json(self.image),
                 "backbone": {
                     "name": self.backbone.name,
                     "width": self.backbone.width,
@@ -200,7 +199,7 @@ class Manifest:
         manifest = cls(
             created=fields.text("created"),
             classes=fields.names("classes", 2),
-            image=_image(fields.object("image")),
+            image=settings.from_json(fields.object("image")),
             backbone=_backbone(fields.object("backbone")),
             start_from=fields.optional("start_from", fields.sha256),
             solver=Solver(
@@ -256,14 +255,6 @@ def _own_sha256(content: Mapping[str, Any]) -> str:
     others = {key: value for key, value in content.items() if key != "sha256"}
     text = json.dumps(others, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _image(fields: Fields) -> ImageSettings:
-    return ImageSettings(
-        fields.integer("size", _SMALLEST_IMAGE, _LARGEST_IMAGE),
-        fields.choice("resize", ("crop", "squash", "pad")),
-        fields.integer("max_pixels", 1),
-    )
 
 
 def _fine_tuning(fields: Fields) -> Mapping[str, Any] | None:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from finetune_cli import files
 from finetune_cli.backbones import build
-from finetune_cli.config.schema import Config, load
+from finetune_cli.config.load import load_config
+from finetune_cli.config.schema import Config
 from finetune_cli.errors import DataError, RunError
 from finetune_cli.inference import runtimes
 from finetune_cli.progress import Observer
@@ -42,7 +43,7 @@ def reproduce(run: Run, observer: Observer) -> Reproduction:
 
     Raises `RunError` when a file of the run is damaged, `ConfigError` when its config cannot be used here.
     """
-    config = load(run.file("config.yaml"))
+    config = load_config(run.file("config.yaml"))
     before = environment.read_environment(run.file(environment.FILE))
     device = runtimes.choose_device(config.runtime.device)
     precision = runtimes.training_precision(device, config.runtime.feature_precision)

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from finetune_cli import files
-from finetune_cli.config import schema as configs
+from finetune_cli.config.load import load_config
 from finetune_cli.config.schema import Config
 from finetune_cli.errors import RunError
 from finetune_cli.fields import FieldError, Fields
@@ -112,7 +112,7 @@ def check(folder: Path) -> None:
         raise RunError(problem, "restore it from a copy, or train a new run") from exc
     if digest not in record.environments[-2:]:
         raise RunError(f"{folder / environment.FILE} is damaged", "restore it from a copy, or train a new run")
-    stored = configs.load(folder / "config.yaml", own=True).dump(folder)
+    stored = load_config(folder / "config.yaml", own=True).dump(folder)
     # Two, as above: a kill may have come between the record of a change and the change itself.
     if stored not in record.configs[-2:]:
         raise _other_settings(folder, differences(record.configs[-1], stored))
