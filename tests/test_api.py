@@ -230,8 +230,8 @@ def test_a_photo_that_cannot_be_decoded(classifier, photo, tmp_path, caplog):
     assert [answer is None for answer in found] == [False, True, False, True]
     assert found[0] == found[2] == classifier.predict(photo)
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == [
-        f"no answer for {cut}",
-        "no answer for photos[3]",
+        f"no prediction for {cut}",
+        "no prediction for photos[3]",
     ]
 
 

@@ -1,7 +1,7 @@
-"""The Python API: `train` a run, `load` it, and let it answer. docs/python.md is its guide.
+"""The Python API: `train` a run, `load` it, and predict with it. docs/python.md is its guide.
 
 `finetune_cli` itself offers these names and imports this module when one of them is first used. Everything here is a
-thin front of what the command line calls, too. TensorFlow is imported by `train` and by some exports alone.
+thin layer over what the command line calls. Only `train` and some exports import TensorFlow.
 """
 
 import logging
@@ -51,11 +51,11 @@ class _LogObserver(Silent):
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The answer for one photo.
+    """The prediction for one photo.
 
     label: the most probable class. probability: its probability, from 0 to 1. top: the most probable classes as
     (name, probability), best first. probabilities: ``float32 (C,)`` of all classes, in the order of
-    `Classifier.classes`; read-only, and not looked at when predictions are compared.
+    `Classifier.classes`; read-only, and ignored when predictions are compared.
     """
 
     label: str
@@ -73,20 +73,20 @@ def train(
 ) -> Run:
     """Train a classifier and return the finished run.
 
-    config: a YAML file; or the same as a dict of sections, for programs that have no file; or a loaded `Config`. Left
-    out, `sections` are the whole configuration. Relative paths in a file are relative to the file, others to the
+    config: a YAML file; or the same as a dict of sections, for programs without a file; or a loaded `Config`. Without
+    it, `sections` are the whole configuration. Relative paths in a file are relative to the file, others to the
     current folder.
 
     sections: changes for this run, by section as in the YAML file: ``training={"seed": 1}, calibration="none"``. They
     are merged key by key. (The command line's ``training.seed=1`` cannot be a Python keyword.) NumPy numbers and paths
-    are welcome as values.
+    are valid values.
 
-    observer: is told progress, notes and warnings. By default nothing is shown but warnings, through the logger
+    observer: receives progress, notes and warnings. By default only warnings are shown, through the logger
     ``finetune_cli``; ``observer=finetune_cli.Console()`` shows what the command line shows.
 
     Raises `ConfigError` for a wrong key or value, `DataError` for unusable photos, `WeightsError`, `StorageError`,
     `GateError` when the saved model does not give the measured answers, or another `FinetuneError`. Computed features
-    stay in the cache whatever happens. An interrupted run is finished with ``finetune train --resume runs/NAME``.
+    stay in the cache in any case. Resume an interrupted run with ``finetune train --resume runs/NAME``.
     """
     path: Path | None = None
     values: dict[str, Any] = {}
@@ -100,10 +100,10 @@ def train(
             section, key = str(name).split(".", 1)
             raise UsageError(f"{name!r} is not a section of the configuration", f"write {section}={{{key!r}: ...}}")
     settings = load_config(path, values)
-    from finetune_cli.training import pipeline as command_train  # after the config is known to be good
+    from finetune_cli.training import pipeline  # after the config is known to be good
 
     try:
-        return command_train.train(settings, observer or _LogObserver())
+        return pipeline.train(settings, observer or _LogObserver())
     except BadPhotos as exc:
         exc.remedy = 'repair or remove them, or leave them out: data={"on_bad_image": "skip"}'
         raise
@@ -118,10 +118,10 @@ def load(run: str | os.PathLike[str] | Run) -> "Classifier":
 
 
 class Classifier:
-    """A finished run that answers for photos.
+    """A finished run that classifies photos.
 
     The model is in memory, compiled for the CPU, and no file stays open: there is nothing to close. One `Classifier`
-    serves any number of threads; a call of `predict` for one photo uses one core, for a list all of them.
+    can be used by any number of threads; a call of `predict` for one photo uses one core, for a list all of them.
     """
 
     def __init__(self, run: Run) -> None:
@@ -154,21 +154,21 @@ class Classifier:
         top_k: int = 3,
         on_bad_image: Literal["error", "skip"] = "error",
     ) -> Prediction | list[Prediction] | list[Prediction | None]:
-        """Say what is on a photo, or on each photo of a list, on all cores.
+        """Classify a photo, or each photo of a list, on all cores.
 
         A photo is a path, the bytes of an image file, a Pillow image, or its pixels: a uint8 array
-        ``(height, width, 3)``, RGB from 0 to 255. Any size will do: all are resized as the photos of the training were,
-        so they have the same answer as the file with these pixels; of a large JPEG file, which is decoded at a fraction
-        of its size, nearly the same. A Pillow image is turned upright by its Exif data; an array holds none.
+        ``(height, width, 3)``, RGB from 0 to 255. Any size is valid: all are resized as the training photos were,
+        so the prediction is the same as for a file with these pixels; for a large JPEG file, which is decoded at a
+        fraction of its size, nearly the same. A Pillow image is turned upright by its Exif data; an array has none.
 
-        top_k: how many classes `Prediction.top` holds. on_bad_image: with ``skip``, a list's photo that cannot be
-        decoded is answered with None and a warning in the log, instead of an exception for the whole list.
+        top_k: how many classes `Prediction.top` holds. on_bad_image: with ``skip``, a photo of a list that cannot
+        be decoded gives None and a warning in the log, instead of an exception for the whole list.
 
-        May be called from several threads at once, but not in a process that was forked off after `load`, because the
-        threads that compute are not copied: that is an error.
+        May be called from several threads at once, but not in a process that was forked after `load`, because a fork
+        does not copy the threads that compute: that is an error.
 
-        Raises `BadImage` (its `path` names the photo) when a photo cannot be decoded, `UsageError` for what is no
-        photo, such as an array of another type or shape.
+        Raises `BadImage` (its `path` names the photo) when a photo cannot be decoded, `UsageError` for anything that
+        is not a photo, such as an array of another type or shape.
         """
         if top_k < 1:
             raise UsageError(f"top_k is {top_k}, which is not a positive number", "choose 1 or more")
@@ -188,7 +188,7 @@ class Classifier:
             name = photo if isinstance(photo, str | os.PathLike) else f"photos[{len(found)}]"
             if on_bad_image == "error":
                 raise BadImage(os.fspath(name), answer.reason) from answer
-            _log.warning("no answer for %s: %s", name, answer.reason)
+            _log.warning("no prediction for %s: %s", name, answer.reason)
             found.append(None)
         return found
 
@@ -204,18 +204,18 @@ class Classifier:
         root: str | os.PathLike[str] | None = None,
         observer: Observer | None = None,
     ) -> Evaluation:
-        """How good the run is on labelled photos. Nothing is written; ``finetune evaluate`` writes tables and a report.
+        """Evaluate the run on labelled photos. Nothing is written; ``finetune evaluate`` writes tables and a report.
 
         data: a folder of class folders, or a CSV file; by default the run's test photos, else its validation photos,
-        by which the run was also selected. root: where the run's own photos are now, if they were moved (the command
-        line's ``--data``). Photos that cannot be used are left out, and each is logged as a warning.
+        which also served to select the run. root: where the run's own photos are now, if they were moved (the command
+        line's ``--data``). Photos that cannot be used are left out, each with a warning in the log.
 
-        Raises `DataError` when there is nothing to judge.
+        Raises `DataError` when there are no photos to evaluate.
         """
-        from finetune_cli.evaluation import evaluate as command_evaluate
+        from finetune_cli.evaluation import evaluate as evaluation
 
         observer = observer or _LogObserver()
-        judged = command_evaluate.judge(self.run, observer, _path(data), _path(root))
+        judged = evaluation.judge(self.run, observer, _path(data), _path(root))
         for photo in judged.bad:
             observer.warn(f"left out {photo.path}: {photo.reason}")
         return judged.evaluation
@@ -232,23 +232,21 @@ class Classifier:
         force: bool = False,
         observer: Observer | None = None,
     ) -> Path:
-        """Write the run for other programs, after proving on validation photos that it answers the same.
+        """Export the run for other programs, after checking on validation photos that the predictions agree.
 
         format: savedmodel, keras, onnx, litert or openvino. output: a new or empty folder; the result is the folder
         with the model, which for savedmodel is ``output/VERSION``. The options are those of ``finetune export``:
         `version` for savedmodel, `quantize` for litert, `precision` for openvino; `root`: where the run's own photos
-        are now (``--data``); `force` replaces an export that is there.
+        are now (``--data``); `force` replaces an export that already exists.
 
-        Raises `UsageError` for an unknown format, a stray option or a used folder, `MissingExtra` when the format needs
-        a package, `DataError` when the validation photos are gone, `GateError` when the answers differ. Then nothing
-        was written.
+        Raises `UsageError` for an unknown format, an option of another format or a folder in use,
+        `MissingExtra` when the format needs a package, `DataError` when the validation photos are missing, `GateError`
+        when the predictions differ. In each case nothing was written.
         """
-        from finetune_cli.exports import export as command_export
+        from finetune_cli.exports.export import Request, export
 
-        request = command_export.Request(
-            [format], Path(output), version, quantize, precision, root=_path(root), force=force
-        )
-        (exported,) = command_export.export(self.run, request, observer or _LogObserver()).exports
+        request = Request([format], Path(output), version, quantize, precision, root=_path(root), force=force)
+        (exported,) = export(self.run, request, observer or _LogObserver()).exports
         return exported.folder
 
 
@@ -279,7 +277,7 @@ def _plain(value: Any) -> Any:
 
 
 def _pixels(photo: Photo, settings: images.ImageSettings) -> NDArray[np.uint8]:
-    """``uint8 (size, size, 3)``. Raises `BadImage` and, for what is no photo, `UsageError`."""
+    """``uint8 (size, size, 3)``. Raises `BadImage`, and `UsageError` for anything that is not a photo."""
     _check(photo, "the photo")
     if isinstance(photo, bytes):
         return images.decode(photo, settings)
@@ -293,7 +291,7 @@ def _pixels(photo: Photo, settings: images.ImageSettings) -> NDArray[np.uint8]:
 
 
 def _check(photo: object, name: str) -> None:
-    """Raise `UsageError` unless `photo`, which is called `name`, is of a kind that `Classifier.predict` takes."""
+    """Raise `UsageError` unless `photo` has a type that `Classifier.predict` accepts; messages call it `name`."""
     if isinstance(photo, str | os.PathLike | bytes):
         return
     if isinstance(photo, np.ndarray):

@@ -1,7 +1,7 @@
-"""The terminal, and nobody else writes to it: Rich on a real one, plain lines without control codes elsewhere.
+"""The only module that writes to the terminal: Rich on a real one, plain lines without control codes elsewhere.
 
 Results go to stdout, everything about the work (progress, notes, warnings, errors) to stderr. Names of files and
-classes may hold anything; `text.shown` makes control characters visible instead of sending them.
+classes may contain anything; `text.shown` makes control characters visible instead of sending them.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ class Console:
         from rich.console import Console as RichConsole
 
         self.quiet = quiet
-        # A file or a pipe has no width, so nothing is folded there.
+        # A file or a pipe has no width, so nothing is wrapped there.
         width = None if sys.stdout.isatty() else 10_000
-        # Rich leaves bold and dim under NO_COLOR (https://no-color.org); a bar is nothing but control codes.
+        # Rich leaves bold and dim under NO_COLOR (https://no-color.org); a bar consists of control codes.
         self.plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM") == "dumb"
         colours: Literal["auto"] | None = None if self.plain else "auto"
         self.out = RichConsole(color_system=colours, highlight=False, emoji=False, soft_wrap=True, width=width)
         self.err = RichConsole(stderr=True, color_system=colours, highlight=False, emoji=False, soft_wrap=True)
 
     def results_to_stderr(self) -> None:
-        """Write results to stderr, too: stdout is for what a script reads."""
+        """Send results to stderr like everything else: stdout is for what a script reads."""
         self.out = self.err
 
     def print(self, text: str = "") -> None:
@@ -78,9 +78,9 @@ class Console:
             self.err.print(Text(shown(line)))
 
     def table(self, header: Sequence[str], rows: Iterable[Sequence[object]], right: Sequence[int] = ()) -> None:
-        """A table of results; `right`: the columns that are aligned to the right, which are never folded.
+        """A table of results; `right`: the columns that are aligned to the right, which are never wrapped.
 
-        In a narrow terminal, texts are folded between words; where that is not enough, each row becomes a few lines.
+        In a narrow terminal, texts are wrapped between words; where that is not enough, each row becomes a few lines.
         """
         from rich.box import SIMPLE_HEAD
         from rich.cells import cell_len
@@ -101,7 +101,7 @@ class Console:
             self._records(names, cells)
             return
         widths = widest.copy()
-        while sum(widths) > room:  # by the column that has most to give
+        while sum(widths) > room:  # narrow the column with the most room to spare
             spare = [width - needed for width, needed in zip(widths, least, strict=True)]
             widths[spare.index(max(spare))] -= 1
         table = Table(box=SIMPLE_HEAD if boxed else None, padding=(0, 1) if boxed else (0, 2, 0, 0), pad_edge=False)
@@ -112,7 +112,7 @@ class Console:
         self.out.print(table)
 
     def _records(self, names: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """The rows of a table one below the other: the first cell, and below it the others with their names."""
+        """The rows of a table as blocks of lines: the first cell, and below it the others with their column names."""
         for row in rows:
             first, *others = zip(names, row, strict=True)
             self.print(": ".join(filter(None, first)))
@@ -125,7 +125,7 @@ class Console:
         """Progress of one stage with rate and time left; without a terminal, a line every ten seconds."""
         signals.check()
         if self.quiet:
-            yield lambda _n, _total=None, /: signals.check()  # noqa: PLW0108 - it must take what a meter takes
+            yield lambda _n, _total=None, /: signals.check()  # noqa: PLW0108 - it must accept the arguments of a meter
         elif self.err.is_terminal and not self.plain:
             with self._bar(name, total, unit) as advance:
                 yield advance
@@ -148,7 +148,7 @@ class Console:
         class Rate(ProgressColumn):
             def render(self, task: Any) -> Text:
                 speed = task.finished_speed or task.speed
-                known = speed and task.elapsed > 1  # what was found in the cache makes the first moments absurd
+                known = speed and task.elapsed > 1  # photos found in the cache distort the rate at first
                 return Text(_rate(speed, f" {unit}") if known else "", style="dim")
 
         columns = (
@@ -172,16 +172,16 @@ class Console:
 
     @contextlib.contextmanager
     def _plain(self, name: str, total: int | None, unit: str) -> Iterator[Meter]:
-        started = told = time.monotonic()
+        started = reported = time.monotonic()
         done = 0
 
         def advance(n: int, known: int | None = None, /) -> None:
-            nonlocal done, told, total
+            nonlocal done, reported, total
             signals.check()
             done, total = done + n, known or total
             now = time.monotonic()
-            if now - told >= _PLAIN_SECONDS:
-                told = now
+            if now - reported >= _PLAIN_SECONDS:
+                reported = now
                 rate = done / (now - started)
                 left = f", {(total - done) / rate:.0f} s left" if total and rate else ""
                 of = f"/{total}" if total else ""
@@ -197,6 +197,6 @@ class Console:
 
 
 def _rate(per_second: float, unit: str = "") -> str:
-    """`per_second` with two digits at least; nothing where that would be 0.0."""
+    """`per_second` with at least two digits; empty where that would be 0.0."""
     digits = 0 if per_second >= 9.5 else 1
     return f"{per_second:.{digits}f}{unit}/s" if per_second >= 0.05 else ""
