@@ -80,8 +80,8 @@ class BadPhotos(DataError):
 class ChangedPhoto(DataError):
     """The bytes of a photo are not those that were indexed."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(f"{path} changed while the command was running", "run the same command again")
+    def __init__(self, path: Path, remedy: str = "run the same command again") -> None:
+        super().__init__(f"{path} changed while the command was running", remedy)
         self.path = path
 
 
