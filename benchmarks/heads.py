@@ -17,8 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from finetune_cli.config.load import load_config
+from finetune_cli.head.data import HeadData
 from finetune_cli.head.keras_fit import KerasSettings, fit_epochs
-from finetune_cli.head.lbfgs import Head, choose_l2, fit_lbfgs, flatten_views
+from finetune_cli.head.l2 import L2Search, choose_l2
+from finetune_cli.head.lbfgs import Head, fit_lbfgs
 from finetune_cli.metrics import scores
 from finetune_cli.metrics.folds import group_folds, group_numbers
 from finetune_cli.progress import Silent
@@ -68,17 +70,10 @@ def load(folder: Path, name: str) -> Photos:
 def keras(optimizer: str, l2: float | str = 0.0, **settings: float | None) -> Fit:
     def fit(photos: Photos, held_out: np.ndarray, classes: int, seed: int) -> Head:
         kept = ~held_out
-        x, y = photos.features[kept], photos.labels[kept]
         penalty = chosen(photos, kept, classes) if l2 == "auto" else l2
-        states = fit_epochs(
-            x,
-            y,
-            np.ones(len(y)),
-            photos.features[held_out, 0],
-            photos.labels[held_out],
-            classes,
-            KerasSettings(optimizer, l2=penalty, seed=seed, **settings),
-        )
+        train = HeadData.of(photos.features[kept], photos.labels[kept], classes)
+        val = HeadData.of(photos.features[held_out, 0], photos.labels[held_out], classes)
+        states = fit_epochs(train, val, KerasSettings(optimizer, l2=penalty, seed=seed, **settings))
         *_, state = states
         return state.best
 
@@ -88,16 +83,16 @@ def keras(optimizer: str, l2: float | str = 0.0, **settings: float | None) -> Fi
 def lbfgs(l2: float | str = "auto", smoothing: float = 0.0) -> Fit:
     def fit(photos: Photos, held_out: np.ndarray, classes: int, seed: int) -> Head:  # noqa: ARG001
         kept = ~held_out
-        x, y, w, _ = flatten_views(photos.features[kept], photos.labels[kept], np.ones(kept.sum()))
+        data = HeadData.of(photos.features[kept], photos.labels[kept], classes).rows()
         penalty = chosen(photos, kept, classes, smoothing) if l2 == "auto" else l2
-        return fit_lbfgs(x, y, w, classes, penalty, smoothing)
+        return fit_lbfgs(data, penalty, smoothing)
 
     return fit
 
 
 def chosen(photos: Photos, kept: np.ndarray, classes: int, smoothing: float = 0.0) -> float:
-    x, y, w, g = flatten_views(photos.features[kept], photos.labels[kept], np.ones(kept.sum()), photos.groups[kept])
-    return choose_l2(x, y, w, g, classes, smoothing)[0]
+    data = HeadData.of(photos.features[kept], photos.labels[kept], classes, groups=photos.groups[kept])
+    return choose_l2(data.rows(), L2Search(smoothing))[0]
 
 
 def ways() -> Iterator[tuple[str, Fit]]:

@@ -160,17 +160,8 @@ def extraction(photos: Path, folder: Path) -> None:
                     with tempfile.TemporaryDirectory(dir=folder) as cache, FeatureStore(Path(cache)) as store:
                         compiled = runtimes.OpenVinoRuntime(runtimes.convert(backbone.model), precision, cores())
                         started = time.perf_counter()
-                        extract.extract(
-                            samples,
-                            request,
-                            backbone.width,
-                            store,
-                            lambda _p, c=compiled: c,
-                            Path(cache),
-                            cores(),
-                            4,
-                            lambda _n: None,
-                        )
+                        resources = extract.Resources(store, lambda _p, c=compiled: c, Path(cache), cores(), 4)
+                        extract.extract(samples, request, backbone.width, resources, lambda _n: None)
                         rates.append((label, 256 / (time.perf_counter() - started), cores() / cost))
             for label in ("view 0", "2 views"):
                 rate = statistics.median(rate for name_, rate, _ in rates if name_ == label)
@@ -283,7 +274,7 @@ def growth(photos: Path, folder: Path) -> None:
         taken, run = train(
             folder, f"growth-{count}", [f"data.train={target}", "model.backbone=efficientnet_lite0"], *AUGMENTATION
         )
-        say(f"{count} photos x {run['views']['a_photo']} views", f"{taken:.1f} s", json.dumps(run["seconds"]))
+        say(f"{count} photos x {run['views']['per_photo']} views", f"{taken:.1f} s", json.dumps(run["seconds"]))
 
 
 def memory(photos: Path, folder: Path) -> None:  # noqa: ARG001
@@ -303,7 +294,9 @@ def classes(photos: Path, folder: Path) -> None:  # noqa: ARG001
 def fit_classes() -> None:
     import numpy as np
 
-    from finetune_cli.head.lbfgs import choose_l2, fit_lbfgs
+    from finetune_cli.head.data import HeadData
+    from finetune_cli.head.l2 import choose_l2
+    from finetune_cli.head.lbfgs import fit_lbfgs
 
     count, each = 1000, 20
     rng = np.random.default_rng(0)
@@ -314,11 +307,11 @@ def fit_classes() -> None:
         return centres[labels] + rng.standard_normal((photos, 1280), np.float32), labels
 
     (x, y), (test_x, test_y) = draw(count * each), draw(5 * count)
-    weights = np.ones(len(y))
+    data = HeadData.of(x, y, count)
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    l2, _ = choose_l2(x, y, weights, np.arange(len(y)), count)
+    l2, _ = choose_l2(data)
     chosen = time.perf_counter()
-    head = fit_lbfgs(x, y, weights, count, l2)
+    head = fit_lbfgs(data, l2)
     fitted = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     right = (head.logits(test_x).argmax(axis=1) == test_y).mean()
@@ -332,6 +325,7 @@ def fit_synthetic(folder: Path, solver: str) -> None:
     import numpy as np
 
     from finetune_cli.config.schema import Config
+    from finetune_cli.head.keras_fit import fit_epochs
     from finetune_cli.photos.dataset import Sample
     from finetune_cli.progress import Silent
     from finetune_cli.training import fit
@@ -349,7 +343,8 @@ def fit_synthetic(folder: Path, solver: str) -> None:
     config = Config.model_validate({"data": {"train": folder}, "training": {"solver": solver, "l2": 1e-4}})
     classes = tuple("0123456789")
     if solver == "adam":
-        for _state in fit.keras(config, parts["train"], parts["val"], classes, 1e-4, None, None):
+        train, val = fit.head_data(config, parts["train"], classes), fit.validation_data(parts["val"], classes)
+        for _state in fit_epochs(train, val, fit.keras_settings(config, 1e-4)):
             pass
     else:
         fit.lbfgs(config, parts["train"], classes, None, Silent())

@@ -12,6 +12,7 @@ import pytest
 
 from finetune_cli import signals
 from finetune_cli.errors import Interrupted
+from finetune_cli.head.data import HeadData
 from finetune_cli.head.keras_fit import KerasSettings, fit_epochs
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals are raised in the process as POSIX does it")
@@ -143,11 +144,12 @@ def test_a_block_in_another_thread_defers_nothing():
 def test_a_signal_while_keras_trains_is_raised_between_two_batches():
     """Raised by the handler, inside TensorFlow, it ended in a segmentation fault once in some hundred times."""
     features, labels = np.ones((64, 1, 8), np.float32), np.arange(64) % 2
+    train_data, val_data = HeadData.of(features, labels, 2), HeadData.of(features[:, 0], labels, 2)
     last = 0
 
     def train():
         nonlocal last
-        for state in fit_epochs(features, labels, np.ones(64), features[:, 0], labels, 2, settings):
+        for state in fit_epochs(train_data, val_data, settings):
             last = state.epoch
             if last == 2:
                 signal.setitimer(signal.ITIMER_REAL, 0.002)

@@ -61,7 +61,7 @@ FAULTS = {
         "runs.checkpoints::test_every_flipped",
         "training.faults::test_a_damaged_checkpoint",
     ],
-    "a file of an unfinished run cut or with a flipped bit": ["training.faults::test_a_damaged_beginning"],
+    "a file of an unfinished run cut or with a flipped bit": ["training.faults::test_a_damaged_record"],
     "a file of a finished run cut or with a flipped bit": ["runs.damaged_runs::"],
     "the cache cut, foreign, or damaged while open": [
         "cache.features::test_a_truncated",
@@ -78,7 +78,7 @@ FAULTS = {
         "training.resume::test_other_photos",
         "training.resume::test_other_weights",
     ],
-    "the record of a beginning forged": ["training.resume::test_a_foreign"],
+    "the record of the start forged": ["training.resume::test_a_foreign"],
     "photos moved before the resume": ["training.faults::test_photos_may_move"],
     "two processes at once: one name, one run, one cache": [
         "training.faults::test_two",

@@ -6,7 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -17,6 +17,11 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def worker_count(setting: int | Literal["auto"]) -> int:
+    """Threads that decode and infer, by the setting `runtime.workers`: "auto" is one for each core."""
+    return cores() if setting == "auto" else setting
 
 
 def ordered_map(function: Callable[[Item], Result], items: Iterable[Item | None], workers: int) -> Iterator[Result]:

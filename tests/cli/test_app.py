@@ -52,7 +52,7 @@ def test_an_invalid_name_of_a_picture_is_reported_before_the_work(tmp_path, name
 def test_a_folder_that_is_not_a_run_is_called_so(tmp_path):
     answer = run("predict", tmp_path / "x.jpg", "--run", tmp_path)
     assert answer.exit_code == 1
-    assert f"{tmp_path} is no run directory" in answer.stderr
+    assert f"{tmp_path} is not a run directory" in answer.stderr
     assert "resume" not in answer.stderr
 
 

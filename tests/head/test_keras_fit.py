@@ -11,8 +11,10 @@ import pytest
 
 import finetune_cli
 from finetune_cli.errors import FinetuneError, RunError
+from finetune_cli.fields import Fields
 from finetune_cli.head import keras_fit
 from finetune_cli.head.classifier import build, glorot, grow, read
+from finetune_cli.head.data import HeadData
 from finetune_cli.head.keras_fit import EpochState, KerasSettings, fit_epochs
 from finetune_cli.head.lbfgs import Head, fit_lbfgs
 from finetune_cli.keras_setup import import_keras
@@ -33,8 +35,9 @@ def states(settings, data=None, val=None, weights=None, **options):
     """The states of a training, epoch by epoch."""
     x, y = data or views()
     val_x, val_y = val or views(seed=1, photos=30)
-    weights = np.ones(len(y)) if weights is None else weights
-    return fit_epochs(x, y, weights, val_x[:, 0], val_y, int(y.max()) + 1, settings, **options)
+    classes = int(y.max()) + 1
+    train, validation = HeadData.of(x, y, classes, weights), HeadData.of(val_x[:, 0], val_y, classes)
+    return fit_epochs(train, validation, settings, **options)
 
 
 def train(settings, **options):
@@ -74,7 +77,7 @@ def through_files(state: EpochState) -> EpochState:
     np.savez(file, **{str(i): array for i, array in enumerate(state.arrays().values())})
     stored = np.load(io.BytesIO(file.getvalue()), allow_pickle=False)
     arrays = {name: stored[str(i)] for i, name in enumerate(names)}
-    return EpochState.restore(arrays, json.loads(json.dumps(state.info(), allow_nan=False)))
+    return EpochState.restore(arrays, Fields(json.loads(json.dumps(state.info(), allow_nan=False))))
 
 
 def killed_after(epoch, settings, **options) -> EpochState:
@@ -107,7 +110,7 @@ def test_keras_ends_where_lbfgs_ends(optimizer, rate):
         optimizer, epochs=400, batch_size=100, learning_rate=rate, patience=None, label_smoothing=0.1, l2=0.01
     )
     slow = train(settings, data=(x, y), weights=weights).head
-    exact = fit_lbfgs(x[:, 0], y, weights, 3, 0.01, 0.1)
+    exact = fit_lbfgs(HeadData.of(x[:, 0], y, 3, weights), 0.01, 0.1)
     losses = [objective(head, x[:, 0], y, weights, 0.01, 0.1) for head in (slow, exact)]
     assert losses[1] <= losses[0] + 1e-6
     assert losses[0] == pytest.approx(losses[1], abs=1e-3)
@@ -119,7 +122,7 @@ def test_every_epoch_visits_each_photo_once_and_all_views_in_turn():
     x = np.stack(np.meshgrid(np.arange(photos), np.arange(count), indexing="ij"), axis=-1).astype(np.float32)
     settings = KerasSettings(batch_size=5)
     weights = np.linspace(1, 3, photos)
-    batches = keras_fit._batches(x, np.arange(photos) % 2, weights, 2, settings)
+    batches = keras_fit._batches(HeadData.of(x, np.arange(photos) % 2, 2, weights), settings)
     epochs = []
     for epoch in range(6):
         chosen = list(batches(epoch))
@@ -146,10 +149,10 @@ def test_a_killed_training_ends_bit_for_bit_as_if_it_had_not_been(optimizer):
     assert_same(train(settings, resume=killed_after(3, settings)), whole)
 
 
-def test_dropout_draws_go_on_where_they_stopped():
+def test_dropout_draws_resume_where_they_stopped():
     # The test above would pass without the generator's state, if dropout did nothing.
     state = killed_after(3, DROPOUT)
-    reset = EpochState.restore({**state.arrays(), "dropout/000": np.zeros_like(state.dropout[0])}, state.info())
+    reset = EpochState.restore({**state.arrays(), "dropout/000": np.zeros_like(state.dropout[0])}, Fields(state.info()))
     assert not np.array_equal(train(DROPOUT, resume=reset).head.kernel, train(DROPOUT).head.kernel)
 
 
@@ -158,7 +161,7 @@ def test_more_epochs_can_be_asked_for():
     assert_same(train(DROPOUT, resume=through_files(train(shorter))), train(DROPOUT))
 
 
-def test_resuming_keeps_the_patience_that_has_begun():
+def test_resuming_keeps_the_epochs_waited_so_far():
     # Labels of the validation photos that contradict the training ones: the loss can only rise.
     settings = KerasSettings(epochs=30, batch_size=16, learning_rate=0.02, patience=4, dropout=0.2)
     val_x, val_y = views(seed=1, photos=30)
@@ -194,7 +197,7 @@ def test_training_begins_with_the_given_head():
     assert np.allclose(state.head.bias, [1, 2, 3])
 
 
-def test_a_learning_rate_that_blows_up_is_told():
+def test_a_diverging_learning_rate_is_reported():
     with pytest.raises(FinetuneError, match="diverged") as caught:
         train(KerasSettings(epochs=3, learning_rate=1e38))
     assert "learning_rate" in caught.value.remedy

@@ -2,7 +2,7 @@
 
     python checkpointer.py FOLDER EPOCHS
 
-A stand-in for a training: each epoch changes the arrays in a way that depends on all before. It goes on from the last
+A stand-in for a training: each epoch changes the arrays in a way that depends on all before. It resumes from the last
 whole checkpoint, saves after every epoch, and prints the epoch once it is safe.
 """
 

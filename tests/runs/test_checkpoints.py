@@ -116,7 +116,7 @@ def test_a_file_cut_at_each_sixteenth_is_passed_over(tmp_path, name, record_prop
         assert_is(found, 1)
         assert len(found.warnings) == 1
         assert "epoch-0002 is damaged" in found.warnings[0]
-        assert "going on from epoch-0001" in found.warnings[0]
+        assert "resuming from epoch-0001" in found.warnings[0]
         assert name in found.warnings[0]
     path.write_bytes(whole)
     assert_is(checkpoints.load_latest(tmp_path), 2)
@@ -253,7 +253,7 @@ def pickled() -> bytes:
     return buffer.getvalue()
 
 
-GOOD = {"format": 1, "epoch": 1, "best": False, "arrays": ["a"], "state": {}}
+GOOD = {"format": 2, "epoch": 1, "best": False, "arrays": ["a"], "state": {}}
 BOMB = npy("{'descr': '<f4', 'fortran_order': False, 'shape': (200000, 100000), }")
 
 
@@ -268,7 +268,7 @@ BOMB = npy("{'descr': '<f4', 'fortran_order': False, 'shape': (200000, 100000), 
         (npz({"0.npy": b"text"}), GOOD),
         (npz({}), GOOD),
         (b"no zip", GOOD),
-        (npz({}), {**GOOD, "format": 2}),
+        (npz({}), {**GOOD, "format": 3}),
         (npz({}), {**GOOD, "epoch": "7"}),
         (npz({}), {**GOOD, "arrays": None}),
         (npz({}), []),

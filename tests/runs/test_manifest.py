@@ -64,7 +64,7 @@ BROKEN = [
     ("temperature", ...),
     ("device", None), ("feature_precision", "int4"),
     ("photos", [1]), ("photos.val", -1), ("photos.val", 1.5), ("photos.holdout", 5),
-    ("views", {}), ("views.a_photo", 0), ("views.computed", -1), ("views.cached", None),
+    ("views", {}), ("views.per_photo", 0), ("views.computed", -1), ("views.cached", None),
     ("cache_bytes", 0.5), ("bad_photos", {}), ("bad_photos", [5]), ("bad_photos", [{"path": "x"}]),
     ("roots", []), ("roots.val", 3), ("roots.val", ""), ("roots.val", "a\0b"), ("roots.val", ...), ("roots.x", "y"),
     ("parity", None), ("parity.photos", 0), ("parity.openvino_against_keras", math.nan),
@@ -128,7 +128,7 @@ def test_any_rubbish_anywhere_is_read_or_refused_in_a_line():
 
 
 def test_a_later_format_asks_for_an_update(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps({**EXAMPLE.to_json(), "format": 2}))
-    with pytest.raises(RunError, match=re.escape("has format 2, this version reads 1")) as caught:
+    (tmp_path / "run.json").write_text(json.dumps({**EXAMPLE.to_json(), "format": 3}))
+    with pytest.raises(RunError, match=re.escape("has format 3, this version reads 2")) as caught:
         Run.load(tmp_path)
     assert "update" in caught.value.remedy

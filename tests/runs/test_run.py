@@ -103,9 +103,9 @@ def test_truncations_and_flipped_bits_of_the_manifest_are_seen(tmp_path):
 def test_the_digest_of_the_manifest_can_be_made_elsewhere(tmp_path):
     made = finished(tmp_path / "a")
     content = json.loads((made.folder / "run.json").read_text())
-    told = content.pop("sha256")
+    recorded = content.pop("sha256")
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    assert hashlib.sha256(text.encode()).hexdigest() == told
+    assert hashlib.sha256(text.encode()).hexdigest() == recorded
 
 
 def test_a_changed_file_is_never_used(tmp_path):

@@ -25,7 +25,7 @@ EXAMPLE = Manifest(
     device="cpu",
     feature_precision="bfloat16",
     photos={"train": 20, "val": 9},
-    views=Views(a_photo=4, computed=80, cached=0),
+    views=Views(per_photo=4, computed=80, cached=0),
     cache_bytes=1000,
     bad_photos=(SkippedPhoto("ant/x.jpg", "is empty"),),
     roots={"train": "../../photos", "val": "../../photos"},

@@ -22,6 +22,7 @@ from finetune_cli.cache.features import FeatureStore
 from finetune_cli.config.load import load_config
 from finetune_cli.fields import Fields
 from finetune_cli.head import lbfgs
+from finetune_cli.head.data import HeadData
 from finetune_cli.inference import runtimes
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.metrics.scores import evaluate, softmax
@@ -128,13 +129,10 @@ def build(folder: Path, classes: tuple[str, ...] = ("ant", "bee", "wasp")) -> Ti
             augmenter = prepare.augmenter(settings) if split == "train" else None
             request = extract.Request(prepare.image_settings(settings), "tiny", "float32", augmenter)
             runtime = runtimes.OpenVinoRuntime(runtimes.convert(backbone), "float32", 1)
-            arrays[split] = extract.extract(
-                samples, request, 24, store, lambda _p, runtime=runtime: runtime, cache, 1, 4, lambda _n: None
-            ).array
-    rows, labels, weights, _groups = lbfgs.flatten_views(
-        arrays["train"], np.array([s.label for s in splits["train"]]), np.ones(len(splits["train"]))
-    )
-    head = lbfgs.fit_lbfgs(rows, labels, weights, len(classes), 1e-4)
+            resources = extract.Resources(store, lambda _p, runtime=runtime: runtime, cache, 1, 4)
+            arrays[split] = extract.extract(samples, request, 24, resources, lambda _n: None).array
+    data = HeadData.of(arrays["train"], np.array([s.label for s in splits["train"]]), len(classes))
+    head = lbfgs.fit_lbfgs(data.rows(), 1e-4)
     model = with_head(backbone, head)
     measured = {
         split: softmax(head.logits(arrays[split][:, 0]), TEMPERATURE).astype(np.float32) for split in ("val", "test")
@@ -175,7 +173,7 @@ def build(folder: Path, classes: tuple[str, ...] = ("ant", "bee", "wasp")) -> Ti
         device="cpu",
         feature_precision="float32",
         photos={split: len(samples) for split, samples in splits.items()},
-        views=Views(a_photo=2, computed=0, cached=0),
+        views=Views(per_photo=2, computed=0, cached=0),
         cache_bytes=0,
         bad_photos=(),
         roots={split: os.path.relpath(photos / split, home) for split in COUNTS},

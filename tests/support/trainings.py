@@ -108,8 +108,8 @@ class Workshop:
         (folder / "x.yaml").write_text(json.dumps(settings))  # JSON is YAML
         return Command(folder, "train", "x.yaml", *overrides, **options)
 
-    def go_on(self, folder: Path) -> Command:
-        """Resume what was begun in `folder`, or begin."""
+    def resume_or_begin(self, folder: Path) -> Command:
+        """Resume the run in `folder`, or begin one."""
         if list(folder.glob("runs/*/split.csv")):
             return Command(folder, "train", "--resume")
         return self.begin(folder)

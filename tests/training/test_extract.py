@@ -64,20 +64,19 @@ def expected(i, view):
 @pytest.fixture
 def run(tmp_path):
     runtime = FakeRuntime()
-    told = []
+    advanced = []
 
     def extract(samples, views=3, fingerprint="f", precision="float32", batch_size=4):
         runtime.photos = 0
-        told.clear()
+        advanced.clear()
         request = features.Request(
             ImageSettings(size=32), fingerprint, precision, FakeAugmenter(views) if views > 1 else None
         )
         with FeatureStore(tmp_path / "cache") as store:
-            return features.extract(
-                samples, request, WIDTH, store, lambda _p: runtime, tmp_path, 3, batch_size, told.append
-            )
+            resources = features.Resources(store, lambda _p: runtime, tmp_path, 3, batch_size)
+            return features.extract(samples, request, WIDTH, resources, advanced.append)
 
-    extract.runtime, extract.told = runtime, told
+    extract.runtime, extract.advanced = runtime, advanced
     return extract
 
 
@@ -89,7 +88,7 @@ def test_every_view_is_where_it_belongs(run, tmp_path, batch_size):
         for view in range(3):
             np.testing.assert_array_equal(found.array[i, view], expected(i, view))
     assert (found.computed, found.cached) == (30, 0)
-    assert sum(run.told) == 10
+    assert sum(run.advanced) == 10
 
 
 def test_a_second_pass_computes_nothing(run, tmp_path):
@@ -99,7 +98,7 @@ def test_a_second_pass_computes_nothing(run, tmp_path):
     assert run.runtime.photos == 0
     np.testing.assert_array_equal(first.array, second.array)
     assert (second.computed, second.cached) == (0, 18)
-    assert sum(run.told) == 6
+    assert sum(run.advanced) == 6
 
 
 def test_only_what_is_new_is_computed(run, tmp_path):
@@ -138,7 +137,7 @@ def test_a_bad_photo_is_left_out_and_costs_nothing_else(run, tmp_path):
     assert len(found.samples) == 6
     assert found.array.shape == (6, 3, WIDTH)
     np.testing.assert_array_equal(found.array[3, 1], expected(4, 1))
-    assert sum(run.told) == 7
+    assert sum(run.advanced) == 7
     assert (found.computed, found.cached) == (18, 0)
     again = run(samples)
     assert len(again.bad) == 1
@@ -160,7 +159,7 @@ def test_copies_of_a_photo_share_its_features(run, tmp_path, cached):
             np.testing.assert_array_equal(found.array[row, view], expected(i, view))
     assert run.runtime.photos == (6 if cached else 9)
     assert (found.computed, found.cached) == ((6, 3) if cached else (9, 0))
-    assert sum(run.told) == 6
+    assert sum(run.advanced) == 6
 
 
 def test_copies_of_a_bad_photo_are_bad(run, tmp_path):

@@ -48,7 +48,7 @@ def killed(shop, tmp_path_factory):
 
 
 @pytest.fixture
-def begun(killed, tmp_path):
+def started(killed, tmp_path):
     """A copy of the folder of an unfinished run."""
     return copied(killed, tmp_path / "copy")
 
@@ -60,7 +60,7 @@ def begun(killed, tmp_path):
 def test_sigkill_at_random_moments(shop, tmp_path, seed, record_property):
     rng, kills = random.Random(seed), 0
     for phase in ("preparing", "epochs", "saving", "epochs", "saving", "saving", "epochs", "preparing"):
-        ended = kill(shop.go_on(tmp_path), phase, rng, shop.reference)
+        ended = kill(shop.resume_or_begin(tmp_path), phase, rng, shop.reference)
         kills += ended.code == -signal.SIGKILL
         for run in tmp_path.glob("runs/*"):
             last = checkpoints.load_latest(run / "checkpoints")
@@ -72,24 +72,24 @@ def test_sigkill_at_random_moments(shop, tmp_path, seed, record_property):
             break
     record_property("tries", kills)
     assert kills == 4
-    ended = shop.go_on(tmp_path).end()
+    ended = shop.resume_or_begin(tmp_path).end()
     assert ended.code == 0, ended.errors
     assert "damaged" not in ended.errors
-    assert "surroundings" not in ended.errors
+    assert "the environment is not" not in ended.errors
     shop.assert_equal(next(tmp_path.glob("runs/*/run.json")).parent)
 
 
 def test_sigint_and_sigterm_save_what_is_whole(shop, tmp_path):
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
-        command = shop.go_on(tmp_path)
+        command = shop.resume_or_begin(tmp_path)
         assert command.wait_for("epoch ")
         assert command.wait_for("epoch ")
         command.send(number)
         ended = command.end()
         assert ended.code == code, ended.errors
         assert "Traceback" not in ended.errors
-        assert "go on with: finetune train --resume" in ended.errors
-    ended = shop.go_on(tmp_path).end()
+        assert "resume with: finetune train --resume" in ended.errors
+    ended = shop.resume_or_begin(tmp_path).end()
     assert ended.code == 0, ended.errors
     shop.assert_equal(tmp_path / "runs" / "x-1")
 
@@ -98,19 +98,19 @@ def test_sigterm_at_random_moments(shop, tmp_path, record_property):
     rng, tries = random.Random(0), 0
     finished = False
     while tries < 4 and not finished:
-        command = shop.go_on(tmp_path)
+        command = shop.resume_or_begin(tmp_path)
         time.sleep(rng.uniform(0.1, 0.8) * shop.reference.lines[-1][0])
         command.send(signal.SIGTERM)
         ended = command.end()
         tries += 1
         # On a machine that has become quicker since the reference, the run may be finished before the signal.
         finished = bool(list(tmp_path.glob("runs/*/run.json")))
-        # In the first instant, before the program has begun, it ends by the signal itself.
+        # In the first instant, before the program has started, it ends by the signal itself.
         assert ended.code in {143, -signal.SIGTERM} | ({0} if finished else set()), ended.errors
         assert "Traceback" not in ended.errors
     record_property("tries", tries)
     if not finished:
-        ended = shop.go_on(tmp_path).end()
+        ended = shop.resume_or_begin(tmp_path).end()
         assert ended.code == 0, ended.errors
     shop.assert_equal(next(tmp_path.glob("runs/*/run.json")).parent)
 
@@ -127,7 +127,7 @@ def test_a_second_signal_ends_at_once(shop, tmp_path):
     assert checkpoints.load_latest(tmp_path / "runs" / "x-1" / "checkpoints").epoch >= 2
 
 
-# Going on
+# Resuming
 
 
 def test_more_epochs_equal_a_run_that_had_them_from_the_start(shop, tmp_path):
@@ -137,11 +137,11 @@ def test_more_epochs_equal_a_run_that_had_them_from_the_start(shop, tmp_path):
     shop.assert_equal(run)
 
 
-def test_a_damaged_checkpoint_is_passed_over_with_a_warning(shop, begun, record_property):
-    run = begun / "runs" / "x-1"
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(shop, started, record_property):
+    run = started / "runs" / "x-1"
     newest = max((run / "checkpoints").iterdir())
     flip(newest / "arrays.npz", 12345)
-    ended = Command(begun, "train", "--resume").end()
+    ended = Command(started, "train", "--resume").end()
     assert ended.code == 0, ended.errors
     assert (
         f"warning: runs/x-1/checkpoints/{newest.name} is damaged: SHA256SUMS does not match arrays.npz" in ended.errors
@@ -149,18 +149,18 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(shop, begun, record_
     shop.assert_equal(run)
 
 
-def test_when_no_checkpoint_is_whole_nothing_starts_over(begun):
-    for path in begun.glob("runs/x-1/checkpoints/*/state.json"):
+def test_when_no_checkpoint_is_whole_nothing_starts_over(started):
+    for path in started.glob("runs/x-1/checkpoints/*/state.json"):
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(FinetuneError, match="no checkpoint is whole"):
-        resume(begun / "runs" / "x-1")
+        resume(started / "runs" / "x-1")
 
 
-def test_photos_may_move_between_a_kill_and_the_resume(shop, begun):
-    photos = copied(shop.photos, begun / "photos")
-    ended = Command(begun, "train", "--resume", f"data.train={photos / 'train'}").end()
+def test_photos_may_move_between_a_kill_and_the_resume(shop, started):
+    photos = copied(shop.photos, started / "photos")
+    ended = Command(started, "train", "--resume", f"data.train={photos / 'train'}").end()
     assert ended.code == 0, ended.errors
-    shop.assert_equal(begun / "runs" / "x-1", "config.yaml")
+    shop.assert_equal(started / "runs" / "x-1", "config.yaml")
 
 
 def delete(photos: Path) -> str:
@@ -185,27 +185,27 @@ def rename_class(photos: Path) -> str:
 
 
 @pytest.mark.parametrize("how", [delete, change, add, rename_class])
-def test_other_photos_are_refused_by_name(shop, begun, how):
-    photos, run = copied(shop.photos, begun / "photos"), begun / "runs" / "x-1"
-    told = how(photos)
+def test_other_photos_are_refused_by_name(shop, started, how):
+    photos, run = copied(shop.photos, started / "photos"), started / "runs" / "x-1"
+    message = how(photos)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != ".lock-holder"}
     with pytest.raises(RunError, match="the photos are not those") as caught:
         resume(run, f"data.train={photos / 'train'}")
-    assert told in caught.value.problem
+    assert message in caught.value.problem
     for path, content in before.items():
         assert path.read_bytes() == content
 
 
-def test_other_settings_are_refused_by_name(begun):
-    path = begun / "runs" / "x-1" / "config.yaml"
+def test_other_settings_are_refused_by_name(started):
+    path = started / "runs" / "x-1" / "config.yaml"
     path.write_text(path.read_text().replace("dropout: 0.3", "dropout: 0.4").replace("seed: 0", "seed: 3"))
     with pytest.raises(RunError, match="the settings are not those") as caught:
-        resume(begun / "runs" / "x-1")
+        resume(started / "runs" / "x-1")
     assert "  model.dropout was 0.3, is 0.4\n  training.seed was 0, is 3" in caught.value.problem
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "split.csv", "environment.json", "checkpoints/begun.json"])
-def test_a_damaged_beginning_is_refused_or_means_the_same(shop, killed, tmp_path, name, record_property):
+@pytest.mark.parametrize("name", ["config.yaml", "split.csv", "environment.json", "checkpoints/start.json"])
+def test_a_damaged_record_is_refused_or_means_the_same(shop, killed, tmp_path, name, record_property):
     whole = (killed / "runs" / "x-1" / name).read_bytes()
     damaged = [whole[: len(whole) * i // 16] for i in range(16)] + [flipped(whole, bit) for bit in (99, 1234, 3333)]
     refused = 0
@@ -223,8 +223,8 @@ def test_a_damaged_beginning_is_refused_or_means_the_same(shop, killed, tmp_path
     assert refused >= len(damaged) - 4  # the end of config.yaml holds what the defaults say, too
 
 
-def test_a_kill_between_the_record_of_more_epochs_and_the_config(begun):
-    run = begun / "runs" / "x-1"
+def test_a_kill_between_the_record_of_more_epochs_and_the_config(started):
+    run = started / "runs" / "x-1"
     before = (run / "config.yaml").read_bytes()
     with pytest.raises(Interrupted):
         resume(run, "training.epochs=50", observer=InterruptedAtOnce())
@@ -266,11 +266,11 @@ def test_two_trainings_with_one_name_and_one_new_cache(shop, tmp_path):
     shop.assert_equal(tmp_path / "runs" / "same", "config.yaml")
 
 
-def test_two_processes_do_not_resume_one_run(shop, begun):
-    ended = [command.end() for command in [Command(begun, "train", "--resume") for _ in range(2)]]
+def test_two_processes_do_not_resume_one_run(shop, started):
+    ended = [command.end() for command in [Command(started, "train", "--resume") for _ in range(2)]]
     assert sorted(each.code for each in ended) == [0, 1], [each.errors for each in ended]
     assert "runs/x-1 is in use by process" in max(ended, key=lambda each: each.code).errors
-    shop.assert_equal(begun / "runs" / "x-1")
+    shop.assert_equal(started / "runs" / "x-1")
 
 
 # Limits and full disks
@@ -287,7 +287,7 @@ def test_a_limit_on_the_size_of_files(shop, tmp_path):
     assert f"model.keras would be larger than the system allows ({4 * weights // 1000} kB are needed)" in ended.errors
     assert not (run / "model.keras").exists()
     assert checkpoints.load_latest(run / "checkpoints").epoch == trainings.EPOCHS
-    ended = shop.go_on(tmp_path).end()
+    ended = shop.resume_or_begin(tmp_path).end()
     assert ended.code == 0, ended.errors
     shop.assert_equal(run)
 

@@ -115,12 +115,12 @@ def test_the_calibration_is_not_that_of_the_photos_it_was_fitted_on(finished):
     """What train writes about validation photos is what evaluate finds: cross-fitted, and so worse than as fitted."""
     with finished.file("predictions.csv").open(encoding="utf-8", newline="") as file:
         probabilities = [float(row[row["true"]]) for row in csv.DictReader(file)]
-    told = finished.manifest.metrics["val"].document
-    assert told["log_loss"] > -np.log(probabilities).mean() * 1.001
+    recorded = finished.manifest.metrics["val"].document
+    assert recorded["log_loss"] > -np.log(probabilities).mean() * 1.001
     found = command_evaluate.evaluate(finished, Silent()).judged
     assert found.photos.part == "val"
-    assert told["log_loss"] == pytest.approx(found.evaluation.log_loss, rel=1e-3)
-    assert json.loads(finished.file("metrics.json").read_text())["val"] == told
+    assert recorded["log_loss"] == pytest.approx(found.evaluation.log_loss, rel=1e-3)
+    assert json.loads(finished.file("metrics.json").read_text())["val"] == recorded
 
 
 def test_predictions_equal_what_was_measured(finished, drawn):
@@ -131,10 +131,10 @@ def test_predictions_equal_what_was_measured(finished, drawn):
     predictor = command_predict.RunPredictor(finished, workers=2)
     answers = command_predict.predict(predictor, [drawn / row[1] for row in rows], top_k=2)
     for row, answer in zip(rows, answers, strict=True):
-        told = dict(answer.top)
+        probability_of = dict(answer.top)
         assert answer.label == row[3]
-        assert told["city"] == pytest.approx(float(row[4]), abs=1e-4)
-        assert told["forest"] == pytest.approx(float(row[5]), abs=1e-4)
+        assert probability_of["city"] == pytest.approx(float(row[4]), abs=1e-4)
+        assert probability_of["forest"] == pytest.approx(float(row[5]), abs=1e-4)
 
 
 def test_the_saved_graph_ends_as_promised(finished):
@@ -231,7 +231,7 @@ def test_a_third_class_keeps_the_first_two(tmp_path, drawn, cache, finished):
 
 
 def test_start_from_wants_the_same_backbone(tmp_path, drawn, cache, finished, monkeypatch):
-    monkeypatch.setattr(prepare.extract, "extract", None)  # it is told before the features are computed
+    monkeypatch.setattr(prepare.extract, "extract", None)  # it is reported before the features are computed
     with pytest.raises(RunError, match="another backbone"):
         command_train.train(
             load(tmp_path, drawn, cache, f"model.start_from={finished.folder}", "model.weights=null"), Silent()
@@ -239,7 +239,7 @@ def test_start_from_wants_the_same_backbone(tmp_path, drawn, cache, finished, mo
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("model.backbone=resnet5", "no backbone 'resnet5'"),
         ("model.weights=none", "did you mean null?"),
@@ -249,16 +249,16 @@ def test_start_from_wants_the_same_backbone(tmp_path, drawn, cache, finished, mo
         ("output.name=taken", "exists already"),
     ],
 )
-def test_check_tells_what_would_stop_train(tmp_path, drawn, cache, override, told):
+def test_check_reports_what_would_stop_train(tmp_path, drawn, cache, override, message):
     (tmp_path / "runs" / "taken").mkdir(parents=True)
     loaded = load(tmp_path, drawn, cache, override)
     for command in (command_check.check, command_train.train):
         with pytest.raises(FinetuneError) as caught:
             command(loaded, Silent())
-        assert told in str(caught.value)
+        assert message in str(caught.value)
 
 
-def test_one_view_with_transforms_is_told(tmp_path, drawn, cache):
+def test_one_view_with_transforms_is_reported(tmp_path, drawn, cache):
     observer = Silent()
     prepare.prepare(load(tmp_path, drawn, cache, "augmentation.horizontal_flip=true", "augmentation.views=1"), observer)
     assert "augmentation.views is 1, the photo itself: no transform is applied" in observer.warnings
@@ -283,7 +283,7 @@ def test_a_bad_photo_stops_before_anything_exists(tmp_path, with_bad_photo, cach
         command_check.check(load(tmp_path, photos, cache), Silent())
 
 
-def test_all_bad_photos_are_told_at_once_before_anything_is_built(tmp_path, with_bad_photo, cache, monkeypatch):
+def test_all_bad_photos_are_reported_at_once_before_anything_is_built(tmp_path, with_bad_photo, cache, monkeypatch):
     photos, cut = with_bad_photo  # only the decoder finds this one
     (photos / "forest" / "empty.jpg").write_bytes(b"")  # and the header tells this one
     monkeypatch.setattr(prepare, "build_backbone", None)
@@ -326,13 +326,13 @@ def test_a_model_that_disagrees_is_not_finished(tmp_path, drawn, cache, monkeypa
     assert not (tmp_path / "runs" / "photos-1" / "run.json").exists()
 
 
-def test_a_taken_name_is_told_before_the_work(tmp_path, drawn, cache):
+def test_a_taken_name_is_reported_before_the_work(tmp_path, drawn, cache):
     (tmp_path / "runs" / "mine").mkdir(parents=True)
     with pytest.raises(UsageError, match="never overwritten"):
         command_train.train(load(tmp_path, drawn, cache, "output.name=mine"), Silent())
 
 
-def test_the_manifest_names_versions_and_surroundings(finished):
+def test_the_manifest_names_versions_and_environment(finished):
     environment = json.loads(finished.file("environment.json").read_text())
     assert environment["packages"]["keras"]
     assert environment["cpu"]["flags"]
@@ -347,7 +347,7 @@ def test_every_shipped_config_trains(tmp_path, drawn, cache, name):
     overrides = [f"data.train={drawn}", f"runtime.cache_dir={cache}", f"output.directory={tmp_path / 'runs'}"]
     run = command_train.train(load_config(path, [*overrides, *weights]), Silent(), name)
     assert run.name == f"{name}-1"
-    assert run.manifest.views.a_photo > 1
+    assert run.manifest.views.per_photo > 1
 
 
 def test_a_model_that_is_no_better_than_the_majority_class_says_why(tmp_path, cache):

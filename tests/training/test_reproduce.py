@@ -14,7 +14,7 @@ from paths import ROOT
 from finetune_cli import files
 from finetune_cli.errors import RunError
 from finetune_cli.progress import Silent
-from finetune_cli.runs import environment as surroundings
+from finetune_cli.runs import environment as environments
 from finetune_cli.runs import run
 from finetune_cli.runs.environment import Difference
 from finetune_cli.runs.manifest import SkippedPhoto
@@ -44,24 +44,24 @@ def copy(tiny_run, tmp_path):
     return rewritten
 
 
-def test_the_same_place(copy):
+def test_the_same_environment(copy):
     found = reproduce(copy(), Silent())
     assert found.same, found
 
 
-def test_another_place(copy):
+def test_another_environment(copy):
     made = copy()
-    environment = surroundings.read_environment(made.folder / "environment.json")
+    environment = environments.read_environment(made.folder / "environment.json").to_json()
     environment["packages"]["keras"] = "3.99"
     environment["cpu"]["flags"] = ["avx9"]
     environment["git_commit"] = None
     environment["variables"] = {**environment["variables"], "OMP_NUM_THREADS": "7"}
     found = reproduce(copy(environment), Silent())
-    told = {each.what: each for each in found.surroundings}
-    assert told["packages.keras"].before == "3.99"
-    assert told["cpu.flags"].before == "avx9"
-    assert told["variables.OMP_NUM_THREADS"].before == "7"
-    assert set(told) <= {"packages.keras", "cpu.flags", "variables.OMP_NUM_THREADS", "git_commit"}
+    changes = {change.what: change for change in found.environment}
+    assert changes["packages.keras"].before == "3.99"
+    assert changes["cpu.flags"].before == "avx9"
+    assert changes["variables.OMP_NUM_THREADS"].before == "7"
+    assert set(changes) <= {"packages.keras", "cpu.flags", "variables.OMP_NUM_THREADS", "git_commit"}
     assert not found.same
     assert found.photos == ()
 
@@ -154,13 +154,13 @@ def test_a_damaged_run_is_refused(copy):
     for content in (b"", b"[]", b"\xff", b"[" * 10**5):
         (made.folder / "environment.json").write_bytes(content)
         with pytest.raises(RunError, match=r"environment\.json is damaged"):
-            surroundings.read_environment(made.folder / "environment.json")
+            environments.read_environment(made.folder / "environment.json")
 
 
 def test_differences_name_what_came_and_what_went():
     before = {"a": 1, "b": {"c": [1, 2], "d": None, "e": 0.5}, "gone": True}
     now = {"a": 1, "b": {"c": [1], "d": None, "e": 0.5}, "come": "x"}
-    assert surroundings.differences(before, now) == [
+    assert environments.differences(before, now) == [
         Difference("b.c", "1 2", "1"),
         Difference("gone", "True", ""),
         Difference("come", "", "x"),
@@ -168,7 +168,7 @@ def test_differences_name_what_came_and_what_went():
 
 
 def test_all_that_is_depended_on_is_recorded():
-    found = surroundings.packages()
+    found = environments.packages()
     assert list(found)[:3] == ["finetune-cli", "tensorflow", "keras"]
     for name in ("matplotlib", "ml-dtypes", "threadpoolctl", "protobuf", "pydantic-core"):
         assert found[name] == metadata.version(name)
@@ -190,9 +190,9 @@ ARM = "processor\t: 0\nFeatures\t: fp asimd bf16\nCPU part\t: 0xd4f\n"
 def test_the_processor(text, model, flags, tmp_path, monkeypatch):
     if text is not None:
         (tmp_path / "cpuinfo").write_text(text)
-    monkeypatch.setattr(surroundings, "_CPU_FACTS", tmp_path / "cpuinfo")
-    monkeypatch.setattr(surroundings.platform, "processor", lambda: "cpu")
-    assert {**surroundings._cpu(), "machine": ""} == {"machine": "", "model": model, "flags": flags}
+    monkeypatch.setattr(environments, "_CPU_FACTS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(environments.platform, "processor", lambda: "cpu")
+    assert {**environments._cpu(), "machine": ""} == {"machine": "", "model": model, "flags": flags}
 
 
 @pytest.mark.parametrize("driver", ["535.161.08", None])
@@ -203,12 +203,12 @@ def test_the_gpu(driver, tmp_path, monkeypatch):
         (tmp_path / "version").write_text(
             f"NVRM version: NVIDIA UNIX x86_64 Kernel Module  {driver}  Sat Feb 24\nGCC 12\n"
         )
-    monkeypatch.setattr(surroundings, "_DRIVER_FACTS", tmp_path / "version")
+    monkeypatch.setattr(environments, "_DRIVER_FACTS", tmp_path / "version")
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda _kind: ["one", "two"])
     details = {"one": {"device_name": "H100", "compute_capability": (9, 0)}, "two": {}}
     monkeypatch.setattr(tf.config.experimental, "get_device_details", details.__getitem__)
     monkeypatch.setattr(tf.sysconfig, "get_build_info", lambda: {"cuda_version": "12.5", "cudnn_version": "9"})
-    assert surroundings._gpu() == {
+    assert environments._gpu() == {
         "devices": ["H100 9.0", "unknown"],
         "driver": driver,
         "cuda": "12.5",
@@ -217,7 +217,7 @@ def test_the_gpu(driver, tmp_path, monkeypatch):
 
 
 def test_the_command_line(copy, tmp_path):
-    environment = surroundings.read_environment(copy().folder / "environment.json")
+    environment = environments.read_environment(copy().folder / "environment.json").to_json()
     environment["packages"]["keras"] = "3.99"
     made = copy(environment)
     command = [sys.executable, "-m", "finetune_cli", "check", "--reproduce", str(made.folder)]

@@ -71,7 +71,7 @@ def test_a_csv_will_do(tmp_path: Path) -> None:
     assert prepare.index(load_config(target), Silent()).classes == ("even", "odd")
 
 
-def test_bad_photos_are_told_and_skipped(tmp_path: Path) -> None:
+def test_bad_photos_are_reported_and_skipped(tmp_path: Path) -> None:
     photos(tmp_path / "set" / "cat", 20)
     photos(tmp_path / "set" / "dog", 20)
     (tmp_path / "set" / "dog" / "broken.jpg").write_bytes(b"not a photo")
@@ -82,7 +82,7 @@ def test_bad_photos_are_told_and_skipped(tmp_path: Path) -> None:
     assert load_config(target).data.on_bad_image == "skip"
 
 
-def test_too_many_bad_photos_are_told(tmp_path: Path) -> None:
+def test_too_many_bad_photos_are_reported(tmp_path: Path) -> None:
     photos(tmp_path / "set" / "cat", 5)
     photos(tmp_path / "set" / "dog", 5)
     for i in range(2):

@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from finetune_cli.backbones.registry import BUNDLED, BackboneInfo, find, similar
 from finetune_cli.errors import ConfigError, WeightsError
 from finetune_cli.files import sha256
 from finetune_cli.keras_setup import import_keras
+from finetune_cli.progress import Meter, ignore
 from finetune_cli.untrusted.keras_archive import load_keras_file
 
 if TYPE_CHECKING:
@@ -105,13 +106,13 @@ def build(
     size: int,
     seed: int,
     weights_sha256: str | None = None,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: Meter = ignore,
 ) -> Backbone:
     """Build a backbone for photos of `size` by `size` pixels.
 
     `weights`: ``"imagenet"`` (for the bundled backbone and for a `.keras` file: its own), a weight file, or `None` for
-    random ones drawn from `seed`. `weights_sha256`: what the weight file must be. `progress`: bytes fetched and in
-    all, if a file is downloaded. Raises `ConfigError` and `WeightsError`.
+    random ones drawn from `seed`. `weights_sha256`: what the weight file must be. `progress` counts the
+    bytes of a download. Raises `ConfigError` and `WeightsError`.
     """
     info = resolve(name_or_path)
     if size < info.min_size:

@@ -10,13 +10,14 @@ import hashlib
 import os
 import re
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_cli.errors import WeightsError
 from finetune_cli.files import atomic_path, open_regular
+from finetune_cli.progress import Meter, ignore
 from finetune_cli.untrusted import hdf5
 
 if TYPE_CHECKING:
@@ -69,12 +70,10 @@ def imagenet_path(info: "BackboneInfo", size: int) -> Path:
     return Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras").expanduser() / "models" / name
 
 
-def find_imagenet(
-    info: "BackboneInfo", size: int, progress: Callable[[int, int], None] = lambda _done, _total: None
-) -> Path:
+def find_imagenet(info: "BackboneInfo", size: int, progress: Meter = ignore) -> Path:
     """The ImageNet weights (without top) for a backbone at `size`: from Keras's cache, else downloaded into it.
 
-    `progress` is called with the bytes fetched and the bytes in all. Raises `WeightsError` naming the exact file and
+    `progress` counts the bytes of a download. Raises `WeightsError` naming the exact file and
     folder when there is no connection, and when the file there is not the one that Keras publishes.
     """
     (url, _name), digest = info.weights_file(size), info.digest
@@ -98,7 +97,7 @@ def has_digest(path: Path, digest: str | None) -> bool:
         return hashlib.file_digest(file, "md5" if len(digest) == 32 else "sha256").hexdigest() == digest
 
 
-def _download(url: str, path: Path, digest: str | None, progress: Callable[[int, int], None]) -> None:
+def _download(url: str, path: Path, digest: str | None, progress: Meter) -> None:
     try:
         response = urllib.request.urlopen(url, timeout=_TIMEOUT)  # noqa: S310 - an https URL of our own table
     except OSError as exc:
@@ -113,7 +112,7 @@ def _download(url: str, path: Path, digest: str | None, progress: Callable[[int,
             if not chunk:
                 break
             file.write(chunk)
-            progress(file.tell(), total)
+            progress(len(chunk), total)
         file.flush()
         if not has_digest(temporary, digest):
             raise WeightsError(f"the download of {url} came in damaged (its hash is not {digest})", "try again")

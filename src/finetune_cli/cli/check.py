@@ -71,8 +71,8 @@ def _print_photos(console: "Console", report: "Report") -> None:
 def _print_differences(console: "Console", found: "Reproduction") -> None:
     """The end of `check --reproduce`: what differs here from where a run was trained."""
     folder = shown(nearby(found.run.folder))
-    if found.surroundings:
-        rows = [(difference.what, difference.before or "-", difference.now or "-") for difference in found.surroundings]
+    if found.environment:
+        rows = [(difference.what, difference.before or "-", difference.now or "-") for difference in found.environment]
         console.table(("", f"{folder} was trained with", "here"), rows)
     for line in found.weights:
         console.print(shown(line))

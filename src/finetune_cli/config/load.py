@@ -63,6 +63,24 @@ def load_config(path: Path | None, overrides: Sequence[str] | Mapping[str, Any] 
     return config
 
 
+def restored(values: Mapping[str, Any], folder: Path) -> Config:
+    """The config of which this or an earlier version gave `values` as `Config.dump` in `folder`.
+
+    Raises `ConfigError` when this version cannot use it.
+    """
+    copy: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    absolute, wrong = resolve_paths(copy, folder, frozenset())
+    if wrong:
+        raise ConfigError(wrong[0][1], "train a new run")
+    try:
+        config = Config.model_validate(copy)
+    except ValidationError as exc:
+        where = ".".join(map(str, exc.errors()[0]["loc"]))
+        raise ConfigError(f"`{where}`: {exc.errors()[0]['msg']}", "train a new run") from exc
+    config._typed_absolute = absolute
+    return config
+
+
 def _apply_overrides(values: dict[str, Any], overrides: Sequence[str], problems: list[str]) -> frozenset[str]:
     names = set()
     for override in overrides:

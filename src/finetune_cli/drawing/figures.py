@@ -1,6 +1,6 @@
 """Pictures of a run as PNG: learning curves, and the confusion matrix from 2 to some hundred classes.
 
-matplotlib without its global state (no pyplot), so that nothing depends on a display or on a person's settings.
+matplotlib without its global state (no pyplot), so that nothing depends on a display or on the user's settings.
 """
 
 import math
@@ -46,13 +46,13 @@ def write_figures(
 
 
 def _import_figure() -> type["Figure"]:
-    """matplotlib's `Figure`, without a person's matplotlibrc and without the folders that it makes in the home."""
+    """matplotlib's `Figure`, without the user's matplotlibrc and without creating folders in the home directory."""
     if "matplotlib.font_manager" not in sys.modules:
         before = os.environ.get(_FOLDER)
         with tempfile.TemporaryDirectory() as folder:
             os.environ[_FOLDER] = folder
             try:
-                import matplotlib.font_manager  # noqa: F401 - which lists the fonts, a matter of tenths of a second
+                import matplotlib.font_manager  # noqa: F401 - lists the fonts, which takes tenths of a second
             finally:
                 del os.environ[_FOLDER]
                 if before is not None:
@@ -99,7 +99,7 @@ def confusion_matrix(path: Path, evaluation: Evaluation, root: Path | None = Non
     ax = figure.subplots()
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     readable = side / n > 0.15  # inches; smaller cells could not hold two digits
-    edges = "#dddddd" if readable else "none"  # a million of them take their time
+    edges = "#dddddd" if readable else "none"  # a million of them are slow
     ax.pcolormesh(shares, cmap="Blues", vmin=0, vmax=1, edgecolors=edges, linewidth=0.4)
     for i, j in np.argwhere(counts) if readable else ():
         ink = "white" if shares[i, j] > 0.5 else "#1a1a1a"

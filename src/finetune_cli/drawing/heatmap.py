@@ -1,18 +1,18 @@
-"""A map of evidence ``(h, w)`` laid over a photo: red speaks for, blue against, grey says nothing."""
+"""A map of evidence ``(h, w)`` over a photo: red is evidence for, blue against, grey is neutral."""
 
 import numpy as np
 from numpy.typing import NDArray
 
 _FOR = np.array((214, 39, 24), np.float64)
 _AGAINST = np.array((33, 102, 205), np.float64)
-_STRONGEST = 0.7  # how much of the photo the strongest place hides
+_STRONGEST = 0.7  # the opacity of the strongest evidence
 _GREY = np.array((0.299, 0.587, 0.114))  # luminance, ITU-R BT.601
 
 
 def overlay(photo: NDArray[np.uint8], evidence: NDArray[np.float64]) -> NDArray[np.uint8]:
     """The photo ``uint8 (H, W, 3)`` in grey with `evidence` ``(h, w)`` in colour, as ``uint8 (H, W, 3)``.
 
-    The strongest place, for or against, has the full colour; zero has none.
+    The strongest evidence, for or against, has the full colour; zero has none.
     """
     from PIL import Image
 

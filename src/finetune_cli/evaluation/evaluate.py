@@ -22,7 +22,7 @@ from finetune_cli.photos import dataset
 from finetune_cli.progress import Observer
 from finetune_cli.runs.run import Run
 from finetune_cli.tables import write_csv
-from finetune_cli.training import outputs, prepare
+from finetune_cli.training import outputs
 
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 
@@ -128,8 +128,7 @@ def _photos(run: Run, data: Path | None, root: Path | None, workers: int, observ
         with observer.stage("looking for the photos", None, "files") as advance:
             return judged.photos_of_run(run, root, workers, advance)
     with observer.stage("preflight", None) as advance, DigestCache(None) as cache:
-        progress = prepare.advance_to(advance)
-        labelled = dataset.load_labelled(data, run.classes, run.image_settings.max_pixels, cache, progress)
+        labelled = dataset.load_labelled(data, run.classes, run.image_settings.max_pixels, cache, advance)
     present = {sample.label for sample in labelled.samples}
     notes = labelled.notes
     if len(present) < len(run.classes):

@@ -1,4 +1,4 @@
-"""A head outside its fit: where one starts, how it grows to new classes, and the finished model around it.
+"""A head before and after its fit: its initial weights, its growth to new classes, and the finished model.
 
 `build` puts a head on a backbone: raw pixels (N, H, W, 3) in, probabilities (N, C) out.
 """
@@ -27,11 +27,11 @@ def glorot(width: int, n_classes: int, seed: int) -> Head:
 def grow(
     head: Head, old_classes: Sequence[str], new_classes: Sequence[str], seed: int
 ) -> tuple[Head, tuple[str, ...], tuple[str, ...]]:
-    """`head` for `new_classes`, which of them were kept, and which are new; the other old columns are left out.
+    """`head` for `new_classes`, the names of those that were kept, and of the new ones; other columns are dropped.
 
     Kept columns are copied bit for bit. A new one is the mean of the kept ones plus a Glorot draw: adding the same
-    vector to all columns of a softmax head changes no probability, so only relative to the kept columns is there a
-    neutral place, where a new class wins neither everywhere nor nowhere.
+    vector to all columns of a softmax head changes no probability, so a neutral start, from which a new class is
+    predicted neither always nor never, exists only relative to the kept columns.
     """
     kept = tuple(name for name in new_classes if name in old_classes)
     grown = glorot(len(head.kernel), len(new_classes), seed)
@@ -40,8 +40,8 @@ def grow(
     if kept:
         kernel += head.kernel[:, columns].mean(axis=1, keepdims=True)
         bias += head.bias[columns].mean()
-    places = [list(new_classes).index(name) for name in kept]
-    kernel[:, places], bias[places] = head.kernel[:, columns], head.bias[columns]
+    targets = [list(new_classes).index(name) for name in kept]
+    kernel[:, targets], bias[targets] = head.kernel[:, columns], head.bias[columns]
     return Head(kernel, bias), kept, tuple(name for name in new_classes if name not in old_classes)
 
 

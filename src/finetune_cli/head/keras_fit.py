@@ -1,6 +1,6 @@
 """The fit of the softmax head in Keras, by Adam or SGD, an epoch at a time.
 
-Features (photos, views, D) and labels (photos,) go in, a state comes out after each epoch; the objective is that of
+`HeadData` with features (photos, views, D) goes in, a state comes out after each epoch; the objective is that of
 `finetune_cli.head.lbfgs`.
 """
 
@@ -15,14 +15,16 @@ from numpy.typing import NDArray
 
 from finetune_cli import signals
 from finetune_cli.errors import FinetuneError
+from finetune_cli.fields import FieldError, Fields
 from finetune_cli.head.classifier import glorot
-from finetune_cli.head.lbfgs import Floats, Head, Ints, Rows, one_blas_thread
+from finetune_cli.head.data import HeadData, Rows
+from finetune_cli.head.lbfgs import Head, one_blas_thread
 from finetune_cli.keras_setup import import_keras
 
 
 @dataclass(frozen=True, slots=True)
 class KerasSettings:
-    """How `fit_epochs` trains; `patience` None trains all epochs. The best weights are kept either way."""
+    """How `fit_epochs` trains; `patience` None trains all epochs. The best weights are returned either way."""
 
     optimizer: Literal["adam", "sgd"] = "adam"
     epochs: int = 30
@@ -82,66 +84,75 @@ class EpochState:
         }
 
     @classmethod
-    def restore(cls, arrays: Mapping[str, NDArray[Any]], info: Mapping[str, Any]) -> "EpochState":
-        """The state that `arrays` and `info` were taken from. Raises `KeyError` when something is missing."""
+    def restore(cls, arrays: Mapping[str, NDArray[Any]], info: Fields) -> "EpochState":
+        """The state that `arrays` and `info` were taken from.
 
-        def those(prefix: str) -> tuple[NDArray[Any], ...]:
+        Raises `FieldError` when an array or a key is missing or of a wrong type.
+        """
+
+        def array(name: str) -> NDArray[Any]:
+            if name not in arrays:
+                raise FieldError(f"the array {name} is missing")
+            return arrays[name]
+
+        def numbered(prefix: str) -> tuple[NDArray[Any], ...]:
             return tuple(arrays[name] for name in sorted(arrays) if name.startswith(prefix + "/"))
 
         return cls(
-            epoch=info["epoch"],
-            head=Head(arrays["kernel"], arrays["bias"]),
-            best=Head(arrays["best/kernel"], arrays["best/bias"]),
-            best_epoch=info["best_epoch"],
-            best_loss=info["best_loss"],
-            wait=info["wait"],
-            history=tuple(info["history"]),
-            optimizer=those("optimizer"),
-            dropout=those("dropout"),
+            epoch=info.integer("epoch", 1),
+            head=Head(array("kernel"), array("bias")),
+            best=Head(array("best/kernel"), array("best/bias")),
+            best_epoch=info.integer("best_epoch", 1),
+            best_loss=info.number("best_loss"),
+            wait=info.integer("wait"),
+            history=tuple(_history_row(row) for row in info.objects("history")),
+            optimizer=numbered("optimizer"),
+            dropout=numbered("dropout"),
         )
 
 
+def _history_row(row: Fields) -> dict[str, float]:
+    columns = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")
+    return {"epoch": row.integer("epoch", 1), **{column: row.number(column) for column in columns}}
+
+
 def fit_epochs(
-    features: Rows,
-    labels: Ints,
-    weights: Floats,
-    val_features: Rows,
-    val_labels: Ints,
-    n_classes: int,
+    train: HeadData,
+    val: HeadData,
     settings: KerasSettings,
     start: Head | None = None,
     resume: EpochState | None = None,
 ) -> Iterator[EpochState]:
     """Fit a head in Keras, by Adam or SGD, and yield the state after each epoch; the last one's `best` is the result.
 
-    features: float32 (photos, views, D), read batch by batch, so it may be a memory map; labels and weights: (photos,);
-    val_features: (n, D), n >= 1. An epoch visits each photo once, in an order drawn from (seed, epoch) and in its next
-    view. Training stops after `patience` epochs without a lower validation loss (the objective on the validation
-    photos, all of weight 1). Given as `resume`, any state leads to bit-identical ends; after a last one nothing is
-    yielded. Raises `FinetuneError` when the loss is no longer finite, `Interrupted` after a batch in which a signal
-    came.
+    train: features float32 ``(photos, views, D)``, read batch by batch, so they may be a memory map. val: features
+    ``(n, D)``, n >= 1; its weights are not used. An epoch visits each photo once, in an order drawn from (seed, epoch)
+    and in its next view. Training stops after `patience` epochs without a lower validation loss (the objective on the
+    validation photos, all of weight 1). Given as `resume`, any state leads to a bit-identical result; after a last one
+    nothing is yielded. Raises `FinetuneError` when the loss is no longer finite, `Interrupted` after a batch in which a
+    signal came.
     """
     state = resume
     if state is not None and _is_last(state, settings):
         return
-    keras = import_keras()
+    keras, width = import_keras(), train.features.shape[2]
     trainer = None
     while state is None or not _is_last(state, settings):
         began = time.perf_counter()
         epoch = state.epoch if state is not None else 0
-        # On a GPU so small a model is slower, and not the same twice. Nothing is held while the caller has the state.
+        # So small a model is slower on a GPU, and not reproducible. Signals are deferred during the epoch only.
         with signals.deferred(), keras.device("cpu:0"), one_blas_thread():
             if trainer is None:
-                trainer = _Trainer(keras, features.shape[2], n_classes, settings)
-                trainer.set(state, start or glorot(features.shape[2], n_classes, settings.seed))
-                batches = _batches(features, np.asarray(labels), np.asarray(weights), n_classes, settings)
+                trainer = _Trainer(keras, width, train.n_classes, settings)
+                trainer.set(state, start or glorot(width, train.n_classes, settings.seed))
+                batches = _batches(train, settings)
             row = {"epoch": epoch + 1, **trainer.epoch(batches(epoch))}
-            with np.errstate(over="ignore", invalid="ignore"):  # of weights that have blown up; told below
-                row |= _validate(trainer.head(), val_features, val_labels, settings)
+            with np.errstate(over="ignore", invalid="ignore"):  # of diverged weights; reported below
+                row |= _validate(trainer.head(), val, settings)
             row["seconds"] = round(time.perf_counter() - began, 3)
             if not math.isfinite(row["loss"] + row["val_loss"]):
                 raise FinetuneError(
-                    f"training diverged: the loss is no longer a number after epoch {epoch + 1}",
+                    f"training diverged: the loss is not finite after epoch {epoch + 1}",
                     f"choose a smaller training.learning_rate than {settings.learning_rate:g}",
                 )
             state = trainer.state(row, state)
@@ -167,7 +178,7 @@ class _Trainer:
         )
 
     def set(self, state: EpochState | None, start: Head) -> None:
-        """Go on from `state`, or begin with `start`."""
+        """Resume from `state`, or begin with `start`."""
         head = state.head if state is not None else start
         self.dense.set_weights([head.kernel, head.bias])
         if state is not None:
@@ -193,7 +204,7 @@ class _Trainer:
         return Head(*self.dense.get_weights())
 
     def state(self, row: dict[str, float], before: EpochState | None) -> EpochState:
-        """The state after the epoch that `row` tells of; `before` is the one before."""
+        """The state after the epoch of `row`; `before` is the one before."""
         head, epoch = self.head(), int(row["epoch"])
         best = before if before is not None and not row["val_loss"] < before.best_loss else None
         return EpochState(
@@ -220,17 +231,15 @@ def _is_last(state: EpochState, settings: KerasSettings) -> bool:
     return stopped or state.epoch >= settings.epochs
 
 
-def _batches(
-    features: Rows, labels: Ints, weights: Floats, n_classes: int, settings: KerasSettings
-) -> Callable[[int], Iterator[tuple[Rows, Rows, Rows]]]:
+def _batches(data: HeadData, settings: KerasSettings) -> Callable[[int], Iterator[tuple[Rows, Rows, Rows]]]:
     """Epoch (the first is 0) -> its batches, which depend on the seed and on that number only.
 
     A batch is features (n, D), targets (n, C), weights (n,). Batches of an epoch differ by at most one photo in size,
     and weights have the mean 1: then the mean loss of the batches is the objective.
     """
-    photos, views = features.shape[:2]
-    targets = np.eye(n_classes, dtype=np.float32)[labels]
-    scaled = (weights / weights.mean()).astype(np.float32)
+    photos, views = data.features.shape[:2]
+    targets = np.eye(data.n_classes, dtype=np.float32)[data.labels]
+    scaled = (data.weights / data.weights.mean()).astype(np.float32)
     first_views = np.random.default_rng(settings.seed).integers(0, views, size=(photos,))
 
     def batches(epoch: int) -> Iterator[tuple[Rows, Rows, Rows]]:
@@ -238,14 +247,15 @@ def _batches(
         # Each photo takes its views in turn, from a random first one, so all are seen equally often.
         turn = (first_views + epoch) % views
         for chosen in np.array_split(order, math.ceil(photos / settings.batch_size)):
-            yield np.asarray(features[chosen, turn[chosen]]), targets[chosen], scaled[chosen]
+            yield np.asarray(data.features[chosen, turn[chosen]]), targets[chosen], scaled[chosen]
 
     return batches
 
 
-def _validate(head: Head, features: Rows, labels: Ints, settings: KerasSettings) -> dict[str, float]:
+def _validate(head: Head, data: HeadData, settings: KerasSettings) -> dict[str, float]:
     """Validation loss (the objective) and accuracy."""
-    z = head.logits(features).astype(np.float64)
+    labels = data.labels
+    z = head.logits(data.features).astype(np.float64)
     z -= z.max(axis=1, keepdims=True)
     target = np.eye(z.shape[1])[labels] * (1 - settings.label_smoothing) + settings.label_smoothing / z.shape[1]
     entropy = np.log(np.exp(z).sum(axis=1)) - (target * z).sum(axis=1)

@@ -93,7 +93,7 @@ def load(
     """Find, check and split the photos of a configuration.
 
     Validation photos come from `val`, else from the table's column `split`, else from a folder beside the training
-    photos, else from a share `val_split` of these. `progress` is called with (photos done, photos in all).
+    photos, else from a share `val_split` of these. `progress` counts photos.
 
     Bad photos are listed, not refused. Raises `DataError` that lists what is wrong: missing, unknown or empty classes,
     a photo under two labels, and a split without a good photo.

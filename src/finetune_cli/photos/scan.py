@@ -20,6 +20,7 @@ from finetune_cli.parallel import cores, ordered_map
 from finetune_cli.photos import codecs, decode
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.folders import Found, Listing
+from finetune_cli.progress import Meter
 from finetune_cli.text import counted, shown
 
 _MOST_BAD = 0.1
@@ -27,7 +28,7 @@ _SHOWN = 20
 # Photos that a thread takes at once: few enough to share the work out, many enough for one look into the cache.
 _CHUNK = 32
 
-Progress = Callable[[int, int], None]
+Progress = Meter
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,18 +89,16 @@ def preflight(
     """The samples of each listing, labelled by position in `classes`, and all photos that are bad.
 
     Header and digest of a photo come from `cache`, or are read in a few threads. `group` gives the group of a name that
-    has none from its table; `progress` is called with (photos done, photos in all).
+    has none from its table; `progress` counts photos, and gets the total.
     """
     labels = {name: i for i, name in enumerate(classes)}
     total = sum(len(listing.photos) for listing in listings.values())
-    done = 0
     bad: list[BadPhoto] = []
     parts: dict[str, list[Sample]] = {}
     for name, listing in listings.items():
         samples = parts[name] = []
         for photo, facts in _facts(listing.photos, cache):
-            done += 1
-            progress(done, total)
+            progress(1, total)
             if isinstance(facts, str):
                 bad.append(BadPhoto(Path(photo.path), photo.name, facts))
             elif facts.width * facts.height > max_pixels:

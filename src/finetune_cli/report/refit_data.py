@@ -17,7 +17,7 @@ from finetune_cli.cache import folder as cachefolder
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.config.schema import Config
 from finetune_cli.errors import DataError, StorageError
-from finetune_cli.head.lbfgs import class_weights
+from finetune_cli.head.data import class_weights
 from finetune_cli.metrics.folds import group_numbers
 from finetune_cli.runs.run import Run, SplitRow
 from finetune_cli.training import prepare

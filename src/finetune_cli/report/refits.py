@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli.head.lbfgs import Head, choose_l2, fit_lbfgs, flatten_views
+from finetune_cli.head.data import HeadData
+from finetune_cli.head.l2 import L2Search, choose_l2
+from finetune_cli.head.lbfgs import Head, fit_lbfgs
 from finetune_cli.metrics.folds import group_folds
 from finetune_cli.metrics.scores import Comparison, compare, cross_fitted, softmax
 from finetune_cli.report.refit_data import Material
@@ -80,9 +82,9 @@ def refit(
 ) -> Head:
     """The head fitted on these `photos` (places in `material`) and their first `views` views (default: all)."""
     part = material.features[photos, :views]
-    rows, labels, weights, _groups = flatten_views(part, material.labels[photos], material.weights[photos])
+    data = HeadData.of(part, material.labels[photos], len(material.classes), material.weights[photos])
     strength = (material.l2 if l2 is None else l2) * len(material.labels) / len(photos)
-    return fit_lbfgs(rows, labels, weights, len(material.classes), strength, material.label_smoothing, start)
+    return fit_lbfgs(data.rows(), strength, material.label_smoothing, start)
 
 
 def with_strength(material: Material) -> Material:
@@ -93,9 +95,9 @@ def with_strength(material: Material) -> Material:
 
 
 def _chosen_l2(material: Material, views: int) -> float:
-    rows = flatten_views(material.features[:, :views], material.labels, material.weights, material.groups)
-    settings = material.label_smoothing, material.seed, material.calibrated
-    return choose_l2(*rows, len(material.classes), *settings)[0]
+    features = material.features[:, :views]
+    data = HeadData(features, material.labels, len(material.classes), material.weights, material.groups)
+    return choose_l2(data.rows(), L2Search(material.label_smoothing, material.seed, material.calibrated))[0]
 
 
 def effect_of_views(material: Material, judges: Judges) -> ViewsEffect:

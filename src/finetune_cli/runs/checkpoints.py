@@ -1,15 +1,12 @@
-"""Checkpoints: what a killed training goes on from, each whole or absent, none used unless every bit is as written.
+"""Checkpoints, from which a killed training resumes: each is whole or absent, and is used only if every bit is intact.
 
     checkpoints/epoch-0007/
-        arrays.npz    weights, optimizer and random states, one member an array, without pickles
-        state.json    epoch, whether it is the best, the arrays' names, and what else the training wants to remember
-        SHA256SUMS    of these two, written last (`sha256sum -c SHA256SUMS` checks it, too)
+        arrays.npz    weights, optimizer and random states, one member per array, without pickles
+        state.json    epoch, whether it is the best, the arrays' names, and the state of the training
+        SHA256SUMS    of these two, written last (`sha256sum -c SHA256SUMS` checks it as well)
 
 A checkpoint is built under a temporary name, made durable, renamed, and only then are older ones removed; the last two
 and the best are kept. What the state means (classes, hashes of config and data) is for the caller to compare.
-
-Format versions: 1 is the first. For version 2: raise `FORMAT`; an unfinished run of another version is refused with
-the advice to start again, because a checkpoint is not meant to outlive an update.
 """
 
 import contextlib
@@ -19,7 +16,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,14 +26,16 @@ from numpy.typing import NDArray
 
 from finetune_cli import files
 from finetune_cli.errors import CheckpointError, StorageError
+from finetune_cli.fields import Fields
+from finetune_cli.runs import formats
+from finetune_cli.runs.formats import NewerFormat
 
-FORMAT = 1
 ARRAYS = "arrays.npz"
 STATE = "state.json"
 SUMS = "SHA256SUMS"
 _NAME = re.compile(r"epoch-(\d{4,})")
 _KEPT = 2
-_REMEDY = "remove it, to go on from the one before, or train a new run"
+_REMEDY = "remove it to resume from the one before, or train a new run"
 # What NumPy, zipfile and json raise for files with the right hashes that this module did not write.
 _NOT_OURS = (
     ValueError,
@@ -68,8 +67,8 @@ def save(folder: Path, epoch: int, arrays: Mapping[str, NDArray[Any]], state: Ma
     """Write the checkpoint of `epoch` (completed epochs, from 1) into `folder` and return its path.
 
     `arrays`: numeric or text arrays of any shape; `state`: JSON values (infinity and NaN are kept). An existing
-    checkpoint of that epoch is replaced. Afterwards the last two and the best remain. One process at a time: the
-    caller holds the run's lock. Raises `StorageError`, and then all older checkpoints are untouched.
+    checkpoint of that epoch is replaced. Afterwards the last two and the best remain. The caller holds the
+    run's lock, so that one process writes at a time. Raises `StorageError`; all older checkpoints are untouched then.
     """
     contents = {ARRAYS: _pack(arrays), STATE: _describe(epoch, list(arrays), state, best)}
     contents[SUMS] = _sums(contents)
@@ -116,7 +115,7 @@ def load_latest(folder: Path) -> Checkpoint | None:
         except CheckpointError as exc:
             damaged.append(exc.problem)
             continue
-        warnings = tuple(f"{problem}; going on from {path.name}" for problem in damaged)
+        warnings = tuple(f"{problem}; resuming from {path.name}" for problem in damaged)
         return Checkpoint(found.epoch, found.arrays, found.state, found.best, found.path, warnings)
     if damaged:
         raise CheckpointError(
@@ -143,7 +142,7 @@ def _pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
 
 
 def _describe(epoch: int, names: list[str], state: Mapping[str, Any], best: bool) -> bytes:
-    document = {"format": FORMAT, "epoch": epoch, "best": best, "arrays": names, "state": dict(state)}
+    document = {"format": formats.FORMAT, "epoch": epoch, "best": best, "arrays": names, "state": dict(state)}
     return (json.dumps(document, indent=2) + "\n").encode()
 
 
@@ -153,24 +152,25 @@ def _sums(contents: Mapping[str, bytes]) -> bytes:
 
 def _unpack(path: Path, contents: Mapping[str, bytes]) -> Checkpoint:
     try:
-        document = json.loads(contents[STATE])
-        if document["format"] != FORMAT:
-            raise CheckpointError(
-                f"{path} has format {document['format']}, this version reads {FORMAT}",
-                "finish the run with the version that began it, or train a new run",
-            )
-        if f"epoch-{document['epoch']:04d}" != path.name:
-            raise ValueError(f"it is the checkpoint of epoch {document['epoch']}")
-        arrays = _read_arrays(contents[ARRAYS], document["arrays"])
-        return Checkpoint(document["epoch"], arrays, document["state"], document["best"], path)
+        fields = formats.upgrade(STATE, Fields(json.loads(contents[STATE])))
+        epoch = fields.integer("epoch")
+        if f"epoch-{epoch:04d}" != path.name:
+            raise ValueError(f"it is the checkpoint of epoch {epoch}")
+        arrays = _read_arrays(contents[ARRAYS], fields.names("arrays", 0))
+        return Checkpoint(epoch, arrays, fields.object("state").document, fields.flag("best"), path)
+    except NewerFormat as exc:
+        raise CheckpointError(
+            f"{path} has format {exc.found}, this version reads {exc.known}",
+            "update finetune-cli, or train a new run",
+        ) from exc
     except _NOT_OURS as exc:
         raise CheckpointError(f"{path} is damaged: {exc}", _REMEDY) from exc
 
 
-def _read_arrays(data: bytes, names: list[str]) -> dict[str, NDArray[Any]]:
+def _read_arrays(data: bytes, names: Sequence[str]) -> dict[str, NDArray[Any]]:
     with zipfile.ZipFile(io.BytesIO(data)) as members:
         if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
-            raise ValueError("its arrays are compressed, which ours never are")  # and could fill the memory
+            raise ValueError("its arrays are compressed")  # which ours never are; they could fill the memory
     with np.load(io.BytesIO(data), allow_pickle=False) as stored:
         arrays = {name: stored[str(i)] for i, name in enumerate(names)}
     if not all(isinstance(array, np.ndarray) for array in arrays.values()):
@@ -190,7 +190,7 @@ def _epoch(path: Path) -> int:
 def _remove_old(folder: Path, new: Path, new_is_best: bool) -> None:
     """Keep `new`, the one before it, and the newest that says that it is the best."""
     found = _newest_first(folder)
-    # Epochs after `new` belong to a training that was given up: it went on from an earlier checkpoint.
+    # Epochs after `new` were abandoned: the training was resumed from an earlier checkpoint.
     current = [path for path in found if _epoch(path) <= _epoch(new)]
     best = new if new_is_best else next(filter(_is_best, current), new)
     for path in found:

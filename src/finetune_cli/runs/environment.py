@@ -1,6 +1,6 @@
 """Everything outside the config that can change a number: recorded as environment.json, compared later.
 
-Two runs with equal configs, photos and surroundings have equal weights; `differences` says why they may not.
+Two runs with equal configs, photos and environments have equal weights; `differences` says why they may not.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,11 +18,11 @@ from typing import Any, NamedTuple
 from finetune_cli import files
 from finetune_cli.config.schema import Config
 from finetune_cli.errors import RunError
+from finetune_cli.fields import Fields
 from finetune_cli.parallel import cores
+from finetune_cli.runs import formats
 
 FILE = "environment.json"
-# What differed where a killed run went on; not there if nothing did.
-ELSEWHERE = "went_on_with"
 _REMEDY = "restore the run from a copy, or train again"
 _PACKAGES = (
     "finetune-cli",
@@ -57,51 +58,75 @@ _DRIVER_FACTS = Path("/proc/driver/nvidia/version")
 
 
 class Difference(NamedTuple):
-    """One fact that is not what it was; values are short texts, empty where there was none."""
+    """A fact that has changed; values are short texts, empty where there was none."""
 
     what: str
     before: str
     now: str
 
 
-def environment(config: Config, device: str, precision: str, workers: int) -> dict[str, Any]:
-    """Packages, Python, system, processor, GPU, seed, threads and commit, as plain JSON values."""
-    return {
-        "packages": packages(),
-        "python": platform.python_version(),
-        "system": platform.platform(),
-        "cpu": _cpu(),
-        "cores": cores(),
-        "device": device,
-        "gpu": _gpu() if device == "gpu" else None,
-        "feature_precision": precision,
-        "seed": config.training.seed,
-        "threads": workers,
-        "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
-        "git_commit": _git_commit(),
-    }
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """The content of environment.json.
+
+    facts: packages, Python, system, processor, GPU, seed, threads and commit, as plain JSON values. resumed_with: what
+    differed where a killed run was resumed, as "name: value"; the file has the key only if something did.
+    """
+
+    facts: Mapping[str, Any]
+    resumed_with: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole of the file."""
+        resumed = {"resumed_with": list(self.resumed_with)} if self.resumed_with else {}
+        return {"format": formats.FORMAT, **self.facts, **resumed}
+
+    @classmethod
+    def from_json(cls, document: object) -> "Environment":
+        """The environment in `document`. Raises `FieldError` that names the key which is wrong."""
+        fields = formats.upgrade(FILE, Fields(document))
+        resumed = fields.names("resumed_with", 1) if "resumed_with" in fields.document else ()
+        facts = {key: value for key, value in fields.document.items() if key not in ("format", "resumed_with")}
+        return cls(facts, resumed)
+
+
+def current(config: Config, device: str, precision: str, workers: int) -> Environment:
+    """The environment of this process, for a training that uses `workers` threads."""
+    return Environment(
+        {
+            "packages": packages(),
+            "python": platform.python_version(),
+            "system": platform.platform(),
+            "cpu": _cpu(),
+            "cores": cores(),
+            "device": device,
+            "gpu": _gpu() if device == "gpu" else None,
+            "feature_precision": precision,
+            "seed": config.training.seed,
+            "threads": workers,
+            "variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+            "git_commit": _git_commit(),
+        }
+    )
 
 
 def write_environment(folder: Path, config: Config, device: str, precision: str, workers: int) -> None:
     """Write environment.json into `folder`."""
-    files.write_json(folder / FILE, environment(config, device, precision, workers))
+    files.write_json(folder / FILE, current(config, device, precision, workers).to_json())
 
 
-def read_environment(path: Path) -> dict[str, Any]:
+def read_environment(path: Path) -> Environment:
     """What `write_environment` wrote. Raises `RunError` when it is damaged."""
     try:
-        found = json.loads(files.read_own(path))
+        return Environment.from_json(json.loads(files.read_own(path)))
     except OSError as exc:
         raise RunError(f"{path} cannot be read: {exc.strerror}", _REMEDY) from exc
     except (ValueError, RecursionError) as exc:
         raise RunError(f"{path} is damaged: {exc}", _REMEDY) from exc
-    if not isinstance(found, dict):
-        raise RunError(f"{path} is damaged: it holds no facts", _REMEDY)
-    return found
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
-    """What differs between two environments, in the order of their keys."""
+    """What differs between the facts of two environments, or between two configs, in the order of their keys."""
     old, new = dict(_flat(before)), dict(_flat(now))
     return [
         Difference(key, old.get(key, ""), new.get(key, ""))
@@ -141,7 +166,7 @@ def packages() -> dict[str, str]:
 
 
 def _cpu() -> dict[str, Any]:
-    """Its name, and which of its instructions matter; Linux alone tells the latter in a file."""
+    """Its name, and which of its instructions matter; only Linux lists the latter in a file."""
     facts: dict[str, Any] = {"machine": platform.machine(), "model": platform.processor(), "flags": []}
     with contextlib.suppress(OSError):
         for line in _CPU_FACTS.read_text("utf-8", "replace").splitlines():
@@ -159,11 +184,11 @@ def _cpu() -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, Any]:
-    """The GPUs that TensorFlow sees, which is loaded already where there are any, and what drives them."""
+    """The GPUs that TensorFlow sees, and their driver. TensorFlow is loaded already where there is a GPU."""
     import tensorflow as tf
 
     details = map(tf.config.experimental.get_device_details, tf.config.list_physical_devices("GPU"))
-    devices = [(each.get("device_name", "unknown"), each.get("compute_capability", ())) for each in details]
+    devices = [(device.get("device_name", "unknown"), device.get("compute_capability", ())) for device in details]
     build, driver = tf.sysconfig.get_build_info(), None
     with contextlib.suppress(OSError):
         match = re.search(r"\d+\.\d[\d.]*", _DRIVER_FACTS.read_text("utf-8", "replace"))

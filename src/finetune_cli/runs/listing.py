@@ -14,7 +14,7 @@ State = Literal["finished", "unfinished", "damaged"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One run. What is not known of an unfinished or a damaged one is None; `problem` says what is wrong with it.
+    """A run. What is unknown of an unfinished or damaged run is None; `problem` says what is wrong with it.
 
     photos: of all splits. accuracy: on the photos of `split`, test if the run has some, else val. kind: "frozen", a
     head on a frozen backbone.
@@ -64,7 +64,7 @@ def runs(directory: Path) -> list[Row]:
 
 
 def _row(folder: Path) -> Row | None:
-    """The run in `folder`, or None when it holds none: also what was begun and cannot be resumed."""
+    """The run in `folder`, or None when it holds none, or one that cannot be resumed."""
     try:
         if (folder / run.MANIFEST).is_file():
             return _finished(Run.load(folder))
@@ -106,7 +106,7 @@ def _unfinished(folder: Path) -> Row:
 
 
 def _written(folder: Path) -> str | None:
-    """When the table of photos was written, as ISO 8601 in UTC: the beginning of the training."""
+    """When the table of photos was written, as ISO 8601 in UTC: the start of the training."""
     try:
         seconds = (folder / "split.csv").stat().st_mtime
     except OSError:

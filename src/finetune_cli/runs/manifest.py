@@ -1,9 +1,7 @@
 """`run.json`, the manifest of a finished run: its content as types, the one parser and the one writer.
 
-`seal` adds a SHA-256 of the content, which shows damage and is no signature: so `parse` checks every value, too.
-
-Format versions: 1 is the first. For version 2: raise `FORMAT`, keep reading the old one in `Manifest.from_json`, and
-add a run of the old format to the tests. A key that is only added needs no new format: unknown keys are ignored.
+`seal` adds a SHA-256 of the content. It shows damage and is not a signature, so `parse` checks every value as well.
+`formats.py` holds the version of the format and says how to make a new one.
 """
 
 import hashlib
@@ -16,28 +14,19 @@ from finetune_cli.devices import Precision
 from finetune_cli.fields import FieldError, Fields
 from finetune_cli.photos import settings
 from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.runs import formats
 
-FORMAT = 1
 FILE = "run.json"
 SPLITS = ("train", "val", "test")
 
 
-class NewerFormat(FieldError):
-    """A file that a later version of this package wrote: its format is `found`, and `known` the newest known one."""
-
-    def __init__(self, found: int, known: int) -> None:
-        super().__init__(f"its format is {found}, and this version reads {known}")
-        self.found = found
-        self.known = known
-
-
 @dataclass(frozen=True, slots=True)
 class Backbone:
-    """What the features come from: ``float32 (width,)`` a photo.
+    """What the features come from: ``float32 (width,)`` per photo.
 
-    `weights_sha256`: of the weight file, None for random weights. `feature_map`: whether the features are the mean over
-    positions of a map, so that a heat map is exact. `original`: the fingerprint before fine-tuning; the same as
-    `fingerprint` if nothing was fine-tuned.
+    `weights_sha256`: of the weight file, None for random weights. `feature_map`: whether the features are the mean of a
+    feature map over its positions, so that a heat map is exact. `original`: the fingerprint before fine-tuning; the
+    same as `fingerprint` if nothing was fine-tuned.
     """
 
     name: str
@@ -58,9 +47,9 @@ class Solver:
 
 @dataclass(frozen=True, slots=True)
 class Views:
-    """Augmented views a photo, and how many were computed and how many taken from the cache."""
+    """Augmented views per photo, and how many views were computed and how many came from the cache."""
 
-    a_photo: int
+    per_photo: int
     computed: int
     cached: int
 
@@ -86,7 +75,7 @@ class SkippedPhoto:
 class SplitMetrics:
     """How good the run is on one split; shares lie between 0 and 1.
 
-    `baseline_accuracy`: of always answering the most frequent class. `document`: everything that was measured, as
+    `baseline_accuracy`: of the majority-class baseline. `document`: everything that was measured, as
     `metrics.Evaluation.to_json` gives it.
     """
 
@@ -117,10 +106,10 @@ class Manifest:
     """The content of `run.json`.
 
     classes: in the order of the model's outputs. temperature: the calibration T inside the model, 1 if none.
-    start_from: the SHA-256 of the model that the head was begun with. photos: how many by split. roots: split -> the
-    folder that its photos were in, relative to the run. seconds: by stage. parity: None if no photo was compared.
-    files: name -> SHA-256 of every other file of the run. fine_tuning: what was tried and kept, None without it.
-    fine_tuning_seconds: what it would take here, as estimated by a run without it.
+    start_from: the SHA-256 of the model whose head the training started from. photos: how many by split. roots: split
+    -> the folder that its photos were in, relative to the run. seconds: by stage. parity: None if no photo was
+    compared. files: name -> SHA-256 of every other file of the run. fine_tuning: what was tried and kept, None without
+    it. fine_tuning_seconds: what it would take here, as estimated by a run without it.
     """
 
     created: str
@@ -149,7 +138,7 @@ class Manifest:
         parity = self.parity
         return seal(
             {
-                "format": FORMAT,
+                "format": formats.FORMAT,
                 "created": self.created,
                 "classes": list(self.classes),
                 "image": settings.to_json(self.image),
@@ -167,7 +156,7 @@ class Manifest:
                 "device": self.device,
                 "feature_precision": self.feature_precision,
                 "photos": dict(self.photos),
-                "views": {key: getattr(self.views, key) for key in ("a_photo", "computed", "cached")},
+                "views": {key: getattr(self.views, key) for key in ("per_photo", "computed", "cached")},
                 "cache_bytes": self.cache_bytes,
                 "bad_photos": [{"path": photo.path, "reason": photo.reason} for photo in self.bad_photos],
                 "roots": dict(self.roots),
@@ -190,12 +179,9 @@ class Manifest:
     def from_json(cls, document: object) -> "Manifest":
         """The manifest in `document`. Raises `FieldError` that names the key which is wrong."""
         fields = Fields(document)
-        found = fields.integer("format")
-        if found > FORMAT:
-            raise NewerFormat(found, FORMAT)
-        if found != FORMAT:
-            raise FieldError(f"there is no format {found}")
+        formats.known(FILE, fields)  # before the seal: a later format may be sealed in another way
         check_seal(fields)
+        fields = formats.upgrade(FILE, fields)
         manifest = cls(
             created=fields.text("created"),
             classes=fields.names("classes", 2),
@@ -228,7 +214,7 @@ class Manifest:
         )
         for key in ("photos", "roots", "metrics"):
             if unknown := set(getattr(manifest, key)) - set(SPLITS):
-                raise FieldError(f"{key} names {min(unknown)!r}, which is no split")
+                raise FieldError(f"{key} names {min(unknown)!r}, which is not a split")
         if missing := {split for split, count in manifest.photos.items() if count} - set(manifest.roots):
             raise FieldError(f"roots.{min(missing)} is missing")
         return manifest
@@ -240,7 +226,7 @@ def parse(text: str) -> Manifest:
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:
-    """`content` with the SHA-256 of all of it: that shows damage, and is no signature."""
+    """`content` with the SHA-256 of all of it, which shows damage and is not a signature."""
     return {**content, "sha256": _own_sha256(content)}
 
 
@@ -281,7 +267,7 @@ def _backbone(fields: Fields) -> Backbone:
 
 
 def _views(fields: Fields) -> Views:
-    return Views(fields.integer("a_photo", 1), fields.integer("computed"), fields.integer("cached"))
+    return Views(fields.integer("per_photo", 1), fields.integer("computed"), fields.integer("cached"))
 
 
 def _parity(fields: Fields) -> Parity | None:

@@ -18,6 +18,7 @@ from finetune_cli.errors import RunError, UsageError
 from finetune_cli.photos import folders
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.runs import manifest as manifests
+from finetune_cli.runs.formats import NewerFormat
 from finetune_cli.runs.manifest import SPLITS, Manifest
 from finetune_cli.tables import parse_csv, write_csv
 
@@ -32,7 +33,7 @@ _REMEDY = "restore it from a copy, or train again"
 class SplitRow:
     """One line of split.csv: `split` is train, val or test; `path` is relative to that split's data root.
 
-    group: what the photo must not be torn from, empty if it stands alone.
+    group: photos of a group are on one side of a split; empty for a photo without one.
     """
 
     split: str
@@ -78,7 +79,7 @@ class Run:
         if not folder.is_dir():
             raise RunError(f"there is no run {folder}", _LIST_THEM)
         if not os.path.lexists(path) and not (folder / "config.yaml").is_file():
-            raise RunError(f"{folder} is no run directory: it has no {MANIFEST}", _LIST_THEM)
+            raise RunError(f"{folder} is not a run directory: it has no {MANIFEST}", _LIST_THEM)
         if not os.path.lexists(path):
             raise RunError(
                 f"{folder} is not a finished run: it has no {MANIFEST}",
@@ -86,7 +87,7 @@ class Run:
             )
         try:
             return cls(folder, manifests.parse(files.read_own(path).decode("utf-8")))
-        except manifests.NewerFormat as exc:
+        except NewerFormat as exc:
             problem = f"{folder} has format {exc.found}, this version reads {exc.known}"
             raise RunError(problem, "update finetune-cli") from exc
         except (OSError, ValueError, RecursionError) as exc:
@@ -134,7 +135,7 @@ class Run:
 
 
 def check_target(directory: Path, name: str | None) -> None:
-    """Raise `UsageError` when `name` exists in `directory`: minutes of work should not end with that news."""
+    """Raise `UsageError` when `name` exists in `directory`: before minutes of work."""
     if name is not None and (directory / name).exists():
         raise UsageError(
             f"{directory / name} exists already, and runs are never overwritten",
@@ -178,7 +179,7 @@ def create(directory: Path, name: str | None, stem: str) -> Path:
 
 
 def located(named: Path) -> Path:
-    """`named`, or the run of that name under runs/, when `named` is a name without a folder and no run itself."""
+    """`named`, or the run of that name under runs/ if `named` is a bare name and not a run itself."""
     is_name = len(named.parts) == 1 and named.name not in ("", "..")
     under = DIRECTORY / named
     return under if is_name and not _is_run(named) and _is_run(under) else named
@@ -201,14 +202,14 @@ def find(directory: Path) -> Path:
 
 
 def find_unfinished(directory: Path) -> Path:
-    """The newest run in `directory` that was begun and not finished. Raises `RunError` when there is none."""
+    """The newest unfinished run in `directory`. Raises `RunError` when there is none."""
     found = [path.parent for path in directory.glob("*/split.csv") if not os.path.lexists(path.parent / MANIFEST)]
     if not found:
         finished = any(directory.glob(f"*/{MANIFEST}"))
         raise RunError(
-            f"there is no unfinished run in {directory}" + ("; all that are there are finished" if finished else ""),
+            f"there is no unfinished run in {directory}" + ("; all runs there are finished" if finished else ""),
             "name the run, or the folder that it is in: finetune train --resume runs/NAME; if it was interrupted "
-            "before it had a folder there, run the command that began it again",
+            "before it had a folder there, run its command again",
         )
     return max(found, key=lambda folder: ((folder / "split.csv").lstat().st_mtime_ns, folder.name))
 
@@ -242,7 +243,7 @@ def _parse_split(data: bytes, path: Path) -> list[SplitRow]:
         try:
             rows = parse_csv(data, _SPLIT_HEADER)
         except ValueError:
-            rows = parse_csv(data, _SPLIT_HEADER[:-1])  # written before groups were kept
+            rows = parse_csv(data, _SPLIT_HEADER[:-1])  # written before groups were recorded
         if unknown := {row[0] for row in rows} - set(SPLITS):
             raise ValueError(f"there is no split {min(unknown)!r}")
         return [SplitRow(*row) for row in rows]

@@ -1,4 +1,4 @@
-"""`check`: decode every photo of a config and say all that is wrong; nothing is trained and nothing is written."""
+"""`check`: decode every photo of a config and report all problems; nothing is trained and nothing is written."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from finetune_cli.config.schema import Config
-from finetune_cli.head.lbfgs import class_weights
+from finetune_cli.head.data import class_weights
 from finetune_cli.photos.dataset import BadPhoto, Dataset, refuse_bad, refuse_empty
 from finetune_cli.progress import Observer
 from finetune_cli.runs import run
@@ -24,9 +24,10 @@ class Report:
 
 
 def check(config: Config, observer: Observer) -> Report:
-    """Look at the settings, index and decode all photos of `config`.
+    """Check the settings, then index and decode all photos of `config`.
 
-    Raises what `train` would stop with: `DataError` that lists the photos, `ConfigError`, `RunError`, `StorageError`.
+    Raises the errors that would stop `train`: `DataError` that lists the photos, `ConfigError`, `RunError`,
+    `StorageError`.
     """
     run.check_target(config.output.directory, config.output.name)
     check_settings(config)

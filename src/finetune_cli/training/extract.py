@@ -3,7 +3,7 @@
 Each worker thread takes a few photos and carries them all the way: read and decode, warp the views that the cache
 lacks, run the backbone on one core. There are as many workers as cores, so no core waits for another stage, nothing
 is queued between stages, and memory is bounded by the few photos in flight. The finished array lives in a scratch
-file that the operating system pages in and out, so it may be larger than the memory.
+file that the operating system pages in and out, so it may be larger than memory.
 """
 
 import hashlib
@@ -41,7 +41,7 @@ class RuntimeFactory(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """What the features are computed from and with: everything that decides their value is part of the cache key."""
+    """What the features are computed from: everything that their values depend on is part of the cache key."""
 
     settings: ImageSettings
     fingerprint: str
@@ -50,7 +50,7 @@ class Request:
 
     @property
     def views(self) -> int:
-        """Views a photo, view 0 included."""
+        """Views per photo, view 0 included."""
         return self.augmenter.views if self.augmenter is not None else 1
 
     def key(self, digest: str, view: int) -> bytes:
@@ -81,33 +81,40 @@ class Features:
     cached: int
 
 
+@dataclass(frozen=True)
+class Resources:
+    """What a feature pass works with; none of it changes a value.
+
+    make_runtime: called only if the cache lacks something. scratch: the folder of the array. workers: threads that
+    decode and infer. batch_size: views that a thread infers at once.
+    """
+
+    store: FeatureStore
+    make_runtime: RuntimeFactory
+    scratch: Path
+    workers: int
+    batch_size: int
+
+
 def extract(
-    samples: Sequence[Sample],
-    request: Request,
-    width: int,
-    store: FeatureStore,
-    make_runtime: RuntimeFactory,
-    scratch: Path,
-    workers: int,
-    batch_size: int,
-    advance: Advance,
+    samples: Sequence[Sample], request: Request, width: int, resources: Resources, advance: Advance
 ) -> Features:
     """The features of all views of `samples`, `float32 (len(samples), views, width)`.
 
-    What the cache holds is not computed; if it holds everything, `make_runtime` is never called. A photo that cannot
-    be decoded is left out and listed in `bad`. `advance` counts photos. Raises `StorageError` when the folder
-    `scratch` has no room for the array.
+    What the cache holds is not computed. A photo that cannot be decoded is left out and listed in `bad`. `advance`
+    counts photos. Raises `StorageError` when the scratch folder has no room for the array.
     """
+    scratch, store = resources.scratch, resources.store
     array = scratch_array(scratch, (len(samples), request.views, width))
     originals: dict[str, int] = {}  # copies of a photo share its digest, and so its features
     for i, sample in enumerate(samples):
         originals.setdefault(sample.digest, i)
-    missing = _from_store(samples, list(originals.values()), request, store, array, advance)
+    missing = _from_store({i: samples[i].digest for i in originals.values()}, request, store, array, advance)
     computed = sum(map(len, missing.values()))
     bad: dict[int, BadPhoto] = {}
     if missing:
-        runtime = make_runtime(request.precision)
-        work = ordered_map(worker(samples, request, runtime), chunks(missing, batch_size), workers)
+        runtime = resources.make_runtime(request.precision)
+        work = ordered_map(worker(samples, request, runtime), chunks(missing, resources.batch_size), resources.workers)
         waiting: list[tuple[bytes, NDArray[np.float32]]] = []
         try:
             for rows, refused in work:
@@ -119,7 +126,7 @@ def extract(
                 if len(waiting) >= _STORE_ROWS:
                     store.put(waiting)
                     waiting = []
-        finally:  # an interrupted pass goes on where it stopped
+        finally:  # an interrupted pass resumes where it stopped
             store.put(waiting)
     computed -= sum(len(missing[i]) for i in bad)
     cached = len(originals) * request.views - sum(map(len, missing.values()))
@@ -132,19 +139,15 @@ def extract(
 
 
 def _from_store(
-    samples: Sequence[Sample],
-    chosen: Sequence[int],
-    request: Request,
-    store: FeatureStore,
-    array: NDArray[np.float32],
-    advance: Advance,
+    digests: dict[int, str], request: Request, store: FeatureStore, array: NDArray[np.float32], advance: Advance
 ) -> dict[int, list[int]]:
-    """Fill the rows of `array` for the samples `chosen` from the cache; returns the views that it lacks, by sample."""
+    """Fill the rows of `array` for the photos `digests` (row -> SHA-256) from the cache; return the missing views."""
     missing: dict[int, list[int]] = {}
     step = _STORE_ROWS // request.views or 1
-    for start in range(0, len(chosen), step):
-        block = chosen[start : start + step]
-        keys = {request.key(samples[i].digest, view): (i, view) for i in block for view in range(request.views)}
+    rows = list(digests)
+    for start in range(0, len(rows), step):
+        block = rows[start : start + step]
+        keys = {request.key(digests[i], view): (i, view) for i in block for view in range(request.views)}
         found = store.get(list(keys))
         for key, (i, view) in keys.items():
             row = found.get(key)
@@ -159,7 +162,7 @@ def _from_store(
 def _fill_copies(
     samples: Sequence[Sample], originals: dict[str, int], array: NDArray[np.float32], bad: dict[int, BadPhoto]
 ) -> None:
-    """Give copies of a photo the rows, or the badness, of the one that was computed."""
+    """Give copies of a photo the rows of the one that was computed, or list them as bad if it is."""
     for i, sample in enumerate(samples):
         original = originals[sample.digest]
         if original == i:
@@ -227,7 +230,7 @@ def worker(
 
     def work(chunk: list[tuple[int, Sequence[int]]]) -> tuple[_Rows, dict[int, BadPhoto]]:
         photos: list[NDArray[np.uint8]] = []
-        places: list[tuple[int, int]] = []
+        positions: list[tuple[int, int]] = []
         bad: dict[int, BadPhoto] = {}
         for i, views in chunk:
             sample = samples[i]
@@ -241,9 +244,9 @@ def worker(
                 if view and request.augmenter is not None:
                     changed = request.augmenter.view(photo, sample.digest, view)
                 photos.append(changed)
-                places.append((i, view))
+                positions.append((i, view))
         if not photos:
             return {}, bad
-        return dict(zip(places, runtime.infer(np.stack(photos)), strict=True)), bad
+        return dict(zip(positions, runtime.infer(np.stack(photos)), strict=True)), bad
 
     return work

@@ -1,6 +1,6 @@
 """What a run consists of besides its manifest: the model in two forms, and tables.
 
-`save_models` proves before the run is finished that both forms answer as the features said that they would.
+Before the run is finished, `save_models` checks that both forms give the probabilities that its metrics are based on.
 """
 
 import os
@@ -31,10 +31,10 @@ def save_models(
     photos: NDArray[np.uint8],
     expected: NDArray[np.float32],
 ) -> Parity | None:
-    """Write `model.keras` and `inference/` and compare what was written, loaded anew, with `expected`.
+    """Write `model.keras` and `inference/`, load both again and compare their probabilities with `expected`.
 
-    `photos`: ``uint8 (n, H, W, 3)``; `expected`: ``float32 (n, C)``, the probabilities that the run's numbers are made
-    of. Returns the largest differences, None without photos. Raises `GateError` when one exceeds `PARITY_LIMIT`,
+    `photos`: ``uint8 (n, H, W, 3)``; `expected`: ``float32 (n, C)``, the probabilities that the run's metrics are
+    based on. Returns the largest differences, None without photos. Raises `GateError` when one exceeds `PARITY_LIMIT`,
     `StorageError` when a file cannot be written.
     """
     keras = import_keras()
@@ -58,7 +58,7 @@ def save_models(
     worst = max(parity.openvino_against_keras, parity.openvino_against_measured)
     if not worst <= PARITY_LIMIT:
         raise GateError(
-            f"the saved model disagrees with what was measured: probabilities differ by {worst:.2g}, "
+            f"the saved model disagrees with the trained one: probabilities differ by {worst:.2g}, "
             f"the limit is {PARITY_LIMIT:g}",
             "please report this with environment.json from the run directory",
         )
@@ -80,7 +80,7 @@ def _save_ir(model: Any, folder: Path, size: int) -> None:
 
 
 class Judged(NamedTuple):
-    """One split of photos, what the model says of them (``float32 (n, C)``), and how good that is."""
+    """A split, its photos, their predicted probabilities ``float32 (n, C)``, and the metrics."""
 
     split: str
     samples: Sequence[Sample]

@@ -1,14 +1,14 @@
 """`train`: photos -> features -> head -> a finished run directory.
 
 The stages: preflight (headers and digests), the feature pass, the head, fine-tuning if it is asked for, calibration,
-and the proof that the saved model gives the measured answers. Nothing exists under the output directory before all
+and the proof that the saved model gives the same probabilities. Nothing exists under the output directory before all
 photos were decoded, and `run.json` is written last.
 """
 
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from finetune_cli import files
 from finetune_cli.config.schema import Config
 from finetune_cli.drawing import figures
-from finetune_cli.errors import Interrupted, RunError
+from finetune_cli.errors import Interrupted
 from finetune_cli.fields import Fields
 from finetune_cli.head import classifier
-from finetune_cli.head.keras_fit import EpochState
+from finetune_cli.head.keras_fit import EpochState, fit_epochs
 from finetune_cli.head.lbfgs import Head
 from finetune_cli.metrics.folds import group_numbers
 from finetune_cli.metrics.scores import (
@@ -33,18 +33,30 @@ from finetune_cli.metrics.scores import (
     softmax32,
 )
 from finetune_cli.photos import scan
-from finetune_cli.progress import Observer
-from finetune_cli.runs import checkpoints, run
+from finetune_cli.progress import Observer, timed
+from finetune_cli.runs import run
+from finetune_cli.runs import start as start_record
 from finetune_cli.runs.manifest import Backbone, Manifest, Parity, SkippedPhoto, Solver, SplitMetrics, Views
 from finetune_cli.runs.run import Run
 from finetune_cli.tables import write_csv
 from finetune_cli.text import shown
-from finetune_cli.training import fit, outputs
-from finetune_cli.training import resume as resume_record
+from finetune_cli.training import fit, head_state, outputs
+from finetune_cli.training import resume as resume_checks
 from finetune_cli.training.extract import Features
 from finetune_cli.training.fit import Fitted, labels_of
-from finetune_cli.training.prepare import Prepared, evenly_spread, image_settings, prepare, timed
+from finetune_cli.training.head_state import HeadState
+from finetune_cli.training.prepare import Prepared, evenly_spread, image_settings, prepare
 from finetune_cli.training.tuning import budget, comparison, stage
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training leads to; `parity` is None if no photo was compared."""
+
+    fitted: Fitted
+    temperature: float
+    parity: Parity | None
+    judged: tuple[outputs.Judged, ...]
 
 
 def train(config: Config, observer: Observer) -> Run:
@@ -58,7 +70,7 @@ def train(config: Config, observer: Observer) -> Run:
     start = _start(prepared, observer)
     folder = run.create(config.output.directory, config.output.name, run.stem(config.data.train))
     with files.lock(folder), _resumable(folder):
-        resume_record.begin(folder, prepared)
+        resume_checks.record_start(folder, prepared)
         return _fit_and_finish(folder, prepared, start, observer)
 
 
@@ -69,20 +81,20 @@ def resume(folder: Path, config: Config, observer: Observer) -> Run:
     """
     files.check_writable(folder)
     with files.lock(folder), _resumable(folder):
-        resume_record.check(folder)
+        resume_checks.check_files(folder)
         files.remove_leftovers(folder)
         prepared = prepare(config, observer, stage.checked(config))
-        resume_record.go_on(folder, prepared, observer)
+        resume_checks.check_inputs(folder, prepared, observer)
         return _fit_and_finish(folder, prepared, _start(prepared, observer), observer)
 
 
 @contextlib.contextmanager
 def _resumable(folder: Path) -> Iterator[None]:
-    """Tell how to go on when the block is interrupted."""
+    """Say how to resume when the block is interrupted."""
     try:
         yield
     except Interrupted as exc:
-        exc.remedy = f"what was finished is saved; go on with: finetune train --resume {folder}"
+        exc.remedy = f"what was finished is saved; resume with: finetune train --resume {folder}"
         raise
 
 
@@ -94,13 +106,13 @@ def _fit_and_finish(folder: Path, prepared: Prepared, start: Head | None, observ
     names = ["config.yaml", "environment.json", "split.csv"]
     tuning: dict[str, Any] | None = None
     if prepared.config.fine_tuning is not None:
-        outcome = stage.run(prepared, fitted, folder / "checkpoints", resume_record.identity(folder), observer)
+        tuned = stage.run(prepared, fitted, folder / "checkpoints", start_record.read(folder).training_id, observer)
         before = judged
-        prepared = replace(prepared, backbone=outcome.backbone, parts=outcome.parts)
-        fitted = outcome.fitted
+        prepared = replace(prepared, backbone=tuned.backbone, parts=tuned.parts)
+        fitted = tuned.fitted
         temperature, judged = _judge(prepared, fitted.head)
-        tuning = {**outcome.facts, "compared": comparison.compared(before, judged)}
-        names += comparison.write(folder, classes, before, judged, outcome.history)
+        tuning = {**tuned.facts, "compared": comparison.compared(before, judged)}
+        names += comparison.write(folder, classes, before, judged, tuned.history)
     if text := _below_baseline(prepared.config, judged[-1]):
         observer.warn(text)
     names += outputs.write_tables(folder, classes, judged, tuning)
@@ -109,7 +121,8 @@ def _fit_and_finish(folder: Path, prepared: Prepared, start: Head | None, observ
     with timed(prepared.seconds, "saving"), observer.stage("saving and comparing the model", None, "models"):
         parity = _save_models(folder, prepared, fitted.head, temperature, judged[0].probabilities)
     names += ["model.keras", "inference/model.xml", "inference/model.bin"]
-    manifest = replace(_manifest(folder, prepared, fitted, temperature, parity, judged), fine_tuning=tuning)
+    outcome = Outcome(fitted, temperature, parity, tuple(judged))
+    manifest = replace(_manifest(folder, prepared, outcome), fine_tuning=tuning)
     if tuning is None and manifest.views.computed:
         photos, a_view = len(prepared.parts["train"].samples), prepared.seconds["features"] / manifest.views.computed
         seconds = budget.rough_seconds(prepared.backbone, prepared.config, photos, a_view)
@@ -138,9 +151,9 @@ def _judge(prepared: Prepared, fitted: Head) -> tuple[float, list[outputs.Judged
 
 
 def _below_baseline(config: Config, part: outputs.Judged) -> str | None:
-    """Why the model may be no better than the majority class on `part`; `None` if it is better, or all is right.
+    """Why the model may not beat the majority-class baseline on `part`; `None` if it does, or if it has no errors.
 
-    With random weights, accuracy by chance is to be expected, so there the whole 95 % interval must be better.
+    With random weights, accuracy by chance is to be expected, so the whole 95 % interval must be above it.
     """
     accuracy, baseline = part.evaluation.accuracy, part.evaluation.baseline.value
     random = config.is_named_backbone and config.model.weights is None
@@ -160,7 +173,7 @@ def _below_baseline(config: Config, part: outputs.Judged) -> str | None:
 
 
 def _cross_fitted(fitted: Head, val: Features) -> CalibrationScores:
-    """The calibration of the photos that the model's temperature is fitted on, each with one fitted on others."""
+    """The calibration on the photos that the temperature is fitted on: cross-fitted, so that no photo fits its own."""
     groups = group_numbers((sample.group, sample.digest) for sample in val.samples)
     return cross_fitted_calibration(fitted.logits(val.array[:, 0]), labels_of(val.samples), groups)[1]
 
@@ -171,34 +184,19 @@ def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observe
     training = config.training
     if training.solver == "lbfgs":
         return fit.lbfgs(config, parts["train"], classes, start, observer)
-    begun = resume_record.identity(folder)
-    resumed = state = _last_epoch(folder, classes, begun, observer)
+    training_id = start_record.read(folder).training_id
+    resumed = state = head_state.load_latest(folder, classes, training_id, observer)
     l2 = fit.chosen_l2(config, parts["train"], classes, observer)
+    data, val = fit.head_data(config, parts["train"], classes), fit.validation_data(parts["val"], classes)
     with observer.stage(f"head ({training.solver})", training.epochs, "epochs") as advance:
-        for state in fit.keras(config, parts["train"], parts["val"], classes, l2, start, resumed):
-            facts = {**state.info(), "classes": list(classes), "l2": l2, "begun": begun}
-            checkpoints.save(folder / "checkpoints", state.epoch, state.arrays(), facts, state.is_best)
+        for state in fit_epochs(data, val, fit.keras_settings(config, l2), start, resumed):
+            HeadState(state, classes, l2, training_id).save(folder)
             observer.epoch(state.epoch, training.epochs, _epoch_line(state, training.epochs))
             advance(1)
     assert state is not None
     if text := fit.still_improving(state.history, training.solver, training.epochs):
         observer.warn(text)
     return Fitted(state.best, l2, state.history)
-
-
-def _last_epoch(folder: Path, classes: tuple[str, ...], begun: str, observer: Observer) -> EpochState | None:
-    """The state in the last whole checkpoint. Raises `RunError` when it is that of another training."""
-    last = checkpoints.load_latest(folder / "checkpoints")
-    if last is None:
-        return None
-    for warning in last.warnings:
-        observer.warn(warning)
-    if tuple(last.state["classes"]) != classes:
-        raise RunError(f"{last.path} has other classes: {', '.join(last.state['classes'])}", "train a new run")
-    if last.state["begun"] != begun:
-        raise RunError(f"{last.path} belongs to another training", f"remove {last.path}")
-    observer.note(f"going on after epoch {last.epoch}")
-    return EpochState.restore(last.arrays, last.state)
 
 
 def _epoch_line(state: EpochState, epochs: int) -> str:
@@ -227,16 +225,16 @@ def _start(prepared: Prepared, observer: Observer) -> Head | None:
     old_head = classifier.read(old.file("model.keras"))
     grown, kept, new = classifier.grow(old_head, old.classes, prepared.data.classes, prepared.config.training.seed)
     dropped = [name for name in old.classes if name not in prepared.data.classes]
-    tell = observer.note if kept else observer.warn
-    tell(
+    report = observer.note if kept else observer.warn
+    report(
         f"start from {old.name}: kept {', '.join(kept) or 'nothing'}; new {', '.join(new) or 'nothing'}"
         + (f"; dropped {', '.join(dropped)}" if dropped else "")
     )
     if prepared.config.training.solver == "lbfgs":
         observer.note(
-            "solver lbfgs ends at the same optimum with and without model.start_from; the kept columns only shorten "
-            "the way. It is useful with training.solver=adam or sgd: these train on from the old head, for example to "
-            "add a class"
+            "solver lbfgs ends at the same optimum with and without model.start_from; the kept columns only save "
+            "iterations. It is useful with training.solver=adam or sgd: these continue from the old head, for example "
+            "to add a class"
         )
     return grown
 
@@ -252,14 +250,7 @@ def _save_models(
     return outputs.save_models(folder, model, photos, measured[chosen])
 
 
-def _manifest(
-    folder: Path,
-    prepared: Prepared,
-    fitted: Fitted,
-    temperature: float,
-    parity: Parity | None,
-    judged: list[outputs.Judged],
-) -> Manifest:
+def _manifest(folder: Path, prepared: Prepared, outcome: Outcome) -> Manifest:
     """The content of run.json, but for the hashes of the files."""
     config, backbone = prepared.config, prepared.backbone
     skipped = (*prepared.data.bad, *(bad for part in prepared.parts.values() for bad in part.bad))
@@ -276,21 +267,21 @@ def _manifest(
             feature_map=backbone.feature_map,
         ),
         start_from=prepared.start_from,
-        solver=Solver(config.training.solver, fitted.l2),
-        temperature=temperature,
+        solver=Solver(config.training.solver, outcome.fitted.l2),
+        temperature=outcome.temperature,
         device=prepared.device,
         feature_precision=prepared.precision,
         photos={split: len(part.samples) for split, part in prepared.parts.items()},
         views=Views(
-            a_photo=prepared.parts["train"].array.shape[1],
+            per_photo=prepared.parts["train"].array.shape[1],
             computed=sum(part.computed for part in prepared.parts.values()),
             cached=sum(part.cached for part in prepared.parts.values()),
         ),
         cache_bytes=prepared.cache_bytes,
         bad_photos=tuple(SkippedPhoto(photo.name, photo.reason) for photo in skipped),
         roots={split: os.path.relpath(root, folder) for split, root in prepared.data.roots.items()},
-        parity=parity,
+        parity=outcome.parity,
         seconds=prepared.seconds,
-        metrics={part.split: SplitMetrics.from_json(Fields(part.evaluation.to_json())) for part in judged},
+        metrics={part.split: SplitMetrics.from_json(Fields(part.evaluation.to_json())) for part in outcome.judged},
         files={},
     )

@@ -1,13 +1,11 @@
-"""From a configuration to what can be learnt from: indexed photos, a backbone, and features.
+"""From a config to the inputs of a training: indexed photos, a backbone, and features.
 
-Every command that starts from a config (`train`, `check`, `preview`, the refits of `evaluate`) takes its parts from
-here, so that all of them see the same photos in the same way.
+Every command that starts from a config (`train`, `check`, `preview`, the refits of `evaluate`) gets them here, so that
+all of them see the same photos in the same way.
 """
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -22,32 +20,32 @@ from finetune_cli.cache.features import FeatureStore
 from finetune_cli.config.schema import Config
 from finetune_cli.devices import Device, Precision
 from finetune_cli.errors import BadImage, ChangedPhoto, Interrupted, RunError
-from finetune_cli.head.lbfgs import class_weights
+from finetune_cli.head.data import class_weights
 from finetune_cli.inference import runtimes
 from finetune_cli.inference.predictor import UNSURE
 from finetune_cli.inference.runtimes import Runtime
-from finetune_cli.parallel import cores, ordered_map
+from finetune_cli.parallel import ordered_map, worker_count
 from finetune_cli.photos import dataset, groups, scan
 from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import BadPhoto, Dataset, Sample
 from finetune_cli.photos.decode import ImageSettings
-from finetune_cli.progress import Meter, Observer
+from finetune_cli.progress import Meter, Observer, ignore, in_megabytes, timed
 from finetune_cli.runs.run import Run
 from finetune_cli.text import counted, shown
 from finetune_cli.training import extract
-from finetune_cli.training.extract import Features, Request
+from finetune_cli.training.extract import Features, Request, Resources
 from finetune_cli.training.requirements import cache_folder, check_room, check_settings, start_digest
 
 _SHOWN = 20
 Result = TypeVar("Result")
 
-# So many photos of a split are looked at to see whether the index is up to date.
+# How many photos of a split are read to see whether the index is up to date.
 _CHECKED_PHOTOS = 16
 
 
 @dataclass
 class Prepared:
-    """All that a head is fitted on and judged by; `parts` maps train, val and, if there is one, test to features.
+    """All that a head is fitted and evaluated on; `parts` maps train, val and, if there is one, test to features.
 
     `start_from`: SHA-256 of the model of `model.start_from`, if there is one.
     """
@@ -71,7 +69,7 @@ def prepare(
 
     `check` may raise when it sees the photos and the backbone, before any feature is computed.
 
-    Raises `DataError` when photos are bad and `data.on_bad_image` does not let them be skipped; what was computed by
+    Raises `DataError` when photos are bad and `data.on_bad_image` does not allow skipping them; what was computed until
     then stays in the cache. Raises `StorageError` when there is no room for the features or for the run.
     """
     seconds: dict[str, float] = {}
@@ -105,9 +103,9 @@ def with_photos(
 ) -> Result:
     """The result of `work` on the indexed photos of `config`; the seconds of indexing go to ``seconds["preflight"]``.
 
-    When `work` meets a photo that is not the indexed one, it is done once more, on photos that are all read again: a
-    row of the digest cache can be out of date where the times of a file system cannot be trusted. A photo that is not
-    the indexed one then is being changed right now, and the second `ChangedPhoto` is raised.
+    When `work` finds a photo that is not the indexed one, it is called once more, after all photos were read again: a
+    row of the digest cache can be out of date where the times of a file system cannot be trusted. A photo that differs
+    again is being changed right now, and the second `ChangedPhoto` is raised.
     """
     try:
         with timed(seconds, "preflight"):
@@ -130,7 +128,7 @@ def _note_augmentation(config: Config, augmentation: Augmenter, observer: Observ
 def _extractor(config: Config, observer: Observer, seconds: dict[str, float]) -> "Extractor":
     with timed(seconds, "backbone"), observer.stage("backbone", None, "MB") as advance:
         device = runtimes.choose_device(config.runtime.device)
-        backbone = build_backbone(config, advance_to(advance))
+        backbone = build_backbone(config, in_megabytes(advance))
         if config.model.start_from is not None:
             backbone = starting_backbone(Run.load(config.model.start_from), config, backbone)
         return Extractor(config, backbone, device, observer)
@@ -152,7 +150,7 @@ def _all_features(
             return parts, store.size()
         except Interrupted as exc:
             if store.writable and not folder.warning:
-                exc.remedy = "the features so far are in the cache; run the same command again to go on"
+                exc.remedy = "the features so far are in the cache; run the same command again to continue"
             raise
         finally:
             for warning in store.warnings:
@@ -181,7 +179,7 @@ def _refuse_bad(config: Config, data: Dataset, parts: dict[str, Features], obser
 
 
 def _refuse_bad_headers(config: Config, data: Dataset, observer: Observer) -> None:
-    """Raise `DataError` if what the headers tell stops the training: then with what decoding finds, so all at once."""
+    """Raise `DataError` if the headers alone stop the training: then with what decoding finds, all at once."""
     if not dataset.may_skip(data.bad, data.photos, config.data.on_bad_image):
         observer.note(f"{counted(len(data.bad), 'photo')} cannot be used; decoding the others, to find all such photos")
         dataset.refuse_bad([*data.bad, *decode_all(config, data, observer)], data.photos, config.data.on_bad_image)
@@ -202,7 +200,7 @@ def decode_all(config: Config, data: Dataset, observer: Observer) -> list[BadPho
     bad = []
     samples = [sample for part in data.splits.values() for sample in part]
     with observer.stage("decoding", len(samples)) as advance:
-        for fault in ordered_map(decode, samples, worker_count(config)):
+        for fault in ordered_map(decode, samples, worker_count(config.runtime.workers)):
             advance(1)
             if fault is not None:
                 bad.append(fault)
@@ -222,7 +220,7 @@ class Extractor:
     @property
     def workers(self) -> int:
         """Threads that decode and infer."""
-        return worker_count(self.config)
+        return worker_count(self.config.runtime.workers)
 
     def __call__(
         self,
@@ -234,21 +232,13 @@ class Extractor:
     ) -> Features:
         """The features of `samples`, `float32 (n, views, D)`, through `store`."""
         request = Request(image_settings(self.config), self.backbone.fingerprint, precision, augmentation)
+        scratch = cache_folder(self.config).scratch
+        resources = Resources(store, self._runtime, scratch, self.workers, self.batch_size)
         with self.observer.stage(f"features of {split}", len(samples)) as advance:
-            return extract.extract(
-                samples,
-                request,
-                self.backbone.width,
-                store,
-                self._runtime,
-                cache_folder(self.config).scratch,
-                self.workers,
-                self.batch_size,
-                advance,
-            )
+            return extract.extract(samples, request, self.backbone.width, resources, advance)
 
     def _runtime(self, precision: Precision) -> Runtime:
-        """The backbone, converted once and compiled once a precision."""
+        """The backbone, converted once and compiled once per precision."""
         if precision not in self._compiled:
             if self.device == "gpu":
                 self._compiled[precision] = runtimes.TensorFlowRuntime(self.backbone.model, precision)
@@ -265,21 +255,17 @@ class Extractor:
         """Views in a call of the runtime."""
         if self.config.runtime.batch_size != "auto":
             return self.config.runtime.batch_size
-        # On a CPU the activations of a few photos stay in the cache of a core; a GPU wants more to do at once.
+        # On a CPU the activations of a few photos stay in the cache of a core; a GPU needs larger batches.
         return 4 if self.device == "cpu" else 64
 
 
-def build_backbone(config: Config, progress: Callable[[int, int], None] = lambda _done, _total: None) -> Backbone:
+def build_backbone(config: Config, progress: Meter = ignore) -> Backbone:
     """The frozen backbone of `config`. Raises `ConfigError` and `WeightsError`.
 
-    `progress` is called with (megabytes done, megabytes in all) while a weight file is downloaded.
+    `progress` counts bytes while a weight file is downloaded.
     """
     model, size, seed = config.model, config.image.size, config.training.seed
-
-    def fetched(done: int, total: int) -> None:
-        progress(done // 10**6, total // 10**6)
-
-    return build.build(model.backbone, model.weights, size, seed, model.weights_sha256, fetched)
+    return build.build(model.backbone, model.weights, size, seed, model.weights_sha256, progress)
 
 
 def starting_backbone(start: Run, config: Config, backbone: Backbone) -> Backbone:
@@ -303,7 +289,7 @@ def starting_backbone(start: Run, config: Config, backbone: Backbone) -> Backbon
 
 
 def index(config: Config, observer: Observer, fresh: bool = False) -> Dataset:
-    """The photos of `config` after preflight (headers and digests); what a person should know is noted.
+    """The photos of `config` after preflight (headers and digests); what the user should know is noted.
 
     `fresh`: all photos are read, whatever the digest cache says.
     """
@@ -320,7 +306,7 @@ def index(config: Config, observer: Observer, fresh: bool = False) -> Dataset:
             config.data.group_regex,
             config.image.max_pixels,
             cache,
-            advance_to(advance),
+            advance,
         )
     for note in data.notes:
         observer.note(note)
@@ -336,24 +322,12 @@ def index(config: Config, observer: Observer, fresh: bool = False) -> Dataset:
 
 
 def warn_of_series(config: Config, data: Dataset, observer: Observer) -> None:
-    """Say that photos taken at nearly the same time are in train and in val, if no groups are known or proposed."""
+    """Warn that photos taken at nearly the same time are in train and in val, if no groups are known or proposed."""
     if data.proposal is not None or any(sample.group for part in data.splits.values() for sample in part):
         return
     paths = {split: [sample.path for sample in part] for split, part in data.splits.items()}
-    if said := groups.series(paths, config.image.max_pixels):
-        observer.warn(f"{said}; if they show the same thing, name the groups in the column `group` of a table")
-
-
-def advance_to(advance: Meter) -> Callable[[int, int], None]:
-    """Turn a callback that advances by n into one that is told (done, total)."""
-    last = 0
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        advance(done - last, total)
-        last = done
-
-    return progress
+    if finding := groups.series(paths, config.image.max_pixels):
+        observer.warn(f"{finding}; if they show the same thing, name the groups in the column `group` of a table")
 
 
 def image_settings(config: Config) -> ImageSettings:
@@ -368,19 +342,6 @@ def augmenter(config: Config) -> Augmenter:
     return Augmenter(arguments, section.views if section is not None else 1, config.training.seed, config.image.size)
 
 
-def worker_count(config: Config) -> int:
-    """Threads that decode and infer: one for each core unless the config says otherwise."""
-    return cores() if config.runtime.workers == "auto" else config.runtime.workers
-
-
 def evenly_spread(count: int, most: int) -> NDArray[np.intp]:
     """At most `most` of the numbers below `count`, from the first to the last of them."""
     return np.linspace(0, count - 1, min(count, most)).astype(np.intp)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the wall-clock seconds of the block to `seconds[stage]`."""
-    started = time.monotonic()
-    yield
-    seconds[stage] = round(seconds.get(stage, 0.0) + time.monotonic() - started, 3)

@@ -1,4 +1,4 @@
-"""`finetune preview`: what augmentation does to one's own photos, as one picture."""
+"""`finetune preview`: the effect of the augmentation on the user's own photos, as one picture."""
 
 import json
 from collections.abc import Iterator
@@ -93,7 +93,7 @@ def _save(title: str, rows: list[tuple[str, str, list[NDArray[np.uint8]]]], outp
 
 
 def _font(name: str, size: int) -> "FreeTypeFont":
-    """One of the fonts that come with matplotlib; they know more alphabets than Pillow's own."""
+    """A font that comes with matplotlib: these cover more alphabets than Pillow's own."""
     from PIL import ImageFont
 
     # Importing matplotlib would make a folder in the home.

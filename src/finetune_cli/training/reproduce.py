@@ -1,4 +1,4 @@
-"""`check --reproduce`: what differs here from where a run was made; nothing is trained and nothing is written."""
+"""`check --reproduce`: how this machine and its files differ from those of a run; nothing is trained or written."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from finetune_cli.config.load import load_config
 from finetune_cli.config.schema import Config
 from finetune_cli.errors import DataError, RunError
 from finetune_cli.inference import runtimes
+from finetune_cli.parallel import worker_count
 from finetune_cli.progress import Observer
 from finetune_cli.runs import environment
 from finetune_cli.runs.environment import Difference
@@ -20,14 +21,14 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Reproduction:
-    """`surroundings`: what differs of them; `weights`: of the files that the model was begun with, a line each.
+    """`environment`: the facts that differ; `weights`: a line for each weight file or start model that differs.
 
     `photos`: what differs of the photos, by split and name; `photos_problem` says why they could not be compared, and
     is empty when they were.
     """
 
     run: Run
-    surroundings: tuple[Difference, ...]
+    environment: tuple[Difference, ...]
     weights: tuple[str, ...]
     photos: tuple[str, ...]
     photos_problem: str = ""
@@ -35,7 +36,7 @@ class Reproduction:
     @property
     def same(self) -> bool:
         """Whether training here again, by the run's config.yaml, can be expected to give the same weights."""
-        return not (self.surroundings or self.weights or self.photos or self.photos_problem)
+        return not (self.environment or self.weights or self.photos or self.photos_problem)
 
 
 def reproduce(run: Run, observer: Observer) -> Reproduction:
@@ -47,8 +48,8 @@ def reproduce(run: Run, observer: Observer) -> Reproduction:
     before = environment.read_environment(run.file(environment.FILE))
     device = runtimes.choose_device(config.runtime.device)
     precision = runtimes.training_precision(device, config.runtime.feature_precision)
-    now = environment.environment(config, device, precision, prepare.worker_count(config))
-    differing = tuple(environment.differences(before, now))
+    now = environment.current(config, device, precision, worker_count(config.runtime.workers))
+    differing = tuple(environment.differences(before.facts, now.facts))
     weights = (*_backbone(run, config), *_start(run, config))
     try:
         data = prepare.index(config, observer)
@@ -92,7 +93,7 @@ def _start(run: Run, config: Config) -> Iterator[str]:
 
 
 def _listed(what: str, rows: set[tuple[str, str, str, str]]) -> list[str]:
-    """A line for each of the first rows, and one that counts the others."""
+    """A line for each of the first rows, and one with the number of the others."""
     lines = [f"{what}: {split}/{label}: {name}" for split, label, _digest, name in sorted(rows)]
     rest = len(lines) - _SHOWN
     return lines if rest <= 0 else [*lines[:_SHOWN], f"{what}: and {rest} more"]

@@ -1,6 +1,6 @@
-"""What stops a training before it begins: settings, files, folders and space, looked at before hours go into them.
+"""What a training needs before it begins: valid settings, files, writable folders and space.
 
-Nothing heavy is imported: a wrong setting is told at once.
+Nothing heavy is imported, so that a wrong setting is reported at once.
 """
 
 import difflib
@@ -23,10 +23,10 @@ _TABLES_AND_FIGURES = 1_000_000
 
 
 def check_settings(config: Config) -> None:
-    """Find out, before minutes of work and without TensorFlow, what is wrong besides the photos.
+    """Check everything but the photos, before minutes of work and without TensorFlow.
 
-    Raises `ConfigError` for an unknown backbone, too small an image, and files that are not there; `RunError` for a
-    `start_from` that is no finished run; `StorageError` when files cannot be made where the run goes.
+    Raises `ConfigError` for an unknown backbone, too small an image, and missing files; `RunError` for a `start_from`
+    that is not a finished run; `StorageError` when the output folder cannot be written.
     """
     with _named("output.directory"):
         files.check_writable(config.output.directory)
@@ -68,7 +68,7 @@ def start_digest(config: Config) -> str | None:
 
 @contextmanager
 def _named(key: str) -> Iterator[None]:
-    """Add to the advice which key of the config takes another folder."""
+    """Add to the remedy which config key sets another folder."""
     try:
         yield
     except StorageError as exc:
@@ -80,7 +80,8 @@ def check_room(config: Config, data: Dataset, views: int, backbone: Backbone) ->
     """Raise `StorageError` unless there is room for the features and for the run, before hours go into them."""
     rows = views * len(data.train) + len(data.val) + len(data.test)
     with _named("runtime.cache_dir"):
-        files.free_space_check(cache_folder(config).scratch, 2 * 4 * backbone.width * rows)  # cached, and at hand
+        # The features are in the cache, and in the scratch file.
+        files.free_space_check(cache_folder(config).scratch, 2 * 4 * backbone.width * rows)
     head = 4 * (backbone.width + 1) * len(data.classes)
     model = 4 * backbone.model.count_params() + head
     # The model in two forms; up to four checkpoints, each with the head, the best head and Adam's two moments.

@@ -1,4 +1,4 @@
-"""`finetune init`: look at a folder of photos and write a commented config that trains as it is."""
+"""`finetune init`: index a folder of photos and write a commented config that can be used as it is."""
 
 import os
 import re
@@ -58,7 +58,9 @@ def starter_config(data: Path, target: Path, observer: Observer) -> str:
     prepare.warn_of_series(config, found, observer)
     proposal = found.proposal
     if proposal is not None:
-        observer.note(f"{shown(target)} sets data.group_regex to keep such groups together; remove it if they are none")
+        observer.note(
+            f"{shown(target)} sets data.group_regex to keep such groups together; remove it if they are not groups"
+        )
         grouped = config.data.model_copy(update={"group_regex": proposal.regex})
         found = prepare.index(config.model_copy(update={"data": grouped}), Silent())
     folder = target.absolute().parent

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli.head.lbfgs import Floats, Head, Ints
+from finetune_cli.head.data import Floats, Ints
+from finetune_cli.head.lbfgs import Head
 from finetune_cli.metrics.calibration import cross_fitted, fit_temperature, softmax
 
 # Points on the line from the frozen to the tuned weights, beside its end (Wortsman et al. 2022, arXiv 2109.01903).

@@ -21,19 +21,21 @@ from finetune_cli.cache.features import FeatureStore
 from finetune_cli.config.schema import Config
 from finetune_cli.devices import Device, Precision
 from finetune_cli.errors import CheckpointError, RunError, StorageError
-from finetune_cli.head.lbfgs import Head, class_weights
+from finetune_cli.head.data import class_weights
+from finetune_cli.head.keras_fit import fit_epochs
+from finetune_cli.head.lbfgs import Head
 from finetune_cli.inference import runtimes
 from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.metrics.folds import group_numbers
 from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import Dataset
-from finetune_cli.progress import Observer
+from finetune_cli.progress import Observer, timed
 from finetune_cli.runs import checkpoints
 from finetune_cli.text import counted
 from finetune_cli.training import fit
 from finetune_cli.training.extract import Features, Request, scratch_array
 from finetune_cli.training.fit import Fitted, labels_of
-from finetune_cli.training.prepare import Extractor, Prepared, augmenter, image_settings, timed
+from finetune_cli.training.prepare import Extractor, Prepared, augmenter, image_settings
 from finetune_cli.training.requirements import cache_folder
 from finetune_cli.training.tuning import activations, candidates, plan
 from finetune_cli.training.tuning.activations import Lower, Pixels, Recomputed, Source
@@ -105,14 +107,14 @@ def checked(config: Config) -> Callable[[Dataset, Backbone], None]:
     return check
 
 
-def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, begun: str, observer: Observer) -> Outcome:
+def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id: str, observer: Observer) -> Outcome:
     """Fine-tune the backbone of `prepared`, on which the head `fitted` is the best frozen one.
 
-    `begun`: what only the checkpoints of this training share. After a kill it goes on from those, to the same bits.
+    `training_id`: what only the checkpoints of this training share. After a kill it goes on from those, to the same bits.
     Raises `ConfigError` for a layer that cannot be cut at, `StorageError` when the scratch files have no room,
     `FinetuneError` when the loss is no longer a number, `Interrupted` after a signal.
     """
-    stage = _Stage(prepared, fitted, checkpoint_folder, begun, observer)
+    stage = _Stage(prepared, fitted, checkpoint_folder, training_id, observer)
     frozen = stage.scored(fitted.head, prepared.parts["val"].array[:, 0])
     trained = [stage.attempt(number, trial) for number, trial in enumerate(stage.trials)]
     tuned = [each for training in trained for each in training.candidates]
@@ -152,12 +154,12 @@ class _Stage:
     """What all trainings of the stage share."""
 
     def __init__(
-        self, prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, begun: str, observer: Observer
+        self, prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id: str, observer: Observer
     ) -> None:
         assert prepared.config.fine_tuning is not None
         self.section = prepared.config.fine_tuning
         self.prepared, self.fitted, self.observer = prepared, fitted, observer
-        self.checkpoint_folder, self.begun = checkpoint_folder, begun
+        self.checkpoint_folder, self.training_id = checkpoint_folder, training_id
         self.train, self.val = prepared.parts["train"], prepared.parts["val"]
         self.labels, self.val_labels = labels_of(self.train.samples), labels_of(self.val.samples)
         self.val_groups = group_numbers((sample.group, sample.digest) for sample in self.val.samples)
@@ -258,7 +260,7 @@ class _Stage:
                 advance(state.epoch)
             for each in model.train(learnt, judged, settings, state):
                 state = each
-                facts = {"history": list(state.history), "begun": self.begun}
+                facts = {"history": list(state.history), "training_id": self.training_id}
                 checkpoints.save(folder, state.epoch, state.arrays(), facts, best=True)
                 row = state.history[-1]
                 self.observer.note(
@@ -275,7 +277,7 @@ class _Stage:
             return None
         for warning in last.warnings:
             self.observer.warn(warning)
-        if last.state.get("begun") != self.begun:
+        if last.state.get("training_id") != self.training_id:
             raise RunError(f"{last.path} belongs to another training", f"remove {last.path}")
         self.observer.note(f"fine-tuning: going on after epoch {last.epoch}")
         try:
@@ -291,9 +293,9 @@ class _Stage:
         tuned = replace(self.train, array=array)
         if config.training.solver == "lbfgs":
             return fit.lbfgs(config, tuned, classes, None, self.observer)
-        val = replace(self.val, array=val_features[:, None])
         l2 = fit.chosen_l2(config, tuned, classes, self.observer)
-        *_, state = fit.keras(config, tuned, val, classes, l2, None, None)
+        val = fit.validation_data(replace(self.val, array=val_features[:, None]), classes)
+        *_, state = fit_epochs(fit.head_data(config, tuned, classes), val, fit.keras_settings(config, l2))
         return Fitted(state.best, l2, state.history)
 
     def _facts(self, trial: Trial, part: Cut, store: Store, weights: Sequence[NDArray[Any]]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from finetune_cli import signals
 from finetune_cli.errors import FinetuneError
-from finetune_cli.head.lbfgs import Floats, Head, Ints
+from finetune_cli.head.data import Floats, Ints
+from finetune_cli.head.lbfgs import Head
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.training.tuning.activations import Source
 

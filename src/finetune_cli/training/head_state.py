@@ -1,0 +1,67 @@
+"""The state of a head's training in Keras, as a checkpoint of the run holds it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_cli.errors import CheckpointError, RunError
+from finetune_cli.fields import FieldError, Fields
+from finetune_cli.head.keras_fit import EpochState
+from finetune_cli.progress import Observer
+from finetune_cli.runs import checkpoints
+from finetune_cli.runs.checkpoints import Checkpoint
+
+FOLDER = "checkpoints"
+
+
+@dataclass(frozen=True, eq=False)
+class HeadState:
+    """The state after an epoch, with what it belongs to: `training_id` is that of `runs/start.py`."""
+
+    epoch: EpochState
+    classes: tuple[str, ...]
+    l2: float
+    training_id: str
+
+    def save(self, folder: Path) -> None:
+        """Write it as a checkpoint of the run `folder`. Raises `StorageError`."""
+        facts: dict[str, Any] = {
+            **self.epoch.info(),
+            "classes": list(self.classes),
+            "l2": self.l2,
+            "training_id": self.training_id,
+        }
+        checkpoints.save(folder / FOLDER, self.epoch.epoch, self.epoch.arrays(), facts, self.epoch.is_best)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint) -> "HeadState":
+        """The state in `checkpoint`. Raises `CheckpointError` when a key or an array is missing or of a wrong type."""
+        try:
+            fields = Fields(checkpoint.state)
+            return cls(
+                epoch=EpochState.restore(checkpoint.arrays, fields),
+                classes=fields.names("classes", 2),
+                l2=fields.number("l2", 0),
+                training_id=fields.sha256("training_id"),
+            )
+        except FieldError as exc:
+            raise CheckpointError(f"{checkpoint.path} is damaged: {exc}", f"remove {checkpoint.path}") from exc
+
+
+def load_latest(folder: Path, classes: tuple[str, ...], training_id: str, observer: Observer) -> EpochState | None:
+    """The state after the last epoch in the run `folder`, `None` before the first.
+
+    Raises `CheckpointError` when no checkpoint is whole, `RunError` when the last belongs to another training.
+    """
+    last = checkpoints.load_latest(folder / FOLDER)
+    if last is None:
+        return None
+    for warning in last.warnings:
+        observer.warn(warning)
+    state = HeadState.from_checkpoint(last)
+    if state.classes != classes:
+        raise RunError(f"{last.path} has other classes: {', '.join(state.classes)}", "train a new run")
+    if state.training_id != training_id:
+        raise RunError(f"{last.path} belongs to another training", f"remove {last.path}")
+    observer.note(f"resuming after epoch {last.epoch}")
+    return state.epoch
