@@ -118,8 +118,8 @@ def extraction(photos: Path, folder: Path) -> None:
     from finetune_cli.parallel import cores
     from finetune_cli.photos import scan
     from finetune_cli.photos.augment import Augmenter
-    from finetune_cli.photos.dataset import Sample
     from finetune_cli.photos.decode import ImageSettings
+    from finetune_cli.photos.scan import Sample
     from finetune_cli.training import extract
 
     paths = sorted((photos / "hymenoptera").glob("*/*/*.jpg"))[:256]
@@ -326,7 +326,7 @@ def fit_synthetic(folder: Path, solver: str) -> None:
 
     from finetune_cli.config.schema import Config
     from finetune_cli.head.keras_fit import fit_epochs
-    from finetune_cli.photos.dataset import Sample
+    from finetune_cli.photos.scan import Sample
     from finetune_cli.progress import Silent
     from finetune_cli.training import fit
     from finetune_cli.training.extract import Features, scratch_array

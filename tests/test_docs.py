@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import sys
 import typing
 from pathlib import Path
 
@@ -22,10 +23,26 @@ COMMANDS = sorted(command.name or command.callback.__name__ for command in app.r
 GROUPS = sorted(str(group.typer_instance.info.name) for group in app.registered_groups)
 
 
-def test_the_help_texts_are_those_of_the_program():
-    spec = importlib.util.spec_from_file_location("update_docs", ROOT / "tools" / "update_docs.py")
+def load_tool(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     tool = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, tool)  # its dataclasses look themselves up there
     spec.loader.exec_module(tool)
+    return tool
+
+
+def test_the_reliability_page_counts_tests_that_exist(monkeypatch):
+    tool = load_tool("reliability_table", monkeypatch)
+    for prefixes in (tool.FAULTS | tool.HOSTILE).values():
+        for prefix in prefixes:
+            module, _, test = prefix.partition("::")
+            assert module in tool.MODULES
+            code = (ROOT / tool.test_file(module)).read_text("utf-8")
+            assert f"def {test or 'test_'}" in code, prefix
+
+
+def test_the_help_texts_are_those_of_the_program(monkeypatch):
+    tool = load_tool("update_docs", monkeypatch)
     assert tool.renewed(COMMANDS_PAGE) == COMMANDS_PAGE, "run: make docs"
 
 

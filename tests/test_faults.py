@@ -1,7 +1,7 @@
 """Kills, full disks, forbidden folders and races against the parts that promise to survive them.
 
-Every test works on real processes and real file systems. `test_files.py`, `test_checkpoints.py` and `test_cache.py`
-hold the faults that can be injected from inside.
+Every test works on real processes and real file systems. `test_files.py`, `runs/test_checkpoints.py` and
+`cache/test_features.py` hold the faults that can be injected from inside.
 """
 
 import contextlib
@@ -241,7 +241,7 @@ def test_a_full_disk_loses_nothing_and_says_how_much_is_needed(small_disk):
         store.put([(cacher.key(i), cacher.row(i)) for i in range(20, 40)])
         assert cacher.check(store, range(40)) == 20
     assert len(store.warnings) == 1
-    assert "disk is full; at least 102 kB more are needed" in store.warnings[0]
+    assert "disk is full; at least 103 kB more are needed" in store.warnings[0]
     with pytest.raises(StorageError, match=r"no space left to write .*/file \(9\.0 kB are needed\)"):
         files.write_bytes(small_disk / "file", bytes(9000))
     with pytest.raises(StorageError, match=r"no space left to write .*/epoch-0002 \(80\.\d kB are needed\)"):

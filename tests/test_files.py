@@ -96,7 +96,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_litter(tmp_path):
     ],
 )
 @pytest.mark.parametrize("step", ["fsync", "replace", "open"])
-def test_faults_of_the_disk_are_told_and_leave_the_old_file(tmp_path, monkeypatch, error, words, step):
+def test_faults_of_the_disk_are_reported_and_leave_the_old_file(tmp_path, monkeypatch, error, words, step):
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with monkeypatch.context() as patch:
@@ -143,7 +143,7 @@ def test_outputs_that_are_links_stay_links_and_devices_stay_devices(tmp_path):
     assert stat.S_ISCHR(Path(os.devnull).stat().st_mode)
 
 
-def test_a_folder_in_the_way_is_told(tmp_path):
+def test_a_folder_in_the_way_is_reported(tmp_path):
     with pytest.raises(StorageError, match="it is a folder"):
         files.write_bytes(tmp_path, b"x")
     (tmp_path / "file").write_bytes(b"")
@@ -251,7 +251,7 @@ def holder(tmp_path):
     process.stdout.close()
 
 
-def test_a_second_process_is_told_the_holder(tmp_path, holder):
+def test_the_error_in_a_second_process_names_the_holder(tmp_path, holder):
     started = time.monotonic()
     with pytest.raises(RunError, match=f"{tmp_path.name} is in use by process {holder.pid}\n"), files.lock(tmp_path):
         pass

@@ -25,7 +25,7 @@ print("a line of our own", file=sys.stderr)
 """
 
 
-def test_settings_of_the_person_do_not_matter_and_nothing_is_written_or_said(tmp_path: Path):
+def test_settings_of_the_user_do_not_matter_and_nothing_is_written_or_printed(tmp_path: Path):
     home, keras_home = tmp_path / "home", tmp_path / "keras"
     home.mkdir()
     keras_home.mkdir()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from manifest_example import export_manifest
 
-from finetune_cli import files, held
+from finetune_cli import files, safe_open
 from finetune_cli.cache.digests import DigestCache, Facts
 from finetune_cli.cache.features import FeatureStore, clear, info
 from finetune_cli.config.load import load_config
@@ -337,14 +337,14 @@ def test_a_temporary_folder_swapped_while_a_library_writes(tmp_path, outside):
 def test_a_folder_of_another_user_in_the_place_of_the_temporary_one(tmp_path, outside, monkeypatch):
     if os.geteuid() != 0:
         pytest.skip("only root can give a folder to another user")
-    real = held.Held.mkdir
+    real = safe_open.OpenFolder.mkdir
 
     def mkdir(self, name, mode=0o777):
         real(self, name, mode)
         if name.startswith(".model"):
             os.chown(self.path / name, 65534, 65534)
 
-    monkeypatch.setattr(held.Held, "mkdir", mkdir)
+    monkeypatch.setattr(safe_open.OpenFolder, "mkdir", mkdir)
     for attempt in (files.atomic_path, files.atomic_folder):
         with pytest.raises(StorageError, match="permission"), attempt(tmp_path / "model"):
             pytest.fail("it was given to a library")
@@ -355,14 +355,14 @@ def test_a_folder_of_another_user_in_the_place_of_the_temporary_one(tmp_path, ou
 def test_a_folder_swapped_during_a_write(tmp_path, outside, monkeypatch, step):
     run = tmp_path / "run"
     (run / "evaluations").mkdir(parents=True)
-    real = getattr(held.Held, step)
+    real = getattr(safe_open.OpenFolder, step)
 
     def swapping(self, *arguments):
         if arguments[0] != "evaluations" and not (run / "evaluations").is_symlink():
             swap(run / "evaluations", outside)
         return real(self, *arguments)
 
-    monkeypatch.setattr(held.Held, step, swapping)
+    monkeypatch.setattr(safe_open.OpenFolder, step, swapping)
     files.write_bytes(run / "evaluations" / "metrics.json", b"new", run)
     assert (run / "evaluations").is_symlink(), "the step was not reached"
     assert (run / "evaluations.real" / "metrics.json").read_bytes() == b"new"
@@ -370,13 +370,13 @@ def test_a_folder_swapped_during_a_write(tmp_path, outside, monkeypatch, step):
 
 def test_a_file_swapped_during_a_read(tmp_path, outside, monkeypatch):
     (tmp_path / "run.json").write_bytes(b"{}")
-    real = held.Held.open
+    real = safe_open.OpenFolder.open
 
     def swapping(self, name, *arguments):
         swap(tmp_path / name, outside / "file")
         return real(self, name, *arguments)
 
-    monkeypatch.setattr(held.Held, "open", swapping)
+    monkeypatch.setattr(safe_open.OpenFolder, "open", swapping)
     with pytest.raises(OSError, match="is a symbolic link"):
         files.read_own(tmp_path / "run.json")
 
@@ -384,7 +384,7 @@ def test_a_file_swapped_during_a_read(tmp_path, outside, monkeypatch):
 def test_a_model_swapped_after_its_hash_was_checked(copy, tiny_run, monkeypatch):
     """The bytes that are used are those that were hashed: no name is opened a second time."""
     run, photos = Run.load(copy), sorted(tiny_run.photos.rglob("*.png"))[:2]
-    wanted = [each.top for each in predict.predict(predict.RunPredictor(run, 1), photos, 3)]
+    wanted = [found.top for found in predict.predict(predict.RunPredictor(run, 1), photos, 3)]
     real = Run.read
 
     def swapping(self, name):
@@ -393,7 +393,7 @@ def test_a_model_swapped_after_its_hash_was_checked(copy, tiny_run, monkeypatch)
         return content
 
     monkeypatch.setattr(Run, "read", swapping)
-    assert [each.top for each in predict.predict(predict.RunPredictor(run, 1), photos, 3)] == wanted
+    assert [found.top for found in predict.predict(predict.RunPredictor(run, 1), photos, 3)] == wanted
 
 
 @pytest.mark.parametrize("exists", [True, False])

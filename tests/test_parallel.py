@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from finetune_cli.parallel import cores, groups_at_hand, ordered_map
+from finetune_cli.parallel import cores, groups_available, ordered_map
 
 
 def test_results_come_in_order():
@@ -80,7 +80,7 @@ def test_nothing_is_held_back_while_the_source_waits():
         assert more.wait(30)
         yield 3
 
-    results = ordered_map(sum, groups_at_hand(source(), 8), 4)
+    results = ordered_map(sum, groups_available(source(), 8), 4)
     assert next(results) in {1, 3}
     more.set()
     assert sum(results) in {3, 5}
@@ -94,7 +94,7 @@ def test_what_is_there_already_comes_in_full_groups():
         yield from range(20)
         read.set()
 
-    groups = groups_at_hand(source(), 8)
+    groups = groups_available(source(), 8)
     assert next(groups) is None
     go.set()
     assert read.wait(30)
@@ -110,7 +110,7 @@ def test_a_slow_reader_holds_the_source_back():
             taken += 1
             yield taken
 
-    groups = groups_at_hand(source(), 2)
+    groups = groups_available(source(), 2)
     assert any(next(groups) for _ in range(3))
     time.sleep(0.05)
     assert taken <= 64 * 2 + 2 * 3 + 2
@@ -121,7 +121,7 @@ def test_an_error_of_the_source_comes_after_what_came_before_it():
         yield 1
         raise OSError("gone")
 
-    groups = groups_at_hand(source(), 8)
+    groups = groups_available(source(), 8)
     assert next(filter(None, groups)) == (1,)
     with pytest.raises(OSError, match="gone"):
         list(groups)

@@ -64,7 +64,7 @@ def test_the_code_of_the_page_runs(tiny_run, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "models" / "photos" / "model.xml").is_file()
     status, content = names["respond"](photo.read_bytes())
     assert (status, content["label"]) == (200, names["answer"].label)
-    assert names["respond"](b"no image") == (422, {"error": "not an image in a format that is read here"})
+    assert names["respond"](b"no image") == (422, {"error": "not an image in a supported format"})
     assert names["answer"].label in capsys.readouterr().out
 
 

@@ -1,6 +1,7 @@
 """The same training with one thread and with two, each from an empty cache, by the real command: the same bits.
 
-What this cannot show is told in docs/reliability.md: another processor, other versions, or a GPU may round differently.
+What this cannot show is described in docs/reliability.md: another processor, other versions, or a GPU may round
+differently.
 """
 
 import pytest

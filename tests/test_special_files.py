@@ -17,7 +17,7 @@ from manifest_example import export_manifest
 from paths import SOURCE
 
 from finetune_cli import files
-from finetune_cli.backbones import build, weights
+from finetune_cli.backbones import build, download
 from finetune_cli.cache.digests import DigestCache
 from finetune_cli.cache.features import FeatureStore, info
 from finetune_cli.config.load import load_config
@@ -27,8 +27,8 @@ from finetune_cli.exports import manifest, opening
 from finetune_cli.exports.card import Card
 from finetune_cli.inference import predict
 from finetune_cli.photos import decode, folders, scan
-from finetune_cli.photos.dataset import Sample
 from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.photos.scan import Sample
 from finetune_cli.runs import checkpoints
 from finetune_cli.runs.run import Run
 from finetune_cli.untrusted import hdf5, keras_archive, openvino_ir
@@ -145,7 +145,7 @@ def test_weights_and_models(tmp_path, kind):
         with pytest.raises(FinetuneError):
             read()
     with pytest.raises(OSError, match=KINDS[kind]):
-        weights.has_digest(place(tmp_path / "keras.h5", kind), "00" * 16)
+        download.has_digest(place(tmp_path / "keras.h5", kind), "00" * 16)
     with pytest.raises(RunError, match=KINDS[kind]):
         openvino_ir.read_files(place(tmp_path / "model.xml", kind))
 

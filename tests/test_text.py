@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_cli.text import address, brief, listed, shown
+from finetune_cli.text import address, brief, listed, message_lines, shown
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,11 @@ def test_the_middle_of_long_text_is_left_out():
 def test_long_lists_are_cut():
     assert listed(["a", "b", "c"], 3) == "a, b, c"
     assert listed(["a", "b", "c", "d"], 3) == "a, b and 2 others"
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [("\n  first\n\n last \n", ["first", "last"]), ("", ["ValueError"]), ("\n", ["ValueError"])],
+)
+def test_lines_of_an_exception(message, expected):
+    assert message_lines(ValueError(message)) == expected

@@ -80,14 +80,14 @@ def seeds() -> list[bytes]:
     return files + [path.read_bytes() for path in others if path.stat().st_size <= LARGEST_SEED]
 
 
-def mended(data: bytes) -> bytes:
-    """A PNG file with the checksums of its chunks made right, so that what is inside them is looked at."""
-    out, place = bytearray(data[:8]), 8
-    while place + 12 <= len(data):
-        (length,) = struct.unpack_from(">I", data, place)
-        body = data[place + 4 : place + 8 + min(length, len(data))]
-        out += data[place : place + 4] + body + struct.pack(">I", zlib.crc32(body))
-        place += 12 + length
+def with_valid_checksums(data: bytes) -> bytes:
+    """A PNG file with correct checksums of its chunks, so that decoders read their content."""
+    out, position = bytearray(data[:8]), 8
+    while position + 12 <= len(data):
+        (length,) = struct.unpack_from(">I", data, position)
+        body = data[position + 4 : position + 8 + min(length, len(data))]
+        out += data[position : position + 4] + body + struct.pack(">I", zlib.crc32(body))
+        position += 12 + length
     return bytes(out)
 
 
@@ -96,29 +96,29 @@ def mutated(files: list[bytes], random: Random) -> bytes:
     data = bytearray(random.choice(files))
     for _ in range(random.choice([1, 1, 2, 3, 6])):
         reach = min(len(data), random.choice([40, 200, 1000, len(data), len(data)]))
-        place = random.randrange(min(2, reach), reach + 1)
+        position = random.randrange(min(2, reach), reach + 1)
         length = random.choice([1, 2, 4, 16, 64, 300])
         change = random.choice(["bit", "bit", "byte", "value", "delete", "repeat", "cut", "insert", "splice"])
         if change == "bit":
-            data[place : place + 1] = bytes(b ^ 1 << random.randrange(8) for b in data[place : place + 1])
+            data[position : position + 1] = bytes(b ^ 1 << random.randrange(8) for b in data[position : position + 1])
         elif change == "byte":
-            data[place : place + 1] = random.randbytes(1)
+            data[position : position + 1] = random.randbytes(1)
         elif change == "value":
             value = random.choice(INTERESTING)
-            data[place : place + len(value)] = value
+            data[position : position + len(value)] = value
         elif change == "delete":
-            del data[place : place + length]
+            del data[position : position + length]
         elif change == "repeat":
-            data[place:place] = data[place : place + length] * random.choice([1, 2, 10, 1000])
+            data[position:position] = data[position : position + length] * random.choice([1, 2, 10, 1000])
         elif change == "cut":
-            del data[place:]
+            del data[position:]
         elif change == "insert":
-            data[place:place] = random.randbytes(random.randrange(1, 8))
+            data[position:position] = random.randbytes(random.randrange(1, 8))
         else:
             other = random.choice(files)
             start = random.randrange(len(other) + 1)
-            data[place : place + length] = other[start : start + length]
-    return mended(bytes(data)) if data[:4] == b"\x89PNG" and random.random() < 0.8 else bytes(data)
+            data[position : position + length] = other[start : start + length]
+    return with_valid_checksums(bytes(data)) if data[:4] == b"\x89PNG" and random.random() < 0.8 else bytes(data)
 
 
 def keep(data: bytes) -> str:

@@ -1,10 +1,10 @@
 """Run the fault tests and write their numbers into docs/reliability.md, between its markers.
 
-    python tools/reliability_table.py             run the tests, renew the tables (about ten minutes on two cores)
-    python tools/reliability_table.py REPORT.xml  renew the tables from what pytest wrote with --junit-xml
+    python tools/reliability_table.py             run the tests, update the tables (about ten minutes on two cores)
+    python tools/reliability_table.py REPORT.xml  update the tables from a report of pytest --junit-xml
 
-A test tells how often it tried by `record_property("tries", n)`; where it does not, by the number among its parameters;
-else it counts as one try.
+A test reports its number of tries by `record_property("tries", n)`, or by the number among its parameters; else it
+counts as one try.
 """
 
 import ast
@@ -33,6 +33,7 @@ MODULES = (
     "untrusted.keras_archive",
     "backbones.weights",
     "untrusted.hdf5",
+    "runs.manifest",
     "runs.run",
     "config.yaml_file",
     "photos.bad_images",
@@ -139,7 +140,7 @@ HOSTILE = {
         "backbones.weights::test_groups",
         "backbones.weights::test_a_file_that",
     ],
-    "manifests: paths that leave the run, wrong types": ["runs.run::test_a_manifest", "runs.run::test_a_broken"],
+    "manifests: paths that leave the run, wrong types": ["runs.manifest::"],
     "checkpoints with fitting sums": ["runs.checkpoints::test_a_strangers"],
     "YAML: aliases, tags, depth, size": [
         "config.yaml_file::test_billion",
@@ -161,15 +162,13 @@ class Outcome:
 
 
 def main(arguments: list[str]) -> int:
-    """Renew the page; the exit code is 1 when a test failed."""
+    """Update the page; the exit code is 1 if a test failed."""
     if arguments:
         outcomes = list(read(Path(arguments[0])))
     else:
         with tempfile.TemporaryDirectory() as folder:
             report = Path(folder, "report.xml")
-            modules = [
-                f"tests/{'/'.join([*folders, f'test_{name}.py'])}" for *folders, name in (m.split(".") for m in MODULES)
-            ]
+            modules = [str(test_file(module)) for module in MODULES]
             options = ["-q", "-p", "no:randomly", "--tb=short", "-o", "timeout=1500", "-o", "junit_family=legacy"]
             subprocess.run(
                 [sys.executable, "-m", "pytest", *options, f"--junit-xml={report}", *modules], cwd=ROOT, check=False
@@ -181,23 +180,23 @@ def main(arguments: list[str]) -> int:
         text, count = marked.subn(lambda _old, new=table: new, text, count=1)
         assert count == 1, f"no marker {name} in {PAGE}"
     PAGE.write_text(text, "utf-8")
-    failed = [each.name for each in outcomes if each.state == "failed"]
+    failed = [outcome.name for outcome in outcomes if outcome.state == "failed"]
     print(f"{len(outcomes)} tests, {len(failed)} failed: {' '.join(failed)}")
     return bool(failed)
 
 
 def test_file(module: str) -> Path:
-    """Where the tests of `package.module` are, from the root on."""
+    """The path of the tests of `package.module` from the root."""
     *folders, name = module.split(".")
     return Path("tests", *folders, f"test_{name}.py")
 
 
 def read(report: Path) -> Iterator[Outcome]:
-    """The outcomes in what pytest wrote with --junit-xml."""
+    """The outcomes in a report of pytest --junit-xml."""
     for case in ET.parse(report).iter("testcase"):
         module = case.get("classname", "").removeprefix("tests.").replace("test_", "")
         name = case.get("name", "")
-        properties = {each.get("name", ""): each.get("value", "") for each in case.iter("property")}
+        properties = {entry.get("name", ""): entry.get("value", "") for entry in case.iter("property")}
         number = re.search(r"\[(\d+)\]$", name) if "random_moments_loses" in name or "while_the_cache" in name else None
         tries = int(properties.get("tries", number[1] if number else 1))
         failed = case.find("failure") is not None or case.find("error") is not None
@@ -208,7 +207,7 @@ def read(report: Path) -> Iterator[Outcome]:
 def tables(outcomes: list[Outcome]) -> dict[str, str]:
     """Marker -> Markdown."""
     return {
-        "place": f"{place()}\n",
+        "place": f"{machine()}\n",
         "faults": table(("fault", "tries", "survived"), rows(FAULTS, outcomes)),
         "photos": table(("bad files", "tried", "decoded", "refused", "crashed"), photos(outcomes)),
         "hostile": table(("hostile model files", "tried", "refused"), rows(HOSTILE, outcomes)),
@@ -216,18 +215,20 @@ def tables(outcomes: list[Outcome]) -> dict[str, str]:
 
 
 def rows(titles: dict[str, list[str]], outcomes: list[Outcome]) -> Iterator[tuple[object, ...]]:
-    """Title, tries, and how many of them ended well."""
+    """Title, tries, and how many of them passed."""
     for title, beginnings in titles.items():
-        found = [each for each in outcomes if each.name.startswith(tuple(beginnings)) and each.state != "skipped"]
-        well = sum(each.tries for each in found if each.state == "passed")
-        yield (title, sum(each.tries for each in found), well) if found else (title, "not tried here", "")
+        found = [
+            outcome for outcome in outcomes if outcome.name.startswith(tuple(beginnings)) and outcome.state != "skipped"
+        ]
+        passed = sum(outcome.tries for outcome in found if outcome.state == "passed")
+        yield (title, sum(outcome.tries for outcome in found), passed) if found else (title, "not tried here", "")
 
 
 def photos(outcomes: list[Outcome]) -> Iterator[tuple[object, ...]]:
     """The corpus of bad pictures."""
-    for each in outcomes:
-        if "bad images" in each.properties:
-            counts = ast.literal_eval(each.properties["bad images"])
+    for outcome in outcomes:
+        if "bad images" in outcome.properties:
+            counts = ast.literal_eval(outcome.properties["bad images"])
             decoded, refused = counts.get("decoded", 0), counts.get("refused", 0)
             total = sum(counts.values())
             yield ("Pillow's test images and Go's image suite", total, decoded, refused, total - decoded - refused)
@@ -239,8 +240,8 @@ def table(header: tuple[str, ...], lines: Iterable[tuple[object, ...]]) -> str:
     return "\n".join([*head, *(f"| {' | '.join(map(str, line))} |" for line in lines)]) + "\n"
 
 
-def place() -> str:
-    """Where the numbers come from."""
+def machine() -> str:
+    """The system, Python and processor that the numbers come from."""
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""Renews the help texts in docs/commands.md: what stands between `<!-- help NAME -->` and `<!-- end -->`.
+"""Updates the help texts in docs/commands.md between `<!-- help NAME -->` and `<!-- end -->`.
 
     python tools/update_docs.py
 
@@ -26,7 +26,7 @@ def help_text(command: str) -> str:
 
 
 def renewed(text: str) -> str:
-    """`text` with the help blocks as they should be."""
+    """`text` with up-to-date help blocks."""
     return BLOCK.sub(lambda block: f"<!-- help {block[1]} -->\n```text\n{help_text(block[1])}\n```\n<!-- end -->", text)
 
 

@@ -13,9 +13,9 @@
     +-- CheckpointError        1   a checkpoint that is damaged or belongs to other data
     +-- StorageError           1   disk full, no permission, a file system fault
     +-- MissingExtra           1   an optional package that is not installed
-    Interrupted          130/143   a signal; what was whole is saved
+    Interrupted          130/143   a signal; everything complete is saved
 
-An error carries one line that says what is wrong and one that says what to do. Third-party exceptions are translated
+An error has one line for the problem and one for the remedy. Third-party exceptions are translated
 where they enter the package, with ``raise ... from exc``.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 
 
 class FinetuneError(Exception):
-    """Base class: `problem` says what is wrong, `remedy` what to do."""
+    """Base class: `problem` is what is wrong, `remedy` what to do."""
 
     exit_code = 1
 
@@ -92,7 +92,7 @@ class GateError(FinetuneError):
 
 
 class WeightsError(FinetuneError):
-    """A weight or model file that is missing, foreign or damaged."""
+    """A weight or model file that is missing, of another model, or damaged."""
 
 
 class RunError(FinetuneError):
@@ -116,9 +116,9 @@ class MissingExtra(FinetuneError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """The person (SIGINT) or the system (SIGTERM) asked the tool to stop.
+    """The user (SIGINT) or the system (SIGTERM) asked the tool to stop.
 
-    No `Exception`, so that no handler for failures takes it for one.
+    Not an `Exception`, so that no handler of errors catches it.
     """
 
     def __init__(self, signal_number: int, remedy: str = "run the same command again") -> None:

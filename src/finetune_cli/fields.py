@@ -1,7 +1,7 @@
-"""Typed reading of JSON objects whose content nobody vouches for: every value is checked as it is taken.
+"""Typed reading of untrusted JSON objects: every value is checked when it is read.
 
 Each error is one line that names the key, such as ``image.size must be a whole number from 32 to 1024, not "big"``.
-Keys that are not asked for are ignored: a later version may add some without a new format.
+Unknown keys are ignored, so that a later version can add keys without a new format.
 """
 
 import json
@@ -23,7 +23,7 @@ class FieldError(ValueError):
 
 
 class Fields:
-    """The JSON object `document`; `key` says where it lies in the file, and is empty for the whole of it.
+    """The JSON object `document`; `key` is its position in the file, empty for the whole file.
 
     Every method raises `FieldError` when the key `name` is missing or its value is not what the method returns.
     """
@@ -35,11 +35,11 @@ class Fields:
         self._key = key
 
     def path(self, name: str) -> str:
-        """The key `name` as messages call it: with those that it lies under."""
+        """The key `name` as messages show it: with its parent keys."""
         return f"{self._key}.{name}" if self._key else name
 
     def wrong(self, name: str, expected: str) -> FieldError:
-        """The error that says that `name` must be `expected`."""
+        """The error for a `name` that is not `expected`."""
         return FieldError(f"{self.path(name)} must be {expected}, not {_shown(self.document.get(name))}")
 
     def value(self, name: str) -> Any:

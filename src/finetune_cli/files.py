@@ -5,11 +5,11 @@ crosses a file system), is flushed and fsynced, renamed over the target with ``o
 so that a kill or a power cut leaves the old content or the new one and never a mixture. A kill may leave a temporary
 name behind; `remove_leftovers` clears those away.
 
-Two kinds of files are told apart. Files of our own are in a run, an export or the cache: `root` names that folder (by
+There are two kinds of files. Files of our own are in a run, an export or the cache: `root` names that folder (by
 default the one that the file is in), and nothing below it may be a link. `root` itself and what is above it may be
 links. A file that is a link is refused in reading and replaced in writing; a folder that is a link is refused in both
-(`held.py` says how). A person's files (`open_regular`, `atomic_output`) may be links anywhere. Neither kind is read
-unless it is a regular file. Hard links cannot be told from the file itself, so they are read; they are never written
+(`safe_open.py`). A user's files (`open_regular`, `atomic_output`) may be links anywhere. Neither kind is read unless
+it is a regular file. A hard link cannot be distinguished from the file itself, so it is read; it is never written
 through, because every write makes a new file (`cache/sqlite_file.py` does the same for databases).
 
 Tried on Linux. On Windows folders cannot be fsynced, and a rename is tried again while a virus scanner holds the
@@ -34,7 +34,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from finetune_cli import held
+from finetune_cli import safe_open
 from finetune_cli.errors import RunError, StorageError
 
 _NOT_ALLOWED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -73,7 +73,7 @@ def storage_error(exc: OSError, path: Path, needed: int | None = None) -> Storag
     if exc.errno in {errno.EXDEV, errno.EBUSY}:
         return StorageError(f"cannot replace {path}: it is mounted by itself", "mount the folder that it is in instead")
     reason = f"{exc.strerror or exc}{_another_file(exc, path)}"
-    check = "" if isinstance(exc, held.IrregularError) else "check that path and its disk, "
+    check = "" if isinstance(exc, safe_open.IrregularError) else "check that path and its disk, "
     return StorageError(f"cannot write {path}: {reason}", f"{check}then run the command again")
 
 
@@ -97,7 +97,7 @@ def _translated(path: Path, needed: int | None = None) -> Iterator[None]:
 
 def fsync_folder(folder: Path) -> None:
     """Make renames in `folder` durable (nothing happens where the system cannot do that)."""
-    with held.held(folder) as opened:
+    with safe_open.open_folder(folder) as opened:
         _fsync(opened)
 
 
@@ -150,10 +150,10 @@ def atomic_path(path: Path, needed: int | None = None, root: Path | None = None)
 
 @contextlib.contextmanager
 def atomic_output(path: Path) -> Iterator[Path]:
-    """As `atomic_path`, for a file that a person names: a link stays a link, and the file behind it is replaced.
+    """As `atomic_path`, for a file that a user names: a link stays a link, and the file behind it is replaced.
 
     What is not a regular file (`/dev/null`, a pipe) is never replaced: `path` itself is yielded. What is written to
-    `/dev/stdout` goes where the shell has led it, behind what is there. Raises `StorageError`.
+    `/dev/stdout` goes where the shell has redirected it, after what is already there. Raises `StorageError`.
     """
     with _translated(path):
         if _is_special(path):
@@ -192,19 +192,19 @@ def atomic_folder(path: Path, needed: int | None = None, root: Path | None = Non
 class _Building:
     """`parent`: the folder that the new file or folder is for; `workshop`: the private one that it is made in."""
 
-    parent: held.Held
-    workshop: held.Held
+    parent: safe_open.OpenFolder
+    workshop: safe_open.OpenFolder
 
     def refuse_folder(self, path: Path) -> None:
-        """Raise `IsADirectoryError` if a folder, which no file replaces, is in the place of `path`."""
+        """Raise `IsADirectoryError` if `path` is a folder, which a file never replaces."""
         status = self.parent.status(path.name)
-        if status is not None and stat.S_ISDIR(status.st_mode) and not held.is_link(status):
+        if status is not None and stat.S_ISDIR(status.st_mode) and not safe_open.is_link(status):
             raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
 
     def check_owner(self, handle: int) -> None:
         """Raise `PermissionError` if the workshop is not of the user who made what is open as `handle` in it.
 
-        Then another user has put a folder in its place, and could put links into that.
+        Then another user has replaced the folder, and could put links into it.
         """
         if self.workshop.handle is None:
             return
@@ -216,12 +216,12 @@ class _Building:
 def _building(path: Path, needed: int | None, root: Path | None) -> Iterator[_Building]:
     """Make a private folder beside `path`, and move what was made in it under the same name to `path` on success.
 
-    Libraries write by names, and follow links: what they are given lies in a folder that nobody else can write to.
+    Libraries write by names, and follow links: so they write to a folder that nobody else can write to.
     """
     with _translated(path, needed):
         make_folder(path.parent if root is None else root)
         temporary = _temporary_name(path)
-        with held.held(path.parent, root, make=True) as parent:
+        with safe_open.open_folder(path.parent, root, make=True) as parent:
             try:
                 parent.mkdir(temporary, 0o700)
                 with parent.folder(temporary) as workshop:
@@ -245,7 +245,7 @@ def remove_folder(path: Path, root: Path | None = None) -> None:
 
     A link of that name is removed, and what it leads to is left alone. Raises `StorageError`.
     """
-    with _translated(path), held.held(path.parent, root) as parent:
+    with _translated(path), safe_open.open_folder(path.parent, root) as parent:
         going = _temporary_name(path)
         _retried(lambda: parent.rename(path.name, going))
         _fsync(parent)
@@ -254,7 +254,7 @@ def remove_folder(path: Path, root: Path | None = None) -> None:
 
 def remove_leftovers(folder: Path, root: Path | None = None) -> None:
     """Remove what killed writers left under temporary names in `folder`; call it under the lock of that folder."""
-    with contextlib.suppress(OSError), held.held(folder, root) as parent:
+    with contextlib.suppress(OSError), safe_open.open_folder(folder, root) as parent:
         for path in parent.visible().iterdir():
             if _LEFTOVER.fullmatch(path.name):
                 parent.remove(path.name)
@@ -290,24 +290,25 @@ def json_text(value: Any) -> str:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a person's file for reading; links are followed.
+    """Open a user's file for reading; links are followed.
 
     Raises `OSError`, at once, for a pipe, a device, a socket or a folder: its `strerror` says which.
     """
-    return held.open_regular(path)
+    return safe_open.open_regular(path)
 
 
 def open_own(path: Path, root: Path | None = None) -> BufferedReader:
     """Open a file of our own for reading.
 
-    Raises `OSError`, at once, for a link, below `root` too, and for what is no regular file: its `strerror` says which.
+    Raises `OSError`, at once, for a link, below `root` too, and for anything but a regular file: its `strerror` says
+    which.
     """
-    with held.held(path.parent, root) as folder:
+    with safe_open.open_folder(path.parent, root) as folder:
         return folder.open_regular(path.name)
 
 
 def read_regular(path: Path) -> bytes:
-    """The content of a person's file. Raises `OSError` as `open_regular` does."""
+    """The content of a user's file. Raises `OSError` as `open_regular` does."""
     with open_regular(path) as file:
         return file.read()
 
@@ -319,7 +320,7 @@ def read_own(path: Path, root: Path | None = None) -> bytes:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of the bytes of a person's file, in hexadecimal. Raises `OSError` as `open_regular` does."""
+    """SHA-256 of the bytes of a user's file, in hexadecimal. Raises `OSError` as `open_regular` does."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -331,7 +332,7 @@ def sha256_own(path: Path, root: Path | None = None) -> str:
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """What tells the file at `path` from another one put in its place: device and inode; None if there is no file."""
+    """Device and inode, which change when another file replaces the one at `path`; `None` if there is no file."""
     try:
         status = path.stat()
     except OSError:
@@ -353,12 +354,14 @@ def free_space_check(folder: Path, needed_bytes: int) -> None:
 def check_writable(folder: Path, root: Path | None = None) -> None:
     """Raise `StorageError` unless files can be made in `folder`, or in its nearest parent if it does not exist yet.
 
-    A file is made and removed, because permission bits alone do not tell (root, access lists, read-only mounts). root:
-    the run that `folder` is in, if it is in one; a link on the way is refused.
+    A file is made and removed, because permission bits alone do not decide it (root, access lists, read-only mounts).
+    root: the run that `folder` is in, if it is in one; a link on the way is refused.
     """
     with _translated(folder):
         nearest, root = _nearest(folder), None if root is None else root.absolute()
-        with held.held(nearest, root if root is not None and nearest.is_relative_to(root) else None) as parent:
+        with safe_open.open_folder(
+            nearest, root if root is not None and nearest.is_relative_to(root) else None
+        ) as parent:
             probe = _temporary_name(Path("probe"))
             os.close(parent.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             parent.unlink(probe)
@@ -394,13 +397,13 @@ def lock(folder: Path, wait: float = 0.0) -> Iterator[None]:
 
 
 def _check_lock(path: Path) -> None:
-    """Remove a link in the place of a lock; raise `IrregularError` for anything else that is no regular file."""
+    """Remove a lock file that is a link; raise `IrregularError` for anything else that is not a regular file."""
     with contextlib.suppress(FileNotFoundError):
         status = path.lstat()
-        if held.is_link(status):
+        if safe_open.is_link(status):
             path.unlink()  # filelock opens with O_NOFOLLOW, so nobody holds the lock through it
         elif not stat.S_ISREG(status.st_mode):
-            raise held.IrregularError(errno.EINVAL, f"{path} is not a regular file; remove it", path)
+            raise safe_open.IrregularError(errno.EINVAL, f"{path} is not a regular file; remove it", path)
 
 
 def _write_holder(folder: Path) -> None:
@@ -466,7 +469,7 @@ def _retried(rename: Callable[[], None]) -> None:
     rename()
 
 
-def _fsync(folder: held.Held) -> None:
+def _fsync(folder: safe_open.OpenFolder) -> None:
     try:
         folder.fsync()
     except OSError as exc:

@@ -1,8 +1,8 @@
 """Imports Keras in the one state that every model of this package is built in.
 
-TensorFlow backend, channels last, float32: a person's ``keras.json`` or environment must not change what a model
-computes. Nothing is written: Keras would create ``~/.keras/keras.json`` at import. Nothing is said: TensorFlow writes
-a page about oneDNN and missing GPU libraries straight to the error stream, whatever its log level.
+TensorFlow backend, channels last, float32: a user's ``keras.json`` or environment must not change what a model
+computes. Nothing is written: Keras would create ``~/.keras/keras.json`` at import. Nothing is printed: TensorFlow
+writes a page about oneDNN and missing GPU libraries straight to the error stream, whatever its log level.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def _first_import() -> None:
     # float32 means float32, on newer GPUs, too: the saved model is compared with its numbers to 1e-4.
     tf.config.experimental.enable_tensor_float_32_execution(False)
     tf.get_logger().setLevel("ERROR")  # no advice on retracing; our models are traced as often as they must be
-    # The search for a GPU happens at the first operation and is as talkative: do it while nobody listens.
+    # The search for a GPU happens at the first operation and prints as much: do it while the output is silenced.
     tf.config.list_physical_devices()
 
 
@@ -84,20 +84,20 @@ def _absent(names: tuple[str, ...]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _logger_silenced() -> Iterator[None]:
-    """Hold the error stream of the process back; let through what is not from TensorFlow's C++ logger."""
+    """Hold back the error stream of the process; afterwards print all that is not from TensorFlow's C++ logger."""
     try:
         stream = os.dup(2)
     except OSError:  # no error stream at all
         yield
         return
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
+    with tempfile.TemporaryFile() as captured:
+        os.dup2(captured.fileno(), 2)
         try:
             yield
         finally:
             os.dup2(stream, 2)
             os.close(stream)
-            held.seek(0)
-            for line in held:
+            captured.seek(0)
+            for line in captured:
                 if not _LOGGER_LINE.match(line):
                     os.write(2, line)

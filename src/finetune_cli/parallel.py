@@ -1,4 +1,4 @@
-"""An ordered parallel map with bounded memory: the one way in which photos are worked on by several threads."""
+"""An ordered parallel map with bounded memory: the only way in which several threads process photos."""
 
 import os
 import queue
@@ -30,7 +30,7 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item | None]
     At most ``2 * workers`` items are in flight, so `items` may be endless and results may be large. An exception of
     `function` is raised where its result would have come, and what has not started is dropped.
 
-    An item that is `None` says that the next one may be long in coming: all results are yielded before it is asked for.
+    An item that is `None` means that the next one may take long: all results are yielded before it is requested.
     """
     pending: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="finetune")
@@ -46,11 +46,11 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item | None]
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def groups_at_hand(items: Iterable[Item], most: int) -> Iterator[tuple[Item, ...] | None]:
-    """Groups of up to `most` of the `items` that are there already; `None` when the next one has to be waited for.
+def groups_available(items: Iterable[Item], most: int) -> Iterator[tuple[Item, ...] | None]:
+    """Groups of up to `most` of the `items` that are available; `None` when the next one is not available yet.
 
-    For items that come slowly, such as lines that another program writes: each is in a group as soon as it is there,
-    and while they come fast the groups are full. They are read in a thread of its own, by at most 64 groups ahead; an
+    For items that arrive slowly, such as lines that another program writes: each is in a group as soon as it arrives,
+    and while they arrive fast the groups are full. They are read in a thread of its own, by at most 64 groups ahead; an
     exception in it is raised here.
     """
     ready: queue.Queue[tuple[Item] | None] = queue.Queue(64 * most)

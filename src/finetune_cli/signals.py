@@ -1,8 +1,8 @@
-"""SIGINT and SIGTERM: the first one unwinds the program, so that what is whole is saved; a second one ends it at once.
+"""SIGINT and SIGTERM: the first one unwinds the program and saves what is complete; a second one ends it at once.
 
-The first raises `Interrupted` in the main thread, wherever that is, but for the blocks under `deferred`. Code of others
-sometimes swallows it (a callback from C++, a destructor, a bare `except`), so it is also remembered, and `check`, which
-is called wherever progress is told, raises it again.
+The first raises `Interrupted` in the main thread, wherever that is, except in blocks under `deferred`. Libraries
+sometimes swallow it (a callback from C++, a destructor, a bare `except`), so it is also stored, and `check`, which is
+called wherever progress is reported, raises it again.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ def catch() -> None:
 
 
 def _unraisable(lost: "sys.UnraisableHookArgs") -> None:
-    """Say nothing of a signal that came in a destructor: it is remembered."""
+    """Print nothing about a signal that came in a destructor: it is stored."""
     if lost.exc_type is not Interrupted:
         sys.__unraisablehook__(lost)
 
@@ -42,10 +42,10 @@ def check() -> None:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Let a signal be remembered only, until the block calls `check` or ends.
+    """Only store a signal until the block calls `check` or ends.
 
-    For blocks that run TensorFlow in the main thread, which does not bear an exception at any moment: of 350 that came
-    in while Keras trained, one ended in a segmentation fault and some in errors that spoke of other things.
+    For blocks that run TensorFlow in the main thread, which is not exception-safe: of 350 that were
+    raised while Keras trained, one ended in a segmentation fault and some in unrelated errors.
     """
     global _deferrals  # noqa: PLW0603 - as `_received`
     if threading.current_thread() is not threading.main_thread():  # signals never come to the others
@@ -62,8 +62,8 @@ def deferred() -> Iterator[None]:
 
 def _first(number: int, _frame: FrameType | None) -> None:
     _received.append(number)
-    for each in _SIGNALS:
-        signal.signal(each, _second)
+    for caught in _SIGNALS:
+        signal.signal(caught, _second)
     if not _deferrals:
         check()
     else:

@@ -10,12 +10,12 @@ from typing import Any
 
 from finetune_cli.errors import FinetuneError, StorageError
 
-# What the system answers when a stream, and hardly a file of this package, cannot be written.
+# Errors when a stream cannot be written; files of this package hardly ever raise them without a name.
 _UNWRITABLE = {errno.ENOSPC, errno.EBADF, errno.EIO, errno.EDQUOT, errno.EFBIG}
 
 
 class _Forgiving(io.FileIO):
-    """Loses what cannot be written: a message that nobody can read must not end hours of work."""
+    """Drops what cannot be written: a message that nobody can read must not end hours of work."""
 
     def write(self, data: Any, /) -> int:
         try:
@@ -51,7 +51,7 @@ def prepare() -> None:
 
 
 def translated(exc: OSError) -> FinetuneError | None:
-    """What a person should be told of an `OSError` that nothing else has translated; `None` if that is not known.
+    """The error to show for an `OSError` that nothing else has translated; `None` if the cause is unknown.
 
     After a failed write to standard output its rest is dropped, so that Python does not fail on it once more at exit.
     """
@@ -70,7 +70,7 @@ def translated(exc: OSError) -> FinetuneError | None:
 
 
 def drop_output() -> None:
-    """Let all that is still written to standard output vanish."""
+    """Discard everything that is still written to standard output."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""CSV files that come back as they were written and that a spreadsheet cannot be tricked by."""
+"""CSV files that are read back as they were written, and that cannot inject formulas into a spreadsheet."""
 
 import csv
 import io
@@ -37,7 +37,7 @@ class TableWriter:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]]) -> None:
-    """Write a CSV file atomically; names that are not UTF-8 keep their bytes. Raises `StorageError`."""
+    """Write a CSV file atomically; names that are not UTF-8 are written byte for byte. Raises `StorageError`."""
     text = io.StringIO()
     writer = TableWriter(text)
     writer.row(header)

@@ -34,6 +34,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def message_lines(exc: BaseException) -> list[str]:
+    """The lines of an exception's message that are not empty, without indentation; else the name of its type."""
+    return [line.strip() for line in str(exc).splitlines() if line.strip()] or [type(exc).__name__]
+
+
 def _visible(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as os.fsdecode keeps it

@@ -39,6 +39,7 @@ FAMILIES = {
     "convnexttiny": lambda x: x,
 }
 QUICK = {"resnet50", "mobilenetv3small"}
+QUICKEST = {"mobilenetv3small"}
 # All kinds of scaling, operations and ends; conversion takes too long for every family.
 KINDS = [
     "resnet50",
@@ -51,8 +52,8 @@ KINDS = [
 ]
 
 
-def some(names: Any) -> list[Any]:
-    return [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in names]
+def some(names: Any, quick: set[str]) -> list[Any]:
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def spread_out(model: Any, seed: int = 0) -> None:
         weight.assign(1 + np.abs(values) if weight.path.endswith(("variance", "gamma")) else values)
 
 
-@pytest.mark.parametrize("name", some(FAMILIES))
+@pytest.mark.parametrize("name", some(FAMILIES, QUICK))
 def test_pixels_are_scaled_inside(name: str, keras: Any):
     size = 96
     backbone = build.build(name, None, size, seed=1)
@@ -94,7 +95,7 @@ def test_pixels_are_scaled_inside(name: str, keras: Any):
     assert wanted.shape == (2, info.width)
 
 
-@pytest.mark.parametrize("name", some(KINDS))
+@pytest.mark.parametrize("name", some(KINDS, QUICKEST))
 def test_the_graph_survives_saving_and_conversion(name: str, keras: Any, tmp_path: Path):
     """Stock layers only: the file loads in safe mode without this package, and OpenVINO agrees."""
     backbone = build.build(name, "imagenet" if name == registry.BUNDLED else None, 96, seed=1)
@@ -111,7 +112,7 @@ def test_the_graph_survives_saving_and_conversion(name: str, keras: Any, tmp_pat
     )
 
 
-@pytest.mark.parametrize("name", some(KINDS))
+@pytest.mark.parametrize("name", some(KINDS, QUICKEST))
 def test_feature_map(name: str, keras: Any):
     backbone = build.build(name, None, 96, seed=1)
     tensor = build.feature_map_tensor(backbone.model)
@@ -317,13 +318,13 @@ class TestKerasFile:
             (lambda k: [k.layers.GlobalAveragePooling2D(), k.layers.Reshape((1, 3))], WeightsError, "not one vector"),
         ],
     )
-    def test_what_is_no_backbone(self, keras: Any, tmp_path: Path, layers: Any, error: Any, message: str):
+    def test_models_that_are_not_backbones(self, keras: Any, tmp_path: Path, layers: Any, error: Any, message: str):
         path = self.save(keras, tmp_path / "x.keras", *layers(keras))
         with pytest.raises(error, match=message) as caught:
             build.build(path, "imagenet", 40, seed=0)
         assert "x.keras" in caught.value.problem
 
-    def test_inputs_that_are_no_photos(self, keras: Any, tmp_path: Path):
+    def test_inputs_that_are_not_photos(self, keras: Any, tmp_path: Path):
         keras.Sequential([keras.Input((7,)), keras.layers.Dense(3)]).save(tmp_path / "row.keras")
         with pytest.raises(WeightsError, match=r"takes \(None, 7\), not photos"):
             build.build(tmp_path / "row.keras", "imagenet", 40, seed=0)
@@ -346,7 +347,7 @@ class TestKerasFile:
             build.build(tmp_path / "x.keras", "imagenet", 224, seed=0)
 
 
-def test_an_unknown_name_is_told_how_to_list_them():
+def test_the_error_for_an_unknown_name_says_how_to_list_the_names():
     with pytest.raises(ConfigError, match="there is no backbone") as caught:
         build.resolve("qqqq")
     assert caught.value.remedy == "list them with: finetune backbones; or give the path of a .keras file"

@@ -95,7 +95,9 @@ def test_weight_file_and_digest_of_the_others(name: str, ask_keras: Any):
 
 @pytest.mark.filterwarnings("ignore:.*Weights for input shape:UserWarning")
 @pytest.mark.parametrize("name", ["mobilenet", "mobilenetv2"])
-@pytest.mark.parametrize("size", [96, 100, 128, 160, 192, 224, 320])
+@pytest.mark.parametrize(
+    "size", [96, 100, 128, 320, *(pytest.param(size, marks=pytest.mark.slow) for size in (160, 192, 224))]
+)
 def test_files_that_depend_on_the_size(name: str, size: int, ask_keras: Any):
     info = registry.TABLE[name]
     assert (*info.weights_file(size), info.digest) == ask_keras(info, size)

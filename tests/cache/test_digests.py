@@ -50,7 +50,7 @@ def test_facts_are_those_of_the_file(photo):
     assert examine(photo) == Facts(hashlib.sha256(photo.read_bytes()).hexdigest(), 30, 20)
 
 
-def test_what_is_no_photo_has_a_reason(tmp_path):
+def test_a_file_that_is_not_a_photo_has_a_reason(tmp_path):
     (tmp_path / "text.jpg").write_text("words")
     os.mkfifo(tmp_path / "pipe.jpg")
     for name in ("text.jpg", "pipe.jpg", "missing.jpg", "."):
@@ -134,7 +134,7 @@ def test_many_rows(folder, photo):
     ],
 )
 @pytest.mark.parametrize("name", ["digests.sqlite", "features.sqlite"])
-def test_a_damaged_or_foreign_file_is_set_aside_and_begun_anew(folder, photo, name, damage, words):
+def test_a_damaged_or_foreign_file_is_set_aside_and_replaced(folder, photo, name, damage, words):
     """Both caches recover in the same way, and once: the next run says nothing."""
     use = {"digests.sqlite": use_digests, "features.sqlite": use_features}[name]
     assert use(folder, photo) == []
@@ -171,7 +171,7 @@ def test_a_damaged_or_foreign_file_is_set_aside_and_begun_anew(folder, photo, na
     warnings = use(folder, photo)
     aside = folder / f"{name}.damaged-1"
     assert len(warnings) == 1
-    assert f"{path} {words}; it was set aside as {aside.name} and is built anew" in warnings[0]
+    assert f"{path} {words}; it was set aside as {aside.name}, and a new one is started" in warnings[0]
     assert old(aside) == before
     assert use(folder, photo) == []
     assert list(folder.glob(f"{name}.damaged-*")) == [aside]
@@ -218,9 +218,9 @@ def test_a_flipped_bit_is_never_used(folder, photo):
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_several_at_once(folder, photo, damaged):
-    """A missing or damaged file that four begin at the same moment: one does it, and the rows of all are kept."""
+    """Four threads open a missing or damaged file at once: one creates it, and the rows of all are stored."""
     status = photo.stat()
-    for attempt in range(20):
+    for attempt in range(6):
         here = folder / str(attempt)
         here.mkdir(parents=True)
         path = here / "digests.sqlite"
@@ -241,14 +241,16 @@ def test_several_at_once(folder, photo, damaged):
             thread.start()
         for thread in threads:
             thread.join()
-        expected = [f"the digest cache {path} is damaged; it was set aside as {path.name}.damaged-1 and is built anew"]
+        expected = [
+            f"the digest cache {path} is damaged; it was set aside as {path.name}.damaged-1, and a new one is started"
+        ]
         assert warnings == (expected if damaged else [])
         with DigestCache(here) as cache:
             for first in range(0, 4500, 500):
                 assert all(cache.get([(photo.with_name(str(i)), status) for i in range(first, first + 500)]))
 
 
-def test_goes_on_in_the_new_file_when_another_process_set_the_old_one_aside(folder, photo):
+def test_uses_the_new_file_when_another_process_set_the_old_one_aside(folder, photo):
     status = photo.stat()
     with DigestCache(folder) as cache:
         (folder / "digests.sqlite").replace(folder / "moved")

@@ -109,7 +109,7 @@ def test_it_costs_little_more_than_the_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["key", "value", "crc"])
-def test_a_damaged_row_is_not_returned_and_is_written_anew(tmp_path, column):
+def test_a_damaged_row_is_not_returned_and_is_overwritten(tmp_path, column):
     path = fill(tmp_path)
     wrong = {
         "key": "key = x'00ff'",
@@ -389,7 +389,7 @@ os._exit(9)
 # Full and forbidden disks
 
 
-def test_a_full_disk_ends_writing_with_a_warning_and_reading_goes_on(tmp_path):
+def test_a_full_disk_ends_writing_with_a_warning_and_reading_continues(tmp_path):
     fill(tmp_path, ITEMS[:100])
     with FeatureStore(tmp_path) as store:
         store._file._connection.execute("PRAGMA max_page_count = 1")  # SQLite's own word for a full disk
@@ -409,7 +409,7 @@ def test_a_folder_in_the_files_place_costs_no_run(tmp_path):
         store.put(ITEMS)
         assert store.get(KEYS) == {}
     assert len(store.warnings) == 1
-    assert "nothing new is kept for other runs" in store.warnings[0]
+    assert "nothing new is stored for other runs" in store.warnings[0]
 
 
 def test_a_file_in_the_folders_place_costs_no_run(tmp_path):

@@ -191,7 +191,7 @@ COMMAND = """
 
 @as_root
 @pytest.mark.parametrize("home", [None, "/root-of-nobody", "locked"])
-def test_a_container_without_a_home_warns_once_and_goes_on(public, home):
+def test_a_container_without_a_home_warns_once_and_continues(public, home):
     """HOME is unset for a user whom the system does not know, absent, or read-only."""
     write_photos(public / "photos", " ".join(f"{label}/{i}.png" for label in "ab" for i in range(4)))
     (public / "photos.yaml").write_text("data: {train: photos}\noutput: {directory: runs}\n")
@@ -222,7 +222,7 @@ def test_no_temporary_folder_either(tmp_path, monkeypatch):
         raise FileNotFoundError(2, "No usable temporary directory found")
 
     monkeypatch.setattr(tempfile, "mkdtemp", fail)
-    with pytest.raises(cachefolder.StorageError, match="nor is there a temporary folder"):
+    with pytest.raises(cachefolder.StorageError, match="and there is no temporary folder either"):
         cachefolder.locate(tmp_path / "file" / "cache")
 
 

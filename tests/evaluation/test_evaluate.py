@@ -30,8 +30,8 @@ from finetune_cli.evaluation import judge
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.metrics import scores as metrics
 from finetune_cli.metrics.folds import group_folds
-from finetune_cli.photos.dataset import BadPhoto, Sample
 from finetune_cli.photos.decode import decode
+from finetune_cli.photos.scan import BadPhoto, Sample
 from finetune_cli.progress import Silent
 from finetune_cli.report import sentences
 from finetune_cli.runs import run

@@ -28,8 +28,8 @@ from finetune_cli.exports.export import Request, export
 from finetune_cli.exports.keras import OpenedKeras
 from finetune_cli.exports.openvino import OpenedOpenVino
 from finetune_cli.inference.predictor import RunPredictor
-from finetune_cli.photos.dataset import Sample
 from finetune_cli.photos.decode import decode
+from finetune_cli.photos.scan import Sample
 from finetune_cli.progress import Silent
 from finetune_cli.runs.run import Run
 

@@ -148,7 +148,7 @@ def test_shifts_go_the_way_that_their_names_say() -> None:
 
 @scipy_moved
 def test_keras_still_swaps_the_shifts(generator_class: Any) -> None:
-    """When this fails, Keras is mended: stop swapping in `Augmenter.draw` and raise `augment._VERSION`."""
+    """When this fails, Keras is fixed: stop swapping in `Augmenter.draw` and raise `augment._VERSION`."""
     centre = SIZE // 2
     generator = generator_class(width_shift_range=[10])
     moved = generator.apply_transform(dot().astype(np.float32), generator.get_random_transform((SIZE, SIZE, 3), seed=1))
@@ -292,7 +292,7 @@ def test_senseless_arguments_are_refused(arguments: dict[str, Any], message: str
         Augmenter(arguments, 4, 0, SIZE)
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     assert len(problems({"rescale": 2, "cval": -1, "zoom_range": 0.2, "hflip": True})) == 3
 
 

@@ -21,7 +21,9 @@ from PIL import Image
 
 from finetune_cli.cache.digests import DigestCache
 from finetune_cli.errors import DataError
-from finetune_cli.photos.dataset import iter_photos, load, refuse_bad
+from finetune_cli.photos.dataset import DataSettings, iter_photos, load
+from finetune_cli.photos.scan import refuse_bad
+from finetune_cli.progress import ignore_progress
 
 CORPUS = ROOT / "bad-images"
 LONGEST_SECONDS = 10.0
@@ -168,7 +170,7 @@ def test_odd_names_pipes_and_loops(answers, tmp_path):
         (tmp_path / "data" / os.fsdecode(label) / "loop").symlink_to("..")
         (tmp_path / "data" / os.fsdecode(label) / "self.png").symlink_to("self.png")
     with DigestCache(tmp_path / "digests.sqlite") as memory:
-        data = load(tmp_path / "data", None, None, 0.2, None, 10**8, memory, lambda done, total: None)
+        data = load(DataSettings(tmp_path / "data", val_split=0.2), memory, ignore_progress)
     assert memory.warnings == []
     assert len(data.train) + len(data.val) == 2 * len(ODD_NAMES)
     assert {os.fsencode(sample.path.name) for sample in data.train + data.val} == set(ODD_NAMES)
@@ -183,7 +185,7 @@ def test_odd_names_of_bad_photos_stay_on_one_line(tmp_path):
     for name in ODD_NAMES:
         write_photo(tmp_path / "a" / os.fsdecode(name)).write_bytes(b"no photo")
         write_photo(tmp_path / "b" / os.fsdecode(name))
-    data = load(tmp_path, None, None, 0.2, None, 10**8, DigestCache(None), lambda done, total: None)
+    data = load(DataSettings(tmp_path, val_split=0.2), DigestCache(None), ignore_progress)
     with pytest.raises(DataError) as caught:
         refuse_bad(data.bad, data.photos, "error")
     lines = str(caught.value).splitlines()

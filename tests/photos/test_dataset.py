@@ -13,12 +13,15 @@ from photo_files import photo_bytes, write_photo, write_photos
 from finetune_cli.cache.digests import DigestCache
 from finetune_cli.errors import BadPhotos, DataError
 from finetune_cli.photos import dataset
-from finetune_cli.photos.dataset import BadPhoto, iter_photos, load_labelled, refuse_bad
+from finetune_cli.photos.dataset import DataSettings, iter_photos, load_labelled
+from finetune_cli.photos.scan import BadPhoto, refuse_bad
+from finetune_cli.progress import ignore_progress
 
 
 def load(train, val=None, test=None, val_split=0.2, group_regex=None, max_pixels=10**8, **options):
-    options = {"cache": DigestCache(None), "progress": lambda done, total: None} | options
-    return dataset.load(train, val, test, val_split, group_regex, max_pixels, options["cache"], options["progress"])
+    options = {"cache": DigestCache(None), "advance": ignore_progress} | options
+    settings = DataSettings(train, val, test, val_split, group_regex, max_pixels)
+    return dataset.load(settings, options["cache"], options["advance"])
 
 
 def names(samples):
@@ -58,7 +61,7 @@ def test_samples(two_classes):
 
 def test_progress_counts_all_photos_once(two_classes):
     calls = []
-    load(two_classes, progress=lambda n, total: calls.append((n, total)))
+    load(two_classes, advance=lambda n, total: calls.append((n, total)))
     assert calls == [(1, 40)] * 40
 
 
@@ -172,7 +175,7 @@ def test_groups_by_table(two_classes):
     assert {s.group for s in (*data.train, *data.val)} == {f"patient {i}" for i in range(5)}
 
 
-def test_groups_across_named_splits_are_told(tmp_path):
+def test_groups_across_named_splits_are_reported(tmp_path):
     write_photos(tmp_path, "train/a/s1-1.png train/b/s2-1.png val/a/s1-2.png val/b/s3-1.png")
     assert "1 group with photos in both train and val" in load(tmp_path, group_regex=r"s\d").warnings
 
@@ -231,7 +234,7 @@ def test_one_photo_under_two_labels_in_two_splits(tmp_path):
     assert "val/b/1.png" in problem(tmp_path)
 
 
-def test_copies_are_told_and_stay_on_one_side(two_classes):
+def test_copies_are_reported_and_stay_on_one_side(two_classes):
     for i in range(20):
         write_photo(two_classes / f"city/copy{i:02}.png", str(two_classes / f"city/{i:02}.png"))
     data = load(two_classes, val_split=0.5)
@@ -240,7 +243,7 @@ def test_copies_are_told_and_stay_on_one_side(two_classes):
     assert f"{copies} training photos are exact copies of others" in data.notes
 
 
-def test_a_photo_in_two_named_splits_is_told(tmp_path):
+def test_a_photo_in_two_named_splits_is_reported(tmp_path):
     write_photos(tmp_path, "train/a/1.png train/b/1.png val/b/2.png test/a/5.png test/b/6.png")
     write_photo(tmp_path / "val/a/9.png", str(tmp_path / "train/a/1.png"))
     warnings = load(tmp_path).warnings
@@ -267,9 +270,9 @@ def test_likely_groups_on_both_sides_are_warned_of(tmp_path):
     data = load(tmp_path)
     (warning,) = data.warnings
     sides = [{sample.name.split("/")[1].split("-")[0] for sample in part} for part in (data.train, data.val)]
-    torn = len(sides[0] & sides[1])
-    assert torn > 2
-    assert f"in 10 groups; {torn} of them are in both train and val, so the accuracy may look better" in warning
+    shared = len(sides[0] & sides[1])
+    assert shared > 2
+    assert f"in 10 groups; {shared} of them are in both train and val, so the accuracy may look better" in warning
     assert warning.endswith("keep each on one side with 'data.group_regex=(?:^|/)(p[0-9]+)'")
     data = load(tmp_path, group_regex=data.proposal.regex)
     assert data.warnings == ()
@@ -293,7 +296,7 @@ def test_groups_of_a_table_are_not_guessed_at(tmp_path):
     assert (data.proposal, data.warnings) == (None, ())
 
 
-def test_class_names_that_differ_in_case_only_are_told(tmp_path):
+def test_class_names_that_differ_only_in_case_are_reported(tmp_path):
     write_photos(tmp_path, " ".join(f"{c}/{i}.png" for c in ("Ants", "ants", "bees") for i in range(4)))
     assert [text for text in load(tmp_path).warnings if "Ants and ants have almost the same name" in text]
 
@@ -338,7 +341,7 @@ def test_all_bad_photos_are_listed(some_bad):
 
 
 def test_of_many_bad_photos_the_first_are_listed_and_all_are_counted():
-    bad = [BadPhoto(Path(f"{i}.png"), f"{i}.png", "there is no such file") for i in range(1_000_000)]
+    bad = [BadPhoto(Path(f"{i}.png"), f"{i}.png", "there is no such file") for i in range(100)] * 10_000
     with pytest.raises(DataError) as caught:
         refuse_bad(bad, 1_000_000, "error")
     lines = caught.value.problem.splitlines()
@@ -391,7 +394,7 @@ def test_a_split_of_bad_photos_only(two_classes):
     assert text.startswith(f"no photo for val can be used\n  {two_classes}/val/city/1.jpg: the file is empty\n")
 
 
-def test_a_table_may_name_what_is_no_photo(tmp_path):
+def test_a_table_may_name_files_that_are_not_photos(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     write_photos(tmp_path, "1.png 2.png 3.png")
     rows = ["1.png,a", "2.png,b", "3.png,b", "pipe.png,a", "missing.png,a", ".,a", "/dev/zero,a"]
@@ -421,7 +424,7 @@ def test_refuse_bad():
 
 
 def labelled(path, classes=("city", "forest", "sea")):
-    return load_labelled(path, classes, 10**8, DigestCache(None), lambda done, total: None)
+    return load_labelled(path, classes, 10**8, DigestCache(None), ignore_progress)
 
 
 def test_labelled_photos_are_aligned_by_name(two_classes):
@@ -492,7 +495,7 @@ def test_iter_photos(two_classes, tmp_path):
         "hidden": 1,
         ".csv files": 1,
         "pipes, sockets or devices": 1,
-        "links to folders that were seen already": 1,
+        "links to folders that were already seen": 1,
     }
     assert found[0] == paths[0]
     assert found[-2:] == paths[-2:]
@@ -511,9 +514,11 @@ import gc, hashlib, sys, tracemalloc
 from pathlib import Path
 from finetune_cli.photos import dataset, scan
 from finetune_cli.cache.digests import DigestCache, Facts
+from finetune_cli.progress import ignore_progress
 
 def load():
-    return dataset.load(Path(sys.argv[1]), None, None, 0.2, None, 10**8, DigestCache(None), lambda done, total: None)
+    settings = dataset.DataSettings(Path(sys.argv[1]), val_split=0.2)
+    return dataset.load(settings, DigestCache(None), ignore_progress)
 
 scan.examine = lambda path: Facts(hashlib.sha256(str(path).encode()).hexdigest(), 2, 2)
 load()  # what is imported and kept once does not count

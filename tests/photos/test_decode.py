@@ -131,8 +131,8 @@ def test_a_large_jpeg_is_decoded_reduced_and_stays_close_to_the_full_decode():
     noise = np.random.default_rng(0).normal(0, 10, (1500, 2000, 3))
     image = Image.fromarray((np.asarray(smooth(2000, 1500)) + noise).clip(0, 255).astype(np.uint8))
     data = encode(image, "JPEG", quality=90)
+    lossless = encode(Image.open(io.BytesIO(data)), "PNG", compress_level=1)
     for resize in ("crop", "squash", "pad"):
-        lossless = encode(Image.open(io.BytesIO(data)), "PNG")
         assert difference(decoded(data, 224, resize), decoded(lossless, 224, resize)) < 1
 
 
@@ -179,7 +179,7 @@ def test_orientation_of_a_jpeg_that_is_decoded_reduced():
 @pytest.mark.parametrize(
     "exif", [b"", b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"]
 )
-def test_damaged_exif_is_no_reason_to_refuse(exif):
+def test_photos_with_damaged_exif_are_accepted(exif):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for kind in ("JPEG", "PNG", "WEBP"):
@@ -217,7 +217,7 @@ def test_12_bit_gray_is_scaled_by_its_own_white():
 
 @pytest.mark.parametrize(("photometric", "expected"), [(0, [225, 254, 155, 0]), (1, [30, 1, 100, 255])])
 @pytest.mark.parametrize("kind", ["8 bit", "16 bit", "16 bit LZW"])
-def test_gray_tiff_whose_white_is_zero_is_no_negative(kind, photometric, expected):
+def test_gray_tiff_whose_white_is_zero_is_not_inverted(kind, photometric, expected):
     levels = np.array([30, 1, 100, 255], np.uint8).repeat(8)[None].repeat(32, 0)
     wide = levels.astype(np.uint16) * 257
     if kind == "16 bit LZW":
@@ -248,7 +248,7 @@ def test_16_bit_rgb_is_scaled():
     ],
 )
 def test_numbers_without_a_white_are_refused(data):
-    assert "nothing says which of them is white" in refusal(data)
+    assert "the file does not say which is white" in refusal(data)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def palette_image(indices_of_transparency):
         (png(4, 4, 16, 4, [b"\0\0\x33\x33" * 4] * 4), [204, 204, 204]),
     ],
 )
-def test_transparency_lies_on_white(data, colour):
+def test_transparency_becomes_white(data, colour):
     assert np.abs(np.subtract(colour_of(data), colour)).max() <= 1
 
 
@@ -346,7 +346,7 @@ def test_heif_gives_the_pixels_that_were_stored():
         assert np.abs(np.subtract(colour_of(buffer.getvalue()), colour)).max() <= 1
 
 
-def test_heif_transparency_lies_on_white():
+def test_heif_transparency_becomes_white():
     half = Image.new("RGBA", (64, 64), (0, 0, 200, 128))
     assert np.abs(np.subtract(colour_of(encode(half, "HEIF")), [127, 127, 227])).max() <= 1
 
@@ -425,7 +425,7 @@ def test_heif_headers_that_lie(tmp_path):
         (b"avis 0", "Avif"),
     ],
 )
-def test_heif_and_avif_are_told_apart_by_their_brands(brands, kind):
+def test_heif_and_avif_are_distinguished_by_their_brands(brands, kind):
     box = b"".join(b"\0\0\0\0" if word == b"0" else word for word in brands.split())
     data = struct.pack(">I", 8 + len(box)) + b"ftyp" + box
     assert f" {kind.upper()}" in refusal(data)
@@ -565,13 +565,13 @@ def test_small_run_length_bmp():
         (b"II*\0\x08\0\0\0\0\0\0\0\0\0", "TIFF"),
     ],
 )
-def test_what_is_no_image_is_named(data, words):
+def test_the_reason_names_what_is_not_an_image(data, words):
     assert words in refusal(data)
     with pytest.raises(BadImage):
         read_header(data, LIMIT)
 
 
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
+def test_anything_but_a_regular_file_is_refused_at_once(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "loop.jpg").symlink_to("loop.jpg")
     assert refusal(tmp_path / "pipe.jpg") == "it is a pipe, not a regular file"
@@ -615,7 +615,7 @@ def test_extensions_are_those_that_are_promised():
 
 def test_many_threads_give_the_same_pixels():
     kinds = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "HEIF")
-    files = [encode(smooth(300 + i, 200), kind) for i in range(6) for kind in kinds]
+    files = [encode(smooth(300 + i, 200), kind) for i in range(3) for kind in kinds]
     files[7] = files[7][:100]
 
     def work(data):

@@ -80,7 +80,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
     (tmp_path / "elsewhere/deep/round").symlink_to(tmp_path / "elsewhere")
     names, ignored, failed = walked(tmp_path / "data" / "a")
     assert names == ["1.png", "linked/2.png", "linked/deep/3.png", "photo.png"]
-    assert ignored == {"links to folders that were seen already": 4}
+    assert ignored == {"links to folders that were already seen": 4}
     assert failed == []
 
 
@@ -175,13 +175,13 @@ def test_a_class_named_train(tmp_path):
         find_sources(tmp_path, None, None)
 
 
-def test_a_folder_of_data_sets_is_told(tmp_path):
+def test_a_folder_of_data_sets_is_reported(tmp_path):
     write_photos(tmp_path, "pets/train/cat/1.png flowers/train/rose/1.png")
     assert sum("as if it were a data set" in note for note in read(tmp_path).notes) == 2
 
 
 @pytest.mark.parametrize("name", ["nowhere", "photo.png", "nowhere.csv"])
-def test_what_is_no_source(tmp_path, name):
+def test_invalid_sources(tmp_path, name):
     write_photo(tmp_path / "photo.png")
     with pytest.raises(DataError):
         read(tmp_path / name)
@@ -251,7 +251,7 @@ def test_an_unclosed_quote_does_not_swallow_lines(tmp_path, label):
 
 
 def test_a_label_of_two_lines_is_refused(tmp_path):
-    with pytest.raises(DataError, match="lines 2 to 3: the label goes on in the next line"):
+    with pytest.raises(DataError, match="lines 2 to 3: the label continues on the next line"):
         read(table(tmp_path, 'image_path,label\n1.png,"ci\nty"\n2.png,forest\n'))
 
 
@@ -260,7 +260,7 @@ def test_a_column_named_twice_is_refused(tmp_path):
         read(table(tmp_path, "image_path,label,Label\n1.png,city,forest\n"))
 
 
-def test_all_wrong_lines_are_told(tmp_path):
+def test_all_invalid_lines_are_reported(tmp_path):
     with pytest.raises(DataError) as caught:
         read(
             table(tmp_path, 'image_path,label,split\n,city,val\nx.png,,val\nx.png\n"a\nb.png",city,dev\nx.png,a,val\n')
@@ -281,12 +281,12 @@ def test_many_wrong_lines_are_cut_short(tmp_path):
 @pytest.mark.parametrize(
     "text", ["", "path,class\na.png,city\n", "a.png,city\n", "image_path,label\n\0\0,x\n", '"' * 200_000]
 )
-def test_what_is_no_table_is_told(tmp_path, text):
+def test_invalid_tables_are_reported(tmp_path, text):
     with pytest.raises(DataError):
         read(table(tmp_path, text))
 
 
-def test_a_utf16_table_is_told(tmp_path):
+def test_a_utf16_table_is_reported(tmp_path):
     with pytest.raises(DataError, match="first line"):
         read(table(tmp_path, "image_path,label\na.png,city\n", encoding="utf-16"))
 

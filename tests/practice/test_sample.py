@@ -67,7 +67,7 @@ def test_it_says_that_they_are_drawings(drawn: Path) -> None:
 
 def test_progress_and_paths(tmp_path: Path) -> None:
     steps: list[int] = []
-    written = sample.draw(tmp_path, 2, progress=steps.append)  # an empty folder that exists is fine
+    written = sample.draw(tmp_path, 2, advance=steps.append)  # an empty folder that exists is fine
     assert steps == [1, 1, 1, 1]
     assert all(path.is_file() for path in written)
     assert len(set(written)) == 4
@@ -80,18 +80,18 @@ def test_a_folder_in_use_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
 
 
-def test_a_file_is_no_folder(tmp_path: Path) -> None:
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="is a file"):
         sample.draw(tmp_path / "file", 2)
 
 
-def test_an_interrupted_set_is_no_set(tmp_path: Path) -> None:
+def test_an_interrupted_set_leaves_nothing(tmp_path: Path) -> None:
     def stop(_number: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample.draw(tmp_path / "set", 2, progress=stop)
+        sample.draw(tmp_path / "set", 2, advance=stop)
     assert list(tmp_path.iterdir()) == []
 
 

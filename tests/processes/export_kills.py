@@ -1,4 +1,4 @@
-"""Ends an export at every one of its steps on the file system; `test_export_place.py` looks at what is left.
+"""Ends an export at every one of its steps on the file system; `exports/test_place.py` looks at what is left.
 
 python export_kills.py START WORK exchange|renames    prints how many steps there were
 """

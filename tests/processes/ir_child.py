@@ -1,4 +1,4 @@
-"""Loads hostile OpenVINO files, each in a process of its own, for `test_hostile_files.py`.
+"""Loads hostile OpenVINO files, each in a process of its own, for `untrusted/test_hostile_files.py`.
 
     python ir_child.py seed FOLDER    writes a good model, seed.xml and seed.bin, and others made of odd operations
     python ir_child.py load FOLDER    loads FOLDER/*/model.xml; one JSON line each: name, outcome, text, seconds

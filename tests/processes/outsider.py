@@ -1,4 +1,4 @@
-"""Uses exports as people do who have TensorFlow and nothing of finetune-cli; `test_export.py` compares the answers.
+"""Uses exports with TensorFlow and without finetune-cli; `exports/test_export.py` compares the answers.
 
     python outsider.py SAVEDMODEL_FOLDER KERAS_FILE PIXELS_NPY PHOTO...
 

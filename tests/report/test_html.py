@@ -24,8 +24,8 @@ from runs_fixture import TinyRun
 from finetune_cli.evaluation import evaluate
 from finetune_cli.evaluation.judge import Answers, Judged, Photos
 from finetune_cli.metrics import scores
-from finetune_cli.photos.dataset import BadPhoto, Sample
 from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.photos.scan import BadPhoto, Sample
 from finetune_cli.progress import Silent
 from finetune_cli.report import html as report
 from finetune_cli.report import thumbnails

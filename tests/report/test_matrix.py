@@ -7,7 +7,7 @@ import pytest
 
 from finetune_cli.evaluation.judge import Answers, Judged, Photos
 from finetune_cli.metrics.scores import evaluate
-from finetune_cli.photos.dataset import Sample
+from finetune_cli.photos.scan import Sample
 from finetune_cli.report import matrix, thumbnails
 from finetune_cli.runs.run import Run
 

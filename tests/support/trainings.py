@@ -1,4 +1,4 @@
-"""A small training by the real command, for `test_faults_train.py`: seconds long, and every file of it reproducible.
+"""A small training by the real command, for `training/test_faults.py`: seconds long, and every file of it reproducible.
 
 The photos are those of `runs_fixture`; the backbone is wide enough for the model to be the largest file of a run.
 """

@@ -10,8 +10,8 @@ from PIL import Image
 
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.errors import DataError, StorageError
-from finetune_cli.photos.dataset import Sample
 from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.photos.scan import Sample
 from finetune_cli.training import extract as features
 
 WIDTH = 5
@@ -183,7 +183,7 @@ def test_an_interrupted_pass_keeps_what_it_computed(run, tmp_path, monkeypatch):
 def test_a_missing_photo_is_a_bad_one(run, tmp_path):
     samples = photos(tmp_path, 2)
     samples[1].path.unlink()
-    assert "cannot be read" in run(samples).bad[0].reason
+    assert "there is no such file" in run(samples).bad[0].reason
 
 
 def test_a_photo_that_changes_meanwhile_stops_the_pass(run, tmp_path):

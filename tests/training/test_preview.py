@@ -9,8 +9,9 @@ from PIL import Image
 
 from finetune_cli.errors import DataError
 from finetune_cli.photos.augment import Augmenter
-from finetune_cli.photos.dataset import Dataset, Sample
+from finetune_cli.photos.dataset import Dataset
 from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.photos.scan import Sample
 from finetune_cli.training import preview
 
 SETTINGS = ImageSettings(size=64)

@@ -8,7 +8,7 @@ import pytest
 
 from finetune_cli.config.load import load_config
 from finetune_cli.errors import RunError
-from finetune_cli.photos.dataset import Sample
+from finetune_cli.photos.scan import Sample
 from finetune_cli.progress import Silent
 from finetune_cli.runs import environment, start
 from finetune_cli.runs.manifest import seal

@@ -115,7 +115,7 @@ def test_a_huge_attribute_is_refused(path: Path):
         hdf5.text_attribute(file, "layer_names")
 
 
-def test_what_is_no_hdf5_file(path: Path, tmp_path: Path):
+def test_files_that_are_not_hdf5(path: Path, tmp_path: Path):
     with pytest.raises(WeightsError, match="no weight file"), hdf5.open_file(path):
         pass
     with pytest.raises(WeightsError, match="no weight file"), hdf5.open_file(tmp_path):

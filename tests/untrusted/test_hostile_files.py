@@ -54,7 +54,7 @@ class Cases:
         (self.folder / name / "model.bin").write_bytes(weights)
 
     def load(self) -> dict[str, str]:
-        """Name -> outcome; checks that nothing crashed, hung or was told in more than a line."""
+        """Name -> outcome; checks that nothing crashed, hung or was reported in more than a line."""
         outcomes = {}
         for line in child("load", self.folder).splitlines():
             case = json.loads(line)
@@ -115,7 +115,7 @@ def test_flipped_bits_crash_nothing(cases, good):
 CONSTANT = r'(element_type=")f32(" shape=")8, 3, 3, 3(" offset=")32(" size=")864(")'
 
 
-def test_constants_that_are_not_where_they_say(cases, good):
+def test_constants_outside_the_weights(cases, good):
     xml, weights = good
     assert re.search(CONSTANT, xml)
     changes = {
@@ -230,7 +230,7 @@ def test_random_changes_crash_nothing(cases, good, seed):
     cases.load()
 
 
-def test_half_precision_is_no_crime(seeds, tmp_path):
+def test_half_precision_is_allowed(seeds, tmp_path):
     script = """
 import sys
 from pathlib import Path

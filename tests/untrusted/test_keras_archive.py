@@ -166,7 +166,7 @@ def test_members_that_do_not_belong(good: Path):
 @pytest.mark.parametrize(
     "description", [b"", b"{", b"[]", b"{}", b'{"class_name": 3}', b"[" * 100_000, b"\xff\xfe", b"NaN", b'"Sequential"']
 )
-def test_descriptions_that_are_none(good: Path, description: bytes):
+def test_descriptions_that_are_invalid(good: Path, description: bytes):
     refused(rewrite(good, **{"config.json": description}), "cannot be read|needs|is not a model")
 
 

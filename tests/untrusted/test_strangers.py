@@ -59,7 +59,7 @@ class Stranger:
         with zipfile.ZipFile(self.home / "model.keras") as archive:
             content = {name: archive.read(name) for name in archive.namelist()}
         description = json.loads(content["config.json"])
-        change(next(each for each in description["config"]["layers"] if each["config"]["name"] == "logits"))
+        change(next(layer for layer in description["config"]["layers"] if layer["config"]["name"] == "logits"))
         content["config.json"] = json.dumps(description).encode()
         with zipfile.ZipFile(self.home / "model.keras", "w") as archive:
             for name, data in content.items():
@@ -222,8 +222,8 @@ def test_it_is_refused(tiny_run, tmp_path, name, record_property):
         use()
     record_property("seconds", round(time.monotonic() - started, 2))
     assert time.monotonic() - started < SECONDS
-    told = caught.value.problem.splitlines()
-    assert len(told) == 1 or told[0].endswith("in the configuration"), told
+    lines = caught.value.problem.splitlines()
+    assert len(lines) == 1 or lines[0].endswith("in the configuration"), lines
     assert not stranger.canary.exists(), "its code ran"
 
 

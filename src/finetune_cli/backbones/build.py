@@ -19,26 +19,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune_cli import signals
+from finetune_cli.backbones import download
 from finetune_cli.backbones import weights as weight_files
 from finetune_cli.backbones.registry import BUNDLED, BackboneInfo, find, similar
 from finetune_cli.errors import ConfigError, WeightsError
 from finetune_cli.files import sha256
 from finetune_cli.keras_setup import import_keras
-from finetune_cli.progress import Meter, ignore
+from finetune_cli.progress import Advance, ignore_progress
 from finetune_cli.untrusted.keras_archive import load_keras_file
 
 if TYPE_CHECKING:
     import keras
-
-__all__ = [
-    "Backbone",
-    "BackboneInfo",
-    "build",
-    "feature_map_tensor",
-    "resolve",
-    "with_changed_weights",
-    "with_weights_of",
-]
 
 # EfficientNetB0 to B7: the published weights expect pixels divided by the root of this once more; Keras adds it only
 # when it loads those weights itself (https://github.com/tensorflow/tensorflow/issues/49930).
@@ -84,7 +75,7 @@ def with_weights_of(backbone: Backbone, name_or_path: str | Path, path: Path) ->
 def resolve(name_or_path: str | Path) -> BackboneInfo:
     """The table row of a backbone, in any spelling; a path that ends in ``.keras`` gives a row of its own.
 
-    Raises `ConfigError` for an unknown name, with those that it may be a slip of the pen for.
+    Raises `ConfigError` for an unknown name, with the closest known names.
     """
     name = str(name_or_path)
     if name.endswith(".keras"):
@@ -106,13 +97,13 @@ def build(
     size: int,
     seed: int,
     weights_sha256: str | None = None,
-    progress: Meter = ignore,
+    advance: Advance = ignore_progress,
 ) -> Backbone:
     """Build a backbone for photos of `size` by `size` pixels.
 
     `weights`: ``"imagenet"`` (for the bundled backbone and for a `.keras` file: its own), a weight file, or `None` for
-    random ones drawn from `seed`. `weights_sha256`: what the weight file must be. `progress` counts the
-    bytes of a download. Raises `ConfigError` and `WeightsError`.
+    random ones drawn from `seed`. `weights_sha256`: what the weight file must be. `advance` counts the
+    megabytes of a download. Raises `ConfigError` and `WeightsError`.
     """
     info = resolve(name_or_path)
     if size < info.min_size:
@@ -121,14 +112,14 @@ def build(
         raise ConfigError("model.weights has no effect with a .keras file, which brings its own", "delete the key")
     file = weight_file(name_or_path, weights, size)
     if weights == "imagenet" and info.path is None:
-        file = weight_files.find_imagenet(info, size, progress)
+        file = download.find_imagenet(info, size, advance)
     digest = _checked_digest(file, weights_sha256)
     keras = import_keras()
     with signals.deferred():
         with _drawn_from(seed):
             base = _base(keras, info, size, random_weights=weights is None)
         if file is not None and file != info.path:
-            known = weights == "imagenet" or (info.digest is not None and weight_files.has_digest(file, info.digest))
+            known = weights == "imagenet" or (info.digest is not None and download.has_digest(file, info.digest))
             weight_files.load_into(base, file, in_order=known)
         model = _from_pixels(keras, info, base, size)
         fingerprint = _fingerprint(info, model)
@@ -153,7 +144,7 @@ def weight_file(name_or_path: str | Path, weights: str | Path | None, size: int)
     if weights is None:
         return None
     info = resolve(name_or_path)
-    return (info.path or weight_files.imagenet_path(info, size)) if weights == "imagenet" else Path(weights)
+    return (info.path or download.imagenet_path(info, size)) if weights == "imagenet" else Path(weights)
 
 
 def feature_map_tensor(model: "keras.Model") -> "keras.KerasTensor | None":

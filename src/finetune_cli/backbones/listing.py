@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from finetune_cli.backbones.download import imagenet_path
 from finetune_cli.backbones.registry import BUNDLED, TABLE
-from finetune_cli.backbones.weights import imagenet_path
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The table of backbones: what each is called, how wide its features are, and which file holds its weights.
 
 Every classifier of `keras.applications`, under its lower-case name, and the bundled one. Plain data: nothing heavy is
-imported. `tests/test_zoo.py` compares every row with the installed Keras.
+imported. `tests/backbones/test_registry.py` compares every row with the installed Keras.
 """
 
 import difflib
@@ -165,7 +165,7 @@ def find(name: str) -> BackboneInfo | None:
 
 
 def similar(name: str) -> list[str]:
-    """The names of backbones that `name` may be a slip of the pen for; most often none."""
+    """The names of backbones that `name` may be a typing error of; most often none."""
     near = difflib.get_close_matches(_spelling(name), _BY_SPELLING, n=3, cutoff=0.88)
     return [_BY_SPELLING[match].name for match in near]
 

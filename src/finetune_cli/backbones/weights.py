@@ -1,4 +1,4 @@
-"""Weight files into a backbone that this package built: ImageNet's, a person's own, of today or of 2016.
+"""Loads weight files into a backbone that this package built: ImageNet's or a user's own, from 2016 on.
 
 Two layouts are read. The legacy one (``.h5``) lists its layers in the attribute `layer_names` and the arrays of a
 layer in `weight_names`, trainable ones first. Keras 3's (``.weights.h5``) numbers the layers by class
@@ -6,26 +6,17 @@ layer in `weight_names`, trainable ones first. Keras 3's (``.weights.h5``) numbe
 filled exactly once, or the file is refused; nothing in a file can choose what is built.
 """
 
-import hashlib
-import os
 import re
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune_cli.errors import WeightsError
-from finetune_cli.files import atomic_path, open_regular
-from finetune_cli.progress import Meter, ignore
 from finetune_cli.untrusted import hdf5
-
-if TYPE_CHECKING:
-    from finetune_cli.backbones.registry import BackboneInfo
 
 _TOP_LAYERS = 3  # VGG has the largest classification top: fc1, fc2, predictions
 _NESTING = 3  # models inside models; Keras's own classifiers have one level
-_TIMEOUT = 20.0  # seconds without an answer before a download is given up
 _REMEDY = "check that the file belongs to model.backbone"
 
 
@@ -62,68 +53,6 @@ def load_into(model: Any, path: Path, in_order: bool = False) -> None:
         _require_complete(slots, pairs, stored, path, ordered=names is not None)
         for name, item in pairs.items():
             _fill(slots[name], item, path)
-
-
-def imagenet_path(info: "BackboneInfo", size: int) -> Path:
-    """Where Keras keeps the ImageNet weights (without top) of a backbone at `size`, whether they are there or not."""
-    (_url, name) = info.weights_file(size)
-    return Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras").expanduser() / "models" / name
-
-
-def find_imagenet(info: "BackboneInfo", size: int, progress: Meter = ignore) -> Path:
-    """The ImageNet weights (without top) for a backbone at `size`: from Keras's cache, else downloaded into it.
-
-    `progress` counts the bytes of a download. Raises `WeightsError` naming the exact file and
-    folder when there is no connection, and when the file there is not the one that Keras publishes.
-    """
-    (url, _name), digest = info.weights_file(size), info.digest
-    path = imagenet_path(info, size)
-    if not path.exists():
-        _download(url, path, digest, progress)
-    elif not has_digest(path, digest):
-        # Keras would overwrite it; but it may be all that a person has, and offline nothing would come instead.
-        raise WeightsError(
-            f"{path} is not the file that Keras publishes (its hash is not {digest})",
-            f"delete it to have it downloaded again, or use it as it is with model.weights: {path}",
-        )
-    return path
-
-
-def has_digest(path: Path, digest: str | None) -> bool:
-    """Compare a file with its MD5 or SHA-256 in hexadecimal; `None`: none is known, and any file will do."""
-    if digest is None:
-        return True
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "md5" if len(digest) == 32 else "sha256").hexdigest() == digest
-
-
-def _download(url: str, path: Path, digest: str | None, progress: Meter) -> None:
-    try:
-        response = urllib.request.urlopen(url, timeout=_TIMEOUT)  # noqa: S310 - an https URL of our own table
-    except OSError as exc:
-        raise _unreachable(url, path, digest, exc) from exc
-    with response, atomic_path(path) as temporary, temporary.open("wb") as file:
-        total = int(response.headers.get("Content-Length") or 0)
-        while True:
-            try:
-                chunk = response.read(1 << 20)
-            except OSError as exc:
-                raise _unreachable(url, path, digest, exc) from exc
-            if not chunk:
-                break
-            file.write(chunk)
-            progress(len(chunk), total)
-        file.flush()
-        if not has_digest(temporary, digest):
-            raise WeightsError(f"the download of {url} came in damaged (its hash is not {digest})", "try again")
-
-
-def _unreachable(url: str, path: Path, digest: str | None, exc: OSError) -> WeightsError:
-    known = f" (hash {digest})" if digest else ""
-    return WeightsError(
-        f"cannot download the ImageNet weights: {getattr(exc, 'reason', exc)}",
-        f"save {url}{known} as {path}, or set model.backbone: efficientnet_lite0, which is bundled",
-    )
 
 
 def _legacy_layers(root: Any, names: list[str]) -> Iterator[_Stored]:

@@ -1,9 +1,9 @@
-"""What a photo's bytes say without decoding (SHA-256, width, height), and a cache of it from run to run.
+"""Facts about a photo that need no decoding (SHA-256, width, height), and a cache of them between runs.
 
 Reading a hundred thousand photos to hash them takes minutes; the digest cache makes the second run start at once. It is
 a small SQLite file with a row for each path, valid as long as the file's device, inode, size and times are what they
-were, and used only on file systems that keep ctime (`mounts.py`). It is never needed: whatever is wrong with it, the
-photos are read again. `sqlite_file.py` opens and recovers the file.
+were, and used only on file systems that keep ctime (`mounts.py`). It is optional: whenever something is wrong with it,
+the photos are read again. `sqlite_file.py` opens and recovers the file.
 """
 
 import os
@@ -43,13 +43,12 @@ class Facts:
 
 
 class DigestCache:
-    """Keeps the `Facts` of good photos in `folder`; `None` keeps nothing.
+    """Stores the `Facts` of good photos in `folder`; with `None`, nothing is stored.
 
-    Bad photos are not kept: they are few, and a repaired one, or a newer Pillow, should count at once. A file that
-    cannot be used at all is done without; `warnings` says so. For one thread; several processes may share a file.
-
-    `writable` False: the caller knows that nothing can be written in `folder`. `fresh`: the rows were found to be
-    wrong, so those of the photos that are asked for are dropped.
+    Bad photos are not stored: they are few, and a repaired photo, or a newer Pillow, should count at once. If the file
+    cannot be used at all, `warnings` reports it, and there is no cache. For one thread; several processes may share a
+    file. `writable` False: the caller knows that nothing can be written in `folder`. `fresh`: the rows were found to be
+    wrong, so those of the requested photos are dropped.
     """
 
     def __init__(self, folder: Path | None, writable: bool = True, fresh: bool = False) -> None:
@@ -72,11 +71,11 @@ class DigestCache:
 
     @property
     def warnings(self) -> list[str]:
-        """What a person should know about the file."""
+        """What the user should know about the file."""
         return [] if self._file is None else self._file.warnings
 
     def get(self, photos: Sequence[tuple[Path, os.stat_result]]) -> list[Facts | None]:
-        """What is known of each file whose status is still what it was, and can be trusted to tell a change."""
+        """The facts of each file whose status is unchanged, on a file system with a trusted ctime; else `None`."""
         if self._file is None:
             return [None] * len(photos)
         keys = [_key(path) for path, _status in photos]
@@ -97,7 +96,7 @@ class DigestCache:
         return answers
 
     def put(self, path: Path, status: os.stat_result, facts: Facts) -> None:
-        """Keep `facts` of the file at `path`, whose `status` was taken before it was read."""
+        """Store `facts` of the file at `path`, whose `status` was taken before it was read."""
         newest = max(status.st_mtime_ns, status.st_ctime_ns)
         if self._file is None or time.time_ns() - newest < _SETTLED_NS:
             return
@@ -116,7 +115,7 @@ class DigestCache:
 
 
 def _identity(status: os.stat_result) -> tuple[int, int, int, int, int]:
-    """What changes when another file is put in the place of the one that has this `status`, or when it is written."""
+    """Values that change when the file with this `status` is written or replaced by another file."""
     word = (1 << 64) - 1  # Windows has inodes of 128 bits
     return status.st_dev & word, status.st_ino & word, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 

@@ -56,7 +56,7 @@ class FeatureStore:
 
     @property
     def warnings(self) -> list[str]:
-        """What a person should know about the file."""
+        """What the user should know about the file."""
         return self._file.warnings
 
     @property
@@ -98,9 +98,9 @@ class FeatureStore:
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """What `info` says: `rows` features in `size` bytes, files set aside as damaged with `aside_size` bytes.
+    """The result of `info`: `rows` features in `size` bytes, files set aside as damaged with `aside_size` bytes.
 
-    `problem` is empty, or says why the rows cannot be counted.
+    `problem` is empty, or the reason why the rows cannot be counted.
     """
 
     path: Path

@@ -24,7 +24,7 @@ _CHOOSE = "set runtime.cache_dir to a folder that you can write to"
 class CacheFolder:
     """The caches are in `path`; scratch files go to `scratch`, which is another folder if `path` can only be read.
 
-    `warning` is empty, or says that nothing is kept for other runs, and why.
+    `warning` is empty, or says that nothing is stored for other runs, and why.
     """
 
     path: Path
@@ -66,7 +66,7 @@ def own_folder(asked: Path | None) -> Path:
 def locate(asked: Path | None) -> CacheFolder:
     """Find or create the folder of this user's caches for `asked`, by default the user's cache folder.
 
-    Where it cannot be written, it is only read, or else a temporary folder takes its place until the process ends.
+    If it cannot be written, it is only read, or else replaced by a temporary folder until the process ends.
     Raises `StorageError` when there is no room for that either.
     """
     try:
@@ -91,7 +91,7 @@ def _instead(folder: Path | None, problem: StorageError) -> CacheFolder:
     try:
         temporary = _temporary_folder()
     except OSError as exc:
-        raise StorageError(f"{problem.problem}; nor is there a temporary folder", _CHOOSE) from exc
+        raise StorageError(f"{problem.problem}; and there is no temporary folder either", _CHOOSE) from exc
     if folder is not None and _holds_a_cache(folder):
         return CacheFolder(folder, temporary, f"{problem.problem}: the cache is only read; to store more, {_CHOOSE}")
     warning = f"{problem.problem}: a temporary cache is used, which is removed at the end; to keep it, {_CHOOSE}"

@@ -26,11 +26,11 @@ def parse_size(text: str) -> int:
 
 
 def info(folder: Path) -> list[str]:
-    """What the cache in `folder` holds, in lines for a person."""
+    """What the cache in `folder` holds, as lines of text."""
     found = features.info(folder)
     lines = [f"feature cache {found.path}: {found.rows:,} features, {human_bytes(found.size)}"]
     if found.problem:
-        lines.append(f"{found.problem}; the next run sets it aside and begins anew")
+        lines.append(f"{found.problem}; the next run sets it aside and starts a new one")
     if found.aside:
         lines.append(
             f"{len(found.aside)} damaged file(s) set aside, {human_bytes(found.aside_size)}: "

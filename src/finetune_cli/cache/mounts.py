@@ -1,8 +1,8 @@
 """Which file systems keep a file's ctime, so that an unchanged one means an unchanged file.
 
 A program can set a file's mtime back; its ctime is set by the file system at every change of the content. But an image
-of a file system (squashfs, ISO) holds whatever times its maker chose, FAT knows no ctime, and a network or FUSE file
-system passes on what its server says. There, other photos under the same names can look unchanged.
+of a file system (squashfs, ISO) holds whatever times its author chose, FAT has no ctime, and a network or FUSE file
+system passes on what its server reports. There, other photos under the same names can look unchanged.
 """
 
 import os
@@ -26,7 +26,7 @@ class _Mount:
 
 
 class ChangeTimes:
-    """Tells whether a file's ctime can be trusted. Where the mounts cannot be read (not on Linux), none can."""
+    """Whether a file's ctime can be trusted. Where the mounts cannot be read (not on Linux), none can."""
 
     def __init__(self) -> None:
         try:

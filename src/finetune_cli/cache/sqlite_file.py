@@ -3,7 +3,7 @@
 Both caches (features, and digests of photos) are such files: one table of rows that can be computed again. A cache must
 never cost a run: whatever happens to its file, reading gives fewer rows and writing stops, with a warning.
 
-    application_id, user_version   the mark and the format of a `Kind`: another program's file is known as such
+    application_id, user_version   the mark and the format of a `Kind`: recognises another program's file
     one table, nothing else        a trigger, a view or another column means that somebody changed the file
 
 SQLite in WAL mode with 4 KB pages: readers and a writer do not wait for each other, a kill loses at most the rows that
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_cli import files, held
+from finetune_cli import files, safe_open
 from finetune_cli.errors import FinetuneError
 
 PAGE = 4096
@@ -45,7 +45,7 @@ FAULTS = (sqlite3.Error, UnicodeDecodeError)
 
 @dataclass(frozen=True)
 class Kind:
-    """What tells one kind of file from all others; `title` is its name in messages, such as "the feature cache".
+    """Identifies a kind of file; `title` is its name in messages, such as "the feature cache".
 
     table: the CREATE TABLE statement, which must be the whole schema of the file.
     """
@@ -65,7 +65,7 @@ def is_damage(exc: Exception) -> bool:
     """Whether `exc`, one of `FAULTS`, blames the content of the file, and not the disk, a lock or a permission."""
     if isinstance(exc, UnicodeDecodeError):
         return True
-    # Faults of input and output are told apart by SQLite's extended code, all others by the primary one.
+    # Input and output errors are distinguished by SQLite's extended code, all others by the primary one.
     code = getattr(exc, "sqlite_errorcode", 0)
     return (code if code & 0xFF == sqlite3.SQLITE_IOERR else code & 0xFF) in _DAMAGE
 
@@ -79,8 +79,8 @@ class SqliteFile:
     """The file of a `kind` in `folder`; safe to use from several threads, and by several processes.
 
     Opening never fails: a file that cannot be opened or written works without what it lacks, and `warnings` says so.
-    A damaged or foreign file is set aside under another name and begun anew. `writable` False: the caller knows, and
-    has said, that nothing can be written in `folder`; what can be read is read.
+    A damaged or foreign file is renamed, and a new one is started. `writable` False: the caller knows, and has
+    reported, that nothing can be written in `folder`; the file is only read.
     """
 
     def __init__(self, folder: Path, kind: Kind, writable: bool = True) -> None:
@@ -152,7 +152,7 @@ class SqliteFile:
         self._identity = files.identity(self.path)
 
     def _failed(self, exc: Exception, size: int) -> bool:
-        """Go on after a fault, without writing or with a new file; whether it is a new file, worth another try.
+        """Continue after a fault, without writing or with a new file; returns whether to retry with a new file.
 
         `size`: how many bytes were to be written, 0 for a fault in reading.
         """
@@ -167,12 +167,12 @@ class SqliteFile:
             self.writable = False
             self._warn(
                 f"{name} cannot be written ({exc}; at least {files.human_bytes(size)} more are needed), so nothing new "
-                "is kept for other runs; free some space, or set runtime.cache_dir to another disk"
+                "is stored for other runs; free some space, or set runtime.cache_dir to another disk"
             )
         else:
             self.writable = False
             self.close()
-            self._warn(f"{name} cannot be read any more ({exc}); what it held is computed again")
+            self._warn(f"{name} can no longer be read ({exc}); its content is computed again")
         return False
 
     def _rebuild(self) -> None:
@@ -180,7 +180,7 @@ class SqliteFile:
         self.close()
         try:
             with files.lock(self.path.parent, wait=BUSY_SECONDS):
-                if files.identity(self.path) == self._identity:  # else another process has set it aside already
+                if files.identity(self.path) == self._identity:  # else another process has already set it aside
                     self._set_aside("is damaged")
         except (FinetuneError, OSError) as exc:
             self._only_read(exc)
@@ -191,7 +191,7 @@ class SqliteFile:
         """Read what can be read of a file that cannot be written, because of `exc`."""
         self._open_read_only()
         reason = exc.problem if isinstance(exc, FinetuneError) else str(exc)
-        use = "it is only read" if self._connection is not None else "nothing new is kept for other runs"
+        use = "it is only read" if self._connection is not None else "nothing new is stored for other runs"
         self._warn(f"{self.kind.title} {self.path} cannot be written ({reason}); {use}")
 
     def _open_read_only(self) -> None:
@@ -210,7 +210,9 @@ class SqliteFile:
         for old, new in reversed(list(zip(companions(self.path), companions(target), strict=True))):
             if os.path.lexists(old):
                 old.replace(new)
-        self._warn(f"{self.kind.title} {self.path} {reason}; it was set aside as {target.name} and is built anew")
+        self._warn(
+            f"{self.kind.title} {self.path} {reason}; it was set aside as {target.name}, and a new one is started"
+        )
 
     def _warn(self, text: str) -> None:
         if text not in self.warnings:
@@ -368,7 +370,7 @@ def _check_files(path: Path) -> None:
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, "it is a folder", str(part))
         which = "" if part == path else f"has a companion, {part.name}, that "
-        if held.is_link(status):
+        if safe_open.is_link(status):
             raise NotOursError(f"{which}is a symbolic link")
         if not stat.S_ISREG(status.st_mode):
             raise NotOursError(f"{which}is not a regular file")

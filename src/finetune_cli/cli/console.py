@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from finetune_cli import signals
 from finetune_cli.errors import FinetuneError, Interrupted
-from finetune_cli.progress import Meter
+from finetune_cli.progress import Advance
 from finetune_cli.text import shown
 
 _PLAIN_SECONDS = 10.0
@@ -121,7 +121,7 @@ class Console:
                     self.print(f"  {name}: {cell}" if name else f"  {cell}")
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int | None, unit: str = "photos") -> Iterator[Meter]:
+    def stage(self, name: str, total: int | None, unit: str = "photos") -> Iterator[Advance]:
         """Progress of one stage with rate and time left; without a terminal, a line every ten seconds."""
         signals.check()
         if self.quiet:
@@ -134,7 +134,7 @@ class Console:
                 yield advance
 
     @contextlib.contextmanager
-    def _bar(self, name: str, total: int | None, unit: str) -> Iterator[Meter]:
+    def _bar(self, name: str, total: int | None, unit: str) -> Iterator[Advance]:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -171,7 +171,7 @@ class Console:
         self._finished(name, done, unit, time.monotonic() - started)
 
     @contextlib.contextmanager
-    def _plain(self, name: str, total: int | None, unit: str) -> Iterator[Meter]:
+    def _plain(self, name: str, total: int | None, unit: str) -> Iterator[Advance]:
         started = reported = time.monotonic()
         done = 0
 

@@ -19,7 +19,7 @@ from finetune_cli.evaluation import judge as judged
 from finetune_cli.evaluation.judge import Calibration, Compared, Judged, Photos
 from finetune_cli.parallel import cores
 from finetune_cli.photos import dataset
-from finetune_cli.progress import Observer
+from finetune_cli.progress import Observer, ignore_progress
 from finetune_cli.runs.run import Run
 from finetune_cli.tables import write_csv
 from finetune_cli.training import outputs
@@ -123,7 +123,7 @@ def _photos(run: Run, data: Path | None, root: Path | None, workers: int, observ
             "DATA and --data exclude each other", "DATA: other labelled photos; --data: where the run's own photos are"
         )
     if data is None and root is None:
-        return judged.photos_of_run(run, None, workers, lambda _n: None)
+        return judged.photos_of_run(run, None, workers, ignore_progress)
     if data is None:
         with observer.stage("looking for the photos", None, "files") as advance:
             return judged.photos_of_run(run, root, workers, advance)

@@ -21,8 +21,8 @@ from finetune_cli.metrics.folds import group_numbers
 from finetune_cli.metrics.scores import CalibrationScores, Comparison, Evaluation
 from finetune_cli.parallel import ordered_map
 from finetune_cli.photos import dataset, scan
-from finetune_cli.photos.dataset import BadPhoto, Sample
 from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.photos.scan import BadPhoto, Sample
 from finetune_cli.progress import Advance
 from finetune_cli.runs.run import Run
 

@@ -27,8 +27,8 @@ from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature
 from finetune_cli.inference.predictor import RunPredictor
 from finetune_cli.parallel import cores, ordered_map
 from finetune_cli.photos.codecs import opened as opened_image
-from finetune_cli.photos.dataset import Sample
 from finetune_cli.photos.decode import decode_whole
+from finetune_cli.photos.scan import Sample
 from finetune_cli.progress import Observer
 from finetune_cli.runs.run import Run
 from finetune_cli.tables import parse_csv

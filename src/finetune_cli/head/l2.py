@@ -13,7 +13,7 @@ from finetune_cli.head.lbfgs import Head, Problem, one_blas_thread
 from finetune_cli.metrics.calibration import fit_temperature, softmax
 from finetune_cli.metrics.folds import group_folds
 from finetune_cli.parallel import cores, ordered_map
-from finetune_cli.progress import Advance
+from finetune_cli.progress import Advance, ignore_progress
 
 FOLDS = 5
 CV_ROWS = 4000  # `choose_l2` uses no more rows than about this
@@ -39,7 +39,7 @@ class L2Search:
 def choose_l2(
     data: HeadData,
     search: L2Search = L2Search(),
-    progress: Advance = lambda _n: None,
+    progress: Advance = ignore_progress,
     note: Callable[[str], None] = lambda _text: None,
 ) -> tuple[float, list[tuple[float, float]]]:
     """The `l2` with the least log loss in 5-fold cross-validation, and all (l2, log loss) tried, weakest first.
@@ -145,7 +145,7 @@ class _CrossValidation:
             return 0.0
 
         def fit(k: int) -> Head:
-            return self.problems[k].minimise(l2, self.heads[k], lambda _n: None, tolerance=1e-5)
+            return self.problems[k].minimise(l2, self.heads[k], ignore_progress, tolerance=1e-5)
 
         logits = []
         for k, head in enumerate(ordered_map(fit, range(len(self.problems)), cores())):

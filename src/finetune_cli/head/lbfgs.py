@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from finetune_cli import signals
 from finetune_cli.head.data import Floats, HeadData, Rows
 from finetune_cli.parallel import cores, ordered_map
-from finetune_cli.progress import Advance
+from finetune_cli.progress import Advance, ignore_progress
 
 _Part = tuple[float, Rows, Floats]
 
@@ -46,7 +46,7 @@ def fit_lbfgs(
     l2: float,
     label_smoothing: float = 0.0,
     start: Head | None = None,
-    progress: Advance = lambda _n: None,
+    progress: Advance = ignore_progress,
 ) -> Head:
     """The head that minimises the objective on `data`, whose features are rows ``(N, D)``.
 

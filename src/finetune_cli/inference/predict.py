@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from finetune_cli.errors import BadImage, UsageError
 from finetune_cli.inference.predictor import PHOTOS_A_CALL, UNSURE, Predictor, RunPredictor, answers, best, chunks
-from finetune_cli.parallel import cores, groups_at_hand
+from finetune_cli.parallel import cores, groups_available
 from finetune_cli.photos import decode as images
 from finetune_cli.text import address
 
@@ -60,7 +60,7 @@ def predict(
             "drop --min-confidence and compare the probability that --format csv or jsonl gives; "
             "or train again with another name for that class",
         )
-    groups = groups_at_hand(paths, PHOTOS_A_CALL) if at_once else chunks(paths)
+    groups = groups_available(paths, PHOTOS_A_CALL) if at_once else chunks(paths)
     return _predict(predictor, groups, top_k, workers or cores(), min_confidence)
 
 

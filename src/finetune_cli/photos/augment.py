@@ -1,12 +1,12 @@
 """Views of a photo: Keras draws the transform, OpenCV applies it.
 
-In: ``uint8 (size, size, 3)`` RGB as `images.decode` makes it, the photo's digest and a view number. Out: the same
+In: ``uint8 (size, size, 3)`` RGB as `decode.decode` makes it, the photo's digest and a view number. Out: the same
 shape and type. View 0 is the photo itself. The transform of view i >= 1 comes from `get_random_transform` of a real
 Keras `ImageDataGenerator`, seeded by (seed, digest, i) alone, so that order, threads, batches and machines do not
 matter. `Augmenter.apply` equals the generator's own `apply_transform` within 1 grey level on average, whatever the
-arguments and the fill mode, and takes a tenth of its time (`tests/test_augment.py` holds them side by side).
+arguments and the fill mode, and takes a tenth of its time (`tests/photos/test_augment.py` compares them).
 
-One thing is mended: in Keras 3 `width_shift_range` moves the picture down and `height_shift_range` sideways. Here both
+One bug is fixed: in Keras 3 `width_shift_range` moves the picture down and `height_shift_range` sideways. Here both
 do what their names say.
 """
 
@@ -58,14 +58,14 @@ class Augmenter:
 
     `arguments`: augmenting arguments of `ImageDataGenerator` (those left out keep their defaults). `views`: the number
     of views of a photo, view 0 included. `size`: the side of the square photos in pixels, for shifts given as
-    fractions. Keras is imported by the first `draw`. Raises `ConfigError` for refused, unknown or senseless arguments.
+    fractions. Keras is imported by the first `draw`. Raises `ConfigError` for refused, unknown or invalid arguments.
     """
 
     def __init__(self, arguments: Mapping[str, Any], views: int, seed: int, size: int) -> None:
         found = problems(arguments)
         if found:
-            told = "; ".join(f"`{name}` {text}" for name, text in found.items())
-            raise ConfigError(told, "mend the section `augmentation` of the config")
+            message = "; ".join(f"`{name}` {text}" for name, text in found.items())
+            raise ConfigError(message, "fix the section `augmentation` of the config")
         self._arguments = {**GENERATOR_DEFAULTS, **arguments}
         self._seed = seed
         self._size = size

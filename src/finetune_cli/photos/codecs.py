@@ -1,7 +1,7 @@
-"""An image file is opened here, by its content and never by its name, with the care that a stranger's file needs.
+"""Opens image files safely: by their content, never by their name.
 
-What comes out is a Pillow image whose header is read and whose size is allowed; what goes wrong, here or later while
-its pixels are read, becomes a `BadImage`. Nothing is printed, by Pillow or by the C libraries behind it.
+Returns a Pillow image whose header has been read and whose size is allowed. Every error, here or later while the pixels
+are read, becomes a `BadImage`. Neither Pillow nor the C libraries behind it print anything.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from finetune_cli import files
 from finetune_cli.errors import BadImage
-from finetune_cli.held import IrregularError
+from finetune_cli.safe_open import IrregularError
 from finetune_cli.text import shown
 
 if TYPE_CHECKING:
@@ -46,10 +46,10 @@ _BRANDS = {
 _HEAD_BYTES = 256
 _NOT_PHOTOS = (
     (rb"$", "the file is empty"),
-    (rb"....ftyp", "a video, or a kind of photo that is not read here; save it as JPEG"),
+    (rb"....ftyp", "a video, or an unsupported kind of photo; save it as JPEG"),
     (rb"version https://git-lfs", "a Git LFS pointer instead of the photo; run: git lfs pull"),
-    (rb"\s*<", "a web page or another text in angle brackets, not an image"),
-    (rb"", "not an image in a format that is read here"),
+    (rb"\s*<", "a web page or another markup file, not an image"),
+    (rb"", "not an image in a supported format"),
 )
 
 # libjpeg goes through all pixels again for each scan of a JPEG file; a few kilobytes can hold thousands of scans, where
@@ -97,7 +97,7 @@ def opened(source: Path | bytes | BinaryIO, max_pixels: int) -> Iterator["ImageF
             if kind == "Jpeg":
                 _limit_scans(image, stream)
             yield image
-    # Pillow raises a dozen unrelated types for files that it cannot read, and promises none of them.
+    # Pillow raises a dozen unrelated types for files that it cannot read, and documents none of them.
     except Exception as exc:
         raise unreadable(source if isinstance(source, Path) else "image", exc, kind) from exc
 

@@ -2,7 +2,7 @@
 
     sources -> listings (names only) -> preflight (header and digest of each file) -> checks -> split
 
-Nothing is decoded and nothing is written. What is wrong is collected and said at once.
+Nothing is decoded and nothing is written. All problems are collected and reported together.
 """
 
 import difflib
@@ -18,23 +18,11 @@ from pathlib import Path
 from finetune_cli.cache.digests import DigestCache
 from finetune_cli.errors import DataError
 from finetune_cli.photos import folders, split
-from finetune_cli.photos.folders import Listing
 from finetune_cli.photos.groups import Proposal, propose
-from finetune_cli.photos.scan import BadPhoto, Progress, Sample, listed, may_skip, preflight, refuse_bad
+from finetune_cli.photos.listing import SPLITS, Listing
+from finetune_cli.photos.scan import BadPhoto, Sample, listed, preflight
+from finetune_cli.progress import Advance
 from finetune_cli.text import counted, shown
-
-__all__ = [
-    "BadPhoto",
-    "Dataset",
-    "Labelled",
-    "Sample",
-    "iter_photos",
-    "load",
-    "load_labelled",
-    "may_skip",
-    "refuse_bad",
-    "refuse_empty",
-]
 
 _SHOWN = 20
 
@@ -43,9 +31,9 @@ _SHOWN = 20
 class Dataset:
     """All photos of a configuration; ``classes[sample.label]`` is a sample's class.
 
-    `roots` maps each split that has photos to the folder that their names are relative to. `notes` are for the person,
-    and so are `warnings`, which tell what makes the numbers look better than they are. `proposal` holds likely groups,
-    where none were given.
+    `roots` maps each split that has photos to the folder that their names are relative to. `notes` and `warnings` are
+    for the user; warnings report what makes the numbers look better than they are. `proposal`: likely groups, if none
+    were given.
     """
 
     classes: tuple[str, ...]
@@ -71,6 +59,23 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class DataSettings:
+    """Where the photos are and how they are split.
+
+    Validation photos come from `val`, else from the table's column `split`, else from a folder beside the training
+    photos, else from a share `val_split` of the training photos. `group_regex`: finds the group in a photo's name.
+    `max_pixels`: photos with more are bad.
+    """
+
+    train: Path
+    val: Path | None = None
+    test: Path | None = None
+    val_split: float | None = None
+    group_regex: str | None = None
+    max_pixels: int = 100_000_000
+
+
+@dataclass(frozen=True)
 class Labelled:
     """Photos to evaluate on, labelled by the classes of a run."""
 
@@ -80,40 +85,28 @@ class Labelled:
     root: Path
 
 
-def load(
-    train: Path,
-    val: Path | None,
-    test: Path | None,
-    val_split: float | None,
-    group_regex: str | None,
-    max_pixels: int,
-    cache: DigestCache,
-    progress: Progress,
-) -> Dataset:
-    """Find, check and split the photos of a configuration.
-
-    Validation photos come from `val`, else from the table's column `split`, else from a folder beside the training
-    photos, else from a share `val_split` of these. `progress` counts photos.
+def load(settings: DataSettings, cache: DigestCache, advance: Advance) -> Dataset:
+    """Find, check and split the photos of a configuration; `advance` counts photos and learns their total.
 
     Bad photos are listed, not refused. Raises `DataError` that lists what is wrong: missing, unknown or empty classes,
     a photo under two labels, and a split without a good photo.
     """
-    sources = folders.find_sources(train, val, test)
+    sources = folders.find_sources(settings.train, settings.val, settings.test)
     listings = _listings(sources)
     classes = listings["train"].classes
     _check_classes(listings)
-    parts, bad = preflight(listings, classes, grouping(group_regex), max_pixels, cache, progress)
-    _raise(_contradictions(parts, classes), "keep each photo under one label")
+    parts, bad = preflight(listings, classes, grouping(settings.group_regex), settings.max_pixels, cache, advance)
+    _raise(_contradictions(parts, classes), "give each photo one label")
     for name, samples in parts.items():
         if not samples:
             raise DataError(f"no photo for {name} can be used{listed(bad)}", "repair or replace them")
     notes = [*sources.notes, *(note for listing in listings.values() for note in listing.notes)]
     roots = {name: listing.root for name, listing in listings.items()}
-    if group_regex is not None:
-        notes += _ungrouped(parts["train"], group_regex)
+    if settings.group_regex is not None:
+        notes += _ungrouped(parts["train"], settings.group_regex)
     val_is_given = "val" in parts
     if not val_is_given:
-        parts["train"], parts["val"] = _keep_for_validation(parts["train"], val_split)
+        parts["train"], parts["val"] = _split_off_validation(parts["train"], settings.val_split)
         roots["val"] = roots["train"]
     notes += _copies(parts["train"], "training photo") + _lonely(parts, classes)
     proposal = None
@@ -121,7 +114,7 @@ def load(
         proposal = propose(
             {name: [(sample.name, classes[sample.label]) for sample in samples] for name, samples in parts.items()}
         )
-    warnings = [*_overlaps(parts), *_alike(classes), *_torn(proposal, val_is_given)]
+    warnings = [*_overlaps(parts), *_alike(classes), *_shared_groups(proposal, val_is_given)]
     ready = {name: tuple(parts.get(name, ())) for name in ("train", "val", "test")}
     roots = {name: root for name, root in roots.items() if ready[name]}
     return Dataset(
@@ -130,7 +123,7 @@ def load(
 
 
 def load_labelled(
-    path: Path, classes: Sequence[str], max_pixels: int, cache: DigestCache, progress: Progress
+    path: Path, classes: Sequence[str], max_pixels: int, cache: DigestCache, advance: Advance
 ) -> Labelled:
     """The photos of a folder per class, or of a table, labelled by position in `classes`.
 
@@ -139,17 +132,17 @@ def load_labelled(
     """
     listing = folders.read(path)
     if any(photo.split for photo in listing.photos):
-        listing = folders.only(listing, {"test"})
+        listing = listing.only({"test"})
         listing.notes.append(f"of {shown(path)}, the lines for the split test count")
     problems = _unknown(listing, classes, "the run")
     if not listing.photos and not problems:
         problems = [f"{shown(path)} holds no photos to evaluate on"]
     remedy = "name the folder that holds one folder per class of the run, with photos in them"
-    if splits := [name for name in listing.classes if name.lower() in folders.SPLITS and name not in classes]:
+    if splits := [name for name in listing.classes if name.lower() in SPLITS and name not in classes]:
         remedy = f"these are splits; name one of them, such as {path / splits[0]}"
     _raise(problems, remedy)
-    parts, bad = preflight({"test": listing}, classes, lambda _name: None, max_pixels, cache, progress)
-    _raise(_contradictions(parts, classes), "keep each photo under one label")
+    parts, bad = preflight({"test": listing}, classes, lambda _name: None, max_pixels, cache, advance)
+    _raise(_contradictions(parts, classes), "give each photo one label")
     samples = tuple(parts["test"])
     return Labelled(samples, tuple(bad), (*listing.notes, *_copies(samples, "photo")), listing.root)
 
@@ -174,8 +167,8 @@ def iter_photos(paths: Iterable[Path], ignored: Counter[str] | None = None) -> I
 def _listings(sources: folders.Sources) -> dict[str, Listing]:
     """A listing for each split that there is a source for."""
     whole = folders.read(sources.train)
-    listings = {"train": folders.only(whole, {None, "train"})}
-    listings |= {name: folders.only(whole, {name}) for name in ("val", "test")}
+    listings = {"train": whole.only({None, "train"})}
+    listings |= {name: whole.only({name}) for name in ("val", "test")}
     for name, source in (("val", sources.val), ("test", sources.test)):
         if source is not None:
             if listings[name].photos:
@@ -183,29 +176,29 @@ def _listings(sources: folders.Sources) -> dict[str, Listing]:
                 listings["train"].notes.append(note)
             listing = folders.read(source)
             marked = any(photo.split == name for photo in listing.photos)
-            listings[name] = folders.only(listing, {name}) if marked else listing
+            listings[name] = listing.only({name}) if marked else listing
         elif not listings[name].photos:
             del listings[name]
     return listings
 
 
-def _keep_for_validation(samples: list[Sample], val_split: float | None) -> tuple[list[Sample], list[Sample]]:
+def _split_off_validation(samples: list[Sample], val_split: float | None) -> tuple[list[Sample], list[Sample]]:
     if val_split is None:
         raise DataError("there are no validation photos", "set data.val, or data.val_split: 0.2")
-    kept = split.choose([(sample.label, sample.digest, sample.group) for sample in samples], val_split)
+    chosen = split.choose([(sample.label, sample.digest, sample.group) for sample in samples], val_split)
     sides: tuple[list[Sample], list[Sample]] = ([], [])
-    for sample, is_kept in zip(samples, kept, strict=True):
-        sides[is_kept].append(sample)
+    for sample, is_val in zip(samples, chosen, strict=True):
+        sides[is_val].append(sample)
     if not sides[True]:
         raise DataError(
-            "no photo can be kept for validation: each class has only one photo, or one group of them",
+            "no photo can be used for validation: each class has only one photo, or one group of them",
             "add photos, set data.val, or choose a data.group_regex that makes more groups",
         )
     return sides
 
 
 def _check_classes(listings: Mapping[str, Listing]) -> None:
-    """What the names alone tell: too few classes, empty ones, and classes that only one split knows."""
+    """Check the names: too few classes, empty classes, and classes that only one split has."""
     train = listings["train"]
     filled = {photo.label for photo in train.photos}
     problems = []
@@ -214,7 +207,7 @@ def _check_classes(listings: Mapping[str, Listing]) -> None:
         problems.append(f"{shown(train.source)} has {found} to train on; at least 2 are needed")
     problems += [f"class {shown(name)} has no photos: {shown(train.root / name)}" for name in train.classes
                  if name not in filled]  # fmt: skip
-    remedy = "give the classes the same names in every split (an empty folder says: no photos of it)"
+    remedy = "give the classes the same names in every split (an empty folder means: no photos of it)"
     if problems:
         remedy = "give a table with photos of at least 2 labels for train"
         if not train.is_table:
@@ -256,7 +249,8 @@ def grouping(group_regex: str | None) -> Callable[[str], str | None]:
         pattern = re.compile(group_regex)
     except re.error as exc:
         raise DataError(
-            f"data.group_regex {group_regex!r} is no regular expression: {exc}", "see docs.python.org/3/library/re.html"
+            f"data.group_regex {group_regex!r} is not a valid regular expression: {exc}",
+            "see docs.python.org/3/library/re.html",
         ) from exc
 
     def group(name: str) -> str | None:
@@ -330,7 +324,7 @@ def _overlaps(parts: Mapping[str, Sequence[Sample]]) -> list[str]:
     return found
 
 
-def _torn(proposal: Proposal | None, val_is_given: bool) -> list[str]:
+def _shared_groups(proposal: Proposal | None, val_is_given: bool) -> list[str]:
     """A warning of likely groups with photos in two splits."""
     if proposal is None or not proposal.shared:
         return []

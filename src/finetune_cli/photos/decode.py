@@ -14,7 +14,7 @@ JPEG is decoded at 1/2, 1/4 or 1/8 of its size by libjpeg where that leaves twic
 75 ms for 12 megapixels, 0.2 grey levels from the full decode on average. Without the factor of two it would be 30 ms
 and 0.6 grey levels.
 
-Everything here is thread-safe and lets go of the interpreter lock while decoding and resizing.
+Everything here is thread-safe and releases the interpreter lock while decoding and resizing.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ _UPRIGHT = {
 }
 _ORIENTATION = 0x0112
 _EXIF_DATA, _RECORDED = 0x8769, 0x9003
-# Tags of TIFF 6.0, and the value of the second that says that 0 is white.
+# Tags of TIFF 6.0, and the value of the second one that means that 0 is white.
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 _WHITE_IS_ZERO = 0
 
@@ -64,7 +64,7 @@ class ImageSettings:
     """How a photo becomes a square of `size` pixels.
 
     `resize`: ``crop`` scales the shorter side to `size` and takes the centre; ``squash`` scales both sides to `size`;
-    ``pad`` scales the longer side to `size` and fills up with black. A photo of more than `max_pixels` is refused.
+    ``pad`` scales the longer side to `size` and pads with black. A photo of more than `max_pixels` is refused.
     """
 
     size: int = 224
@@ -85,7 +85,7 @@ def decoder() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the first bytes of a file tell: pixels as stored, before any Exif rotation, and Pillow's format name."""
+    """From the first bytes of a file: its size in pixels as stored, before any Exif rotation, and Pillow's format."""
 
     width: int
     height: int
@@ -95,14 +95,14 @@ class Header:
 def read_header(source: Path | bytes | BinaryIO, max_pixels: int) -> Header:
     """Size and format of an image file; no pixel is decoded.
 
-    Raises `BadImage` when it is no image, damaged, no regular file, or has more than `max_pixels` pixels.
+    Raises `BadImage` when it is not an image, damaged, not a regular file, or has more than `max_pixels` pixels.
     """
     with opened(source, max_pixels) as image:
         return Header(*image.size, str(image.format))
 
 
 def recorded(path: Path, max_pixels: int) -> datetime | None:
-    """When a photo was taken, without a time zone, as Exif says (2.32, DateTimeOriginal); None if it does not."""
+    """When a photo was taken, without a time zone: DateTimeOriginal of Exif 2.32; `None` if it is missing."""
     with contextlib.suppress(BadImage), opened(path, max_pixels) as image:
         text = image.getexif().get_ifd(_EXIF_DATA).get(_RECORDED)
         return None if text is None else datetime.strptime(str(text), "%Y:%m:%d %H:%M:%S")
@@ -129,7 +129,7 @@ def decode(source: Path | bytes, settings: ImageSettings) -> NDArray[np.uint8]:
 def from_image(image: "Image", settings: ImageSettings) -> NDArray[np.uint8]:
     """A Pillow image as ``uint8 (size, size, 3)`` RGB: what `decode` makes of a file with the same pixels.
 
-    `image` itself is not changed, but for being loaded. Of an animation, its current frame counts. Exif data that it
+    `image` itself is only loaded, not changed. Of an animation, the current frame is used. Exif data that it
     carries turn it upright. `decode` reads large JPEG files at a fraction of their size, so these differ by 0.2 grey
     levels on average. Raises `BadImage`.
     """
@@ -184,7 +184,7 @@ _BUDGET = _PixelBudget(100_000_000)
 
 
 def _draft(image: "ImageFile", settings: ImageSettings) -> tuple[float, float] | None:
-    """Tell libjpeg to decode at a fraction of the size; the picture's extent at that fraction, `None` if not a JPEG."""
+    """Let libjpeg decode at a fraction of the size; returns the extent at that fraction, `None` if not a JPEG."""
     _box, target = _geometry(*image.size, settings)
     reduced = image.draft(None, (2 * target[0], 2 * target[1]))
     return (reduced[1][2], reduced[1][3]) if reduced is not None else None
@@ -206,7 +206,7 @@ def _eight_bits(image: "Image") -> "Image":
         return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
     if image.mode in {"I", "F"}:
         raise Refused(
-            "its pixels are signed, 32-bit or floating-point numbers, and nothing says which of them is white; "
+            "its pixels are signed, 32-bit or floating-point numbers, and the file does not say which is white; "
             "save it with 8 or 16 bits"
         )
     if image.has_transparency_data:
@@ -257,7 +257,7 @@ def _upright(picture: "Image", image: "Image") -> "Image":
         return picture
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    # Damaged Exif data raise anything, and are no reason to refuse a sound picture.
+    # Damaged Exif data can raise any exception, and are no reason to refuse an intact picture.
     except Exception:  # noqa: BLE001
         return picture
     return picture.transpose(Transpose[_UPRIGHT[orientation]]) if orientation in _UPRIGHT else picture

@@ -1,7 +1,7 @@
 """Which photos seem to belong together (a person, a patient, a video, a burst), judged by names or recording times.
 
 Photos of one group on both sides of a split make the validation accuracy look better than it is, and nothing else shows
-it. So likely groups are looked for, and a `data.group_regex` is proposed. It is a guess, and what is said calls it so.
+it. So likely groups are searched for, and a `data.group_regex` is proposed. It is a guess, and every message says so.
 
 A few patterns are tried. A pattern counts if nearly all names match it, most photos share their group with others, and
 the groups are many, none is large, and they are not the classes under another name. Of several such patterns, the one
@@ -20,7 +20,7 @@ from finetune_cli.photos import decode
 from finetune_cli.text import brief
 
 # Group 1 of each pattern is the group of a name such as ``class/session 3/p012-left_4.jpg``. Without backslashes, so
-# that they read the same in YAML and in a shell; the last one says that a file is not named after its folder, because
+# that they read the same in YAML and in a shell; the last one excludes files that are named after their folder, because
 # folders such as 3f/ of 3f09ab.jpg only spread the files.
 _PATTERNS = (
     "(?:^|/)([^-_. /]+)[-_. ][^/]+[.][^./]+$",  # before the first separator: p012
@@ -57,7 +57,7 @@ class Proposal:
     example: tuple[str, str]
 
     def __str__(self) -> str:
-        """What was found, without what to do about it."""
+        """What was found, without the remedy."""
         first, second = (brief(name, 60) for name in self.example)
         shared = [f"{number} of them are in both train and {split}" for split, number in self.shared.items()]
         found = f"photos such as {first} and {second} seem to belong together, by their names, in {self.groups} groups"
@@ -80,8 +80,8 @@ def propose(splits: Mapping[str, Photos]) -> Proposal | None:
     example = max(groups.values(), key=len)
     names = (example[0][0], example[-1][0])
     if both.get("val"):
-        torn = both["val"][0]
-        names = (parts["train"][torn][0][0], parts["val"][torn][0][0])
+        group = both["val"][0]
+        names = (parts["train"][group][0][0], parts["val"][group][0][0])
     shared: dict[str, int] = {split: len(groups_of) for split, groups_of in both.items() if groups_of}
     return Proposal(_shortened(pattern, groups, photos), len(groups), shared, names)
 
@@ -120,7 +120,7 @@ def _plausible(groups: _Groups, photos: Photos) -> bool:
     across = sum(len({label for _name, label in members}) > 1 for members in groups.values()) > len(groups) / 2
     if once_a_class and all(group.isdigit() for group in groups):
         return False  # 0001-cat.jpg, 0001-dog.jpg: a running number and the class
-    # convertible_s_0012.jpg: words that stay within a class are kinds of it; persons and places turn up in several.
+    # convertible_s_0012.jpg: words that stay within a class are kinds of it; persons and locations occur in several.
     return across or sum(any(map(str.isdigit, group)) for group in groups) > len(groups) / 2
 
 
@@ -142,7 +142,7 @@ def _shortened(pattern: str, groups: _Groups, photos: Photos) -> str:
 def series(splits: Mapping[str, Sequence[Path]], max_pixels: int) -> str | None:
     """A sentence about photos of train and val that were taken within seconds of each other; None if few were.
 
-    A `group_regex` cannot express times, so it is only said. Of very many photos, the first ones are looked at.
+    A `group_regex` cannot express times, so this is only a warning. Of very many photos, only the first ones are read.
     """
     photos = [(path, split) for split in ("train", "val") for path in splits.get(split, ())][:_MOST_DATED]
     times = ordered_map(lambda photo: decode.recorded(photo[0], max_pixels), photos, cores())
@@ -155,11 +155,11 @@ def series(splits: Mapping[str, Sequence[Path]], max_pixels: int) -> str | None:
         found[-1].append(split)
         last = time
     found = [sides for sides in found if len(sides) > 1]
-    count, torn = sum(map(len, found)), sum(len(set(sides)) > 1 for sides in found)
-    # One time for many photos is no recording time, but something that a program wrote into all of them.
-    if not torn or count < _LEAST_IN_SERIES * len(dated) or max(map(len, found)) > _LARGEST * len(dated):
+    count, split_series = sum(map(len, found)), sum(len(set(sides)) > 1 for sides in found)
+    # One time for many photos is not a recording time, but something that a program wrote into all of them.
+    if not split_series or count < _LEAST_IN_SERIES * len(dated) or max(map(len, found)) > _LARGEST * len(dated):
         return None
     return (
         f"{count} of {len(dated)} photos with a recording time (Exif) were taken within {_SERIES_GAP.seconds} s of "
-        f"another; {torn} such series are in both train and val"
+        f"another; {split_series} such series are in both train and val"
     )

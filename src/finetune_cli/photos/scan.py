@@ -1,6 +1,6 @@
 """Each photo's header and digest, before anything is built: names in, samples and bad photos out.
 
-What a decoder would find is not found here; the feature pass refuses it with the same `refuse_bad`.
+Nothing is decoded here: damage that only decoding shows is reported by the feature pass, through the same `refuse_bad`.
 """
 
 import hashlib
@@ -19,16 +19,14 @@ from finetune_cli.errors import BadImage, BadPhotos, ChangedPhoto, DataError
 from finetune_cli.parallel import cores, ordered_map
 from finetune_cli.photos import codecs, decode
 from finetune_cli.photos.decode import ImageSettings
-from finetune_cli.photos.folders import Found, Listing
-from finetune_cli.progress import Meter
+from finetune_cli.photos.listing import ListedPhoto, Listing
+from finetune_cli.progress import Advance
 from finetune_cli.text import counted, shown
 
 _MOST_BAD = 0.1
 _SHOWN = 20
 # Photos that a thread takes at once: few enough to share the work out, many enough for one look into the cache.
 _CHUNK = 32
-
-Progress = Meter
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +82,12 @@ def preflight(
     group: Callable[[str], str | None],
     max_pixels: int,
     cache: DigestCache,
-    progress: Progress,
+    advance: Advance,
 ) -> tuple[dict[str, list[Sample]], list[BadPhoto]]:
-    """The samples of each listing, labelled by position in `classes`, and all photos that are bad.
+    """The samples of each listing, labelled by position in `classes`, and all bad photos.
 
     Header and digest of a photo come from `cache`, or are read in a few threads. `group` gives the group of a name that
-    has none from its table; `progress` counts photos, and gets the total.
+    has none from its table; `advance` counts photos and learns their total.
     """
     labels = {name: i for i, name in enumerate(classes)}
     total = sum(len(listing.photos) for listing in listings.values())
@@ -98,7 +96,7 @@ def preflight(
     for name, listing in listings.items():
         samples = parts[name] = []
         for photo, facts in _facts(listing.photos, cache):
-            progress(1, total)
+            advance(1, total)
             if isinstance(facts, str):
                 bad.append(BadPhoto(Path(photo.path), photo.name, facts))
             elif facts.width * facts.height > max_pixels:
@@ -111,7 +109,7 @@ def preflight(
 
 
 def examine(path: Path) -> Facts:
-    """Open the file at `path` once for its header and digest. Raises `BadImage` when it is no image or unreadable."""
+    """Open the file at `path` once for its header and digest. Raises `BadImage` if it is not a readable image."""
     try:
         with files.open_regular(path) as file:
             header = decode.read_header(file, sys.maxsize)
@@ -148,21 +146,21 @@ def read_sample(sample: Sample) -> bytes:
     return data
 
 
-def _facts(photos: Sequence[Found], cache: DigestCache) -> Iterator[tuple[Found, Facts | str]]:
+def _facts(photos: Sequence[ListedPhoto], cache: DigestCache) -> Iterator[tuple[ListedPhoto, Facts | str]]:
     """Each photo with its facts, or with the reason why it is bad, in order."""
     chunks = [photos[start : start + _CHUNK] for start in range(0, len(photos), _CHUNK)]
     for known, answers in ordered_map(_read_unknown, (_look_up(chunk, cache) for chunk in chunks), cores()):
-        for (photo, status, before), facts in zip(known, answers, strict=True):
-            if before is None and status is not None and isinstance(facts, Facts):
+        for (photo, status, cached), facts in zip(known, answers, strict=True):
+            if cached is None and status is not None and isinstance(facts, Facts):
                 cache.put(Path(photo.path), status, facts)
             yield photo, facts
 
 
-_Known = list[tuple[Found, os.stat_result | None, Facts | None]]
+_Known = list[tuple[ListedPhoto, os.stat_result | None, Facts | None]]
 
 
-def _look_up(chunk: Sequence[Found], cache: DigestCache) -> _Known:
-    """Each photo with its status, `None` if there is no file, and what the cache knows of it."""
+def _look_up(chunk: Sequence[ListedPhoto], cache: DigestCache) -> _Known:
+    """Each photo with its status, `None` if there is no file, and the facts that the cache has of it."""
     statuses: list[os.stat_result | None] = []
     for photo in chunk:
         try:

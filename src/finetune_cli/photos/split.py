@@ -1,7 +1,7 @@
-"""Which training photos are kept for validation: decided by content, so that it stays as it was when photos are added.
+"""The validation split: decided by the content of the photos, so that it is stable when photos are added.
 
-A unit is what must not be torn apart: all photos of a group, and all copies of a photo. Its hash is a number in
-[0, 1); below `fraction` it is kept for validation. Adding photos moves no other photo, but for the one that a class
+A unit is what must stay on one side: all photos of a group, and all copies of a photo. Its hash is a number in [0, 1);
+units below `fraction` are used for validation. Adding photos moves no other photo, except for the unit that a class
 lends or gets back.
 """
 
@@ -10,28 +10,28 @@ from collections.abc import Hashable, Sequence
 
 
 def choose(photos: Sequence[tuple[int, str, str | None]], fraction: float) -> list[bool]:
-    """For each photo, given as (label, digest, group), whether it is kept for validation.
+    """For each photo, given as (label, digest, group), whether it is used for validation.
 
     A class without a validation photo lends the unit with the lowest hash; a class without a training photo gets the
-    one with the highest hash back, so a class of a single unit trains on it and has nothing to be validated with.
+    one with the highest hash back, so a class of a single unit has no validation photos.
     """
     units = _units(photos)
-    places: dict[str, float] = {}
+    hashes: dict[str, float] = {}
     classes: dict[int, dict[str, None]] = {}
     for (label, digest, group), unit in zip(photos, units, strict=True):
-        places[unit] = min(places.get(unit, 1.0), _place(digest, group))
+        hashes[unit] = min(hashes.get(unit, 1.0), _hash(digest, group))
         classes.setdefault(label, {})[unit] = None
-    kept = {unit for unit, place in places.items() if place < fraction}
+    chosen = {unit for unit, value in hashes.items() if value < fraction}
     for own in classes.values():
-        if len(own) > 1 and kept.isdisjoint(own):
-            kept.add(min(own, key=places.__getitem__))
+        if len(own) > 1 and chosen.isdisjoint(own):
+            chosen.add(min(own, key=hashes.__getitem__))
     for own in classes.values():
-        if kept.issuperset(own):
-            kept.remove(max(own, key=places.__getitem__))
-    return [unit in kept for unit in units]
+        if chosen.issuperset(own):
+            chosen.remove(max(own, key=hashes.__getitem__))
+    return [unit in chosen for unit in units]
 
 
-def _place(digest: str, group: str | None) -> float:
+def _hash(digest: str, group: str | None) -> float:
     """The hash of a photo or of its group, evenly spread over [0, 1)."""
     if group is not None:
         digest = hashlib.sha256(group.encode("utf-8", "surrogateescape")).hexdigest()

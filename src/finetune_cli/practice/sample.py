@@ -1,4 +1,4 @@
-"""A practice set with nothing at hand: small `city` and `forest` scenes, drawn by the computer.
+"""A practice set that needs no photos: small `city` and `forest` scenes, drawn by the computer.
 
 In: an empty folder. Out: ``city/*.jpg`` and ``forest/*.jpg`` of about 320 x 240 pixels, and a README that says what
 they are. Each picture depends on the seed, its class and its number alone.
@@ -7,11 +7,11 @@ they are. Each picture depends on the seed, its class and its number alone.
 import contextlib
 import io
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 from finetune_cli import files
 from finetune_cli.errors import UsageError
+from finetune_cli.progress import Advance, ignore_progress
 
 CLASSES = ("city", "forest")
 
@@ -22,19 +22,17 @@ real photos means nothing. They are free for any use (CC0).
 """
 
 
-def draw(
-    folder: Path, photos_per_class: int = 60, seed: int = 0, progress: Callable[[int], None] = lambda _n: None
-) -> list[Path]:
+def draw(folder: Path, photos_per_class: int = 60, seed: int = 0, advance: Advance = ignore_progress) -> list[Path]:
     """Draw `photos_per_class` scenes of each class into `folder`, which must be new or empty; return their paths.
 
-    The same seed draws the same pictures. `progress` is called with 1 for each. Raises `UsageError` for a folder that
+    The same seed draws the same pictures. `advance` counts them. Raises `UsageError` for a folder that
     holds anything and `StorageError` when it cannot be written.
     """
     from finetune_cli.practice import city, forest
 
     _refuse_used(folder)
     names = []
-    # Whole or absent: half a set, left by a kill, would be taken for a set.
+    # Whole or absent: half a set, left by a kill, would be mistaken for a complete one.
     with contextlib.nullcontext(folder) if folder.exists() else files.atomic_folder(folder) as target:
         files.write_text(target / "README.txt", README)
         for name, paint in zip(CLASSES, (city.paint, forest.paint), strict=True):
@@ -44,7 +42,7 @@ def draw(
                 picture.save(buffer, "JPEG", quality=88)
                 names.append(f"{name}/{name}-{number:03}.jpg")
                 files.write_bytes(target / names[-1], buffer.getvalue())
-                progress(1)
+                advance(1)
     return [folder / name for name in names]
 
 

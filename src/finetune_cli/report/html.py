@@ -24,8 +24,8 @@ from finetune_cli.errors import FinetuneError
 from finetune_cli.evaluation.judge import Judged
 from finetune_cli.inference.predictor import InsightfulPredictor
 from finetune_cli.parallel import cores
-from finetune_cli.photos.dataset import Sample
 from finetune_cli.photos.groups import propose
+from finetune_cli.photos.scan import Sample
 from finetune_cli.progress import Observer
 from finetune_cli.report import charts, refit_data, refits, sentences, thumbnails, tuning
 from finetune_cli.report import matrix as confusion

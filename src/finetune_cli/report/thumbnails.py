@@ -19,8 +19,8 @@ from finetune_cli.evaluation.judge import pixels
 from finetune_cli.inference.linear_end import class_map
 from finetune_cli.inference.predictor import InsightfulPredictor
 from finetune_cli.parallel import ordered_map
-from finetune_cli.photos.dataset import Sample
 from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.photos.scan import Sample
 
 THUMBNAIL = 112
 LARGE = 200

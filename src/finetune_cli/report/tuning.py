@@ -6,7 +6,8 @@ from typing import Any
 
 from finetune_cli.errors import FinetuneError, RunError
 from finetune_cli.parallel import cores
-from finetune_cli.photos.dataset import Sample
+from finetune_cli.photos.scan import Sample
+from finetune_cli.progress import ignore_progress
 from finetune_cli.report import charts, thumbnails
 from finetune_cli.report.thumbnails import Figure
 from finetune_cli.runs.run import Run
@@ -84,7 +85,7 @@ def _flipped(run: Run) -> dict[str, Any]:
     digests = {(row.split, row.path): row.digest for row in run.split()}
     root = run.data_roots().get(split, run.folder)
     samples = [Sample(root / row["path"], row["path"], 0, digests[split, row["path"]]) for row in chosen]
-    made = thumbnails.thumbnails(samples, run.image_settings, cores(), lambda _n: None)
+    made = thumbnails.thumbnails(samples, run.image_settings, cores(), ignore_progress)
     shown = [
         Figure(
             brief(row["path"]),

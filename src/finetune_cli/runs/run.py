@@ -15,7 +15,7 @@ from pathlib import Path
 
 from finetune_cli import files
 from finetune_cli.errors import RunError, UsageError
-from finetune_cli.photos import folders
+from finetune_cli.photos import listing, table
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.runs import manifest as manifests
 from finetune_cli.runs.formats import NewerFormat
@@ -149,8 +149,8 @@ def stem(photos: Path) -> str:
     The table's name without its suffix, or the folder's; of a folder named after a split, that of the one above it.
     """
     path = Path(os.path.normpath(photos.absolute()))
-    name = path.stem if path.suffix.lower() in folders.TABLE_SUFFIXES else path.name
-    if name.lower() in folders.SPLITS:
+    name = path.stem if path.suffix.lower() in table.SUFFIXES else path.name
+    if name.lower() in listing.SPLITS:
         name = path.parent.name
     return re.sub(r"[^\w.-]+", "-", name)[:_LONGEST_STEM].strip("-.") or "run"
 

@@ -7,7 +7,8 @@ import numpy as np
 
 from finetune_cli.config.schema import Config
 from finetune_cli.head.data import class_weights
-from finetune_cli.photos.dataset import BadPhoto, Dataset, refuse_bad, refuse_empty
+from finetune_cli.photos.dataset import Dataset, refuse_empty
+from finetune_cli.photos.scan import BadPhoto, refuse_bad
 from finetune_cli.progress import Observer
 from finetune_cli.runs import run
 from finetune_cli.training.prepare import decode_all, warn_of_series, with_photos

@@ -24,8 +24,8 @@ from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.parallel import ordered_map
 from finetune_cli.photos import decode, scan
 from finetune_cli.photos.augment import Augmenter
-from finetune_cli.photos.dataset import BadPhoto, Sample
 from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.photos.scan import BadPhoto, Sample
 from finetune_cli.progress import Advance
 
 _STORE_ROWS = 1024

@@ -16,7 +16,7 @@ from finetune_cli.head.keras_fit import KerasSettings
 from finetune_cli.head.l2 import L2Search, choose_l2
 from finetune_cli.head.lbfgs import Head, fit_lbfgs
 from finetune_cli.metrics.folds import group_numbers
-from finetune_cli.photos.dataset import Sample
+from finetune_cli.photos.scan import Sample
 from finetune_cli.progress import Observer
 from finetune_cli.text import counted
 from finetune_cli.training.extract import Features

@@ -16,7 +16,7 @@ from finetune_cli.errors import GateError, StorageError
 from finetune_cli.inference.runtimes import OpenVinoRuntime, convert, import_openvino, read_ir
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.metrics.scores import Evaluation
-from finetune_cli.photos.dataset import Sample
+from finetune_cli.photos.scan import Sample
 from finetune_cli.runs.manifest import Parity
 from finetune_cli.tables import write_csv
 

@@ -27,9 +27,10 @@ from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.parallel import ordered_map, worker_count
 from finetune_cli.photos import dataset, groups, scan
 from finetune_cli.photos.augment import Augmenter
-from finetune_cli.photos.dataset import BadPhoto, Dataset, Sample
+from finetune_cli.photos.dataset import Dataset, DataSettings
 from finetune_cli.photos.decode import ImageSettings
-from finetune_cli.progress import Meter, Observer, ignore, in_megabytes, timed
+from finetune_cli.photos.scan import BadPhoto, Sample
+from finetune_cli.progress import Advance, Observer, ignore_progress, timed
 from finetune_cli.runs.run import Run
 from finetune_cli.text import counted, shown
 from finetune_cli.training import extract
@@ -128,7 +129,7 @@ def _note_augmentation(config: Config, augmentation: Augmenter, observer: Observ
 def _extractor(config: Config, observer: Observer, seconds: dict[str, float]) -> "Extractor":
     with timed(seconds, "backbone"), observer.stage("backbone", None, "MB") as advance:
         device = runtimes.choose_device(config.runtime.device)
-        backbone = build_backbone(config, in_megabytes(advance))
+        backbone = build_backbone(config, advance)
         if config.model.start_from is not None:
             backbone = starting_backbone(Run.load(config.model.start_from), config, backbone)
         return Extractor(config, backbone, device, observer)
@@ -170,7 +171,7 @@ def _check_unchanged(samples: Sequence[Sample]) -> None:
 def _refuse_bad(config: Config, data: Dataset, parts: dict[str, Features], observer: Observer) -> None:
     """Raise `DataError` for the photos that cannot be used, unless they may be skipped; then warn of them."""
     bad = [*data.bad, *(photo for part in parts.values() for photo in part.bad)]
-    dataset.refuse_bad(bad, data.photos, config.data.on_bad_image)
+    scan.refuse_bad(bad, data.photos, config.data.on_bad_image)
     dataset.refuse_empty(data.classes, {split: part.samples for split, part in parts.items()}, bad)
     for photo in bad[:_SHOWN]:
         observer.warn(f"skipped {photo.path}: {photo.reason}")
@@ -180,9 +181,9 @@ def _refuse_bad(config: Config, data: Dataset, parts: dict[str, Features], obser
 
 def _refuse_bad_headers(config: Config, data: Dataset, observer: Observer) -> None:
     """Raise `DataError` if the headers alone stop the training: then with what decoding finds, all at once."""
-    if not dataset.may_skip(data.bad, data.photos, config.data.on_bad_image):
+    if not scan.may_skip(data.bad, data.photos, config.data.on_bad_image):
         observer.note(f"{counted(len(data.bad), 'photo')} cannot be used; decoding the others, to find all such photos")
-        dataset.refuse_bad([*data.bad, *decode_all(config, data, observer)], data.photos, config.data.on_bad_image)
+        scan.refuse_bad([*data.bad, *decode_all(config, data, observer)], data.photos, config.data.on_bad_image)
     dataset.refuse_empty(data.classes, data.splits, data.bad)
 
 
@@ -259,13 +260,13 @@ class Extractor:
         return 4 if self.device == "cpu" else 64
 
 
-def build_backbone(config: Config, progress: Meter = ignore) -> Backbone:
-    """The frozen backbone of `config`. Raises `ConfigError` and `WeightsError`.
+def build_backbone(config: Config, advance: Advance = ignore_progress) -> Backbone:
+    """The frozen backbone of `config`; `advance` counts the megabytes of a download.
 
-    `progress` counts bytes while a weight file is downloaded.
+    Raises `ConfigError` and `WeightsError`.
     """
     model, size, seed = config.model, config.image.size, config.training.seed
-    return build.build(model.backbone, model.weights, size, seed, model.weights_sha256, progress)
+    return build.build(model.backbone, model.weights, size, seed, model.weights_sha256, advance)
 
 
 def starting_backbone(start: Run, config: Config, backbone: Backbone) -> Backbone:
@@ -298,16 +299,7 @@ def index(config: Config, observer: Observer, fresh: bool = False) -> Dataset:
         observer.stage("preflight", None) as advance,
         DigestCache(folder.path, folder.writable, fresh) as cache,
     ):
-        data = dataset.load(
-            config.data.train,
-            config.data.val,
-            config.data.test,
-            config.data.val_split,
-            config.data.group_regex,
-            config.image.max_pixels,
-            cache,
-            advance,
-        )
+        data = dataset.load(data_settings(config), cache, advance)
     for note in data.notes:
         observer.note(note)
     for warning in (folder.warning, *cache.warnings, *data.warnings):
@@ -328,6 +320,14 @@ def warn_of_series(config: Config, data: Dataset, observer: Observer) -> None:
     paths = {split: [sample.path for sample in part] for split, part in data.splits.items()}
     if finding := groups.series(paths, config.image.max_pixels):
         observer.warn(f"{finding}; if they show the same thing, name the groups in the column `group` of a table")
+
+
+def data_settings(config: Config) -> DataSettings:
+    """Where the photos of `config` are and how they are split."""
+    section = config.data
+    return DataSettings(
+        section.train, section.val, section.test, section.val_split, section.group_regex, config.image.max_pixels
+    )
 
 
 def image_settings(config: Config) -> ImageSettings:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from finetune_cli import files
 from finetune_cli.errors import BadImage, DataError
 from finetune_cli.photos.augment import Augmenter
-from finetune_cli.photos.dataset import Dataset, Sample
+from finetune_cli.photos.dataset import Dataset
 from finetune_cli.photos.decode import ImageSettings, decode
+from finetune_cli.photos.scan import Sample
 from finetune_cli.text import shown
 
 if TYPE_CHECKING:

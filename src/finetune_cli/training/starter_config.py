@@ -10,9 +10,10 @@ from pathlib import Path
 
 from finetune_cli.config.schema import Config, DataConfig
 from finetune_cli.errors import BadImage
-from finetune_cli.photos.dataset import Dataset, Sample, refuse_bad, refuse_empty
+from finetune_cli.photos.dataset import Dataset, refuse_empty
 from finetune_cli.photos.decode import read_header
 from finetune_cli.photos.groups import Proposal
+from finetune_cli.photos.scan import Sample, refuse_bad
 from finetune_cli.progress import Observer, Silent
 from finetune_cli.text import shown
 from finetune_cli.training import prepare

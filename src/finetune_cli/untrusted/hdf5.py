@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli.errors import WeightsError
+from finetune_cli.text import message_lines
 
 _REMEDY = "fetch or copy the weight file again, from a source that you trust"
 _MAX_ATTRIBUTE_BYTES = 1 << 20  # the layer names of the largest known file take 60 kB
@@ -21,7 +22,7 @@ _MAX_ATTRIBUTE_BYTES = 1 << 20  # the layer names of the largest known file take
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[Any]:
-    """Open the HDF5 file `path` for reading. Everything that goes wrong inside is raised as `WeightsError`."""
+    """Open the HDF5 file `path` for reading. Every error inside is raised as `WeightsError`."""
     import h5py
 
     if not path.is_file():
@@ -31,7 +32,7 @@ def open_file(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as exc:
         # h5py raises any of these for a damaged file, when it is opened or later, when something in it is read.
-        raise WeightsError(f"{path} is damaged or not an HDF5 file: {_line(exc)}", _REMEDY) from exc
+        raise WeightsError(f"{path} is damaged or not an HDF5 file: {message_lines(exc)[0]}", _REMEDY) from exc
 
 
 def has(group: Any, name: str) -> bool:
@@ -102,7 +103,3 @@ def _texts(group: Any, name: str) -> list[str]:
     if attribute.get_space().get_simple_extent_npoints() * attribute.get_type().get_size() > _MAX_ATTRIBUTE_BYTES:
         raise WeightsError(f"{group.file.filename}: the attribute {name} is too large", _REMEDY)
     return [item.decode("utf-8") if isinstance(item, bytes) else str(item) for item in np.ravel(group.attrs[name])]
-
-
-def _line(exc: BaseException) -> str:
-    return (str(exc).splitlines() or [type(exc).__name__])[0]

@@ -1,8 +1,8 @@
 """Opens a `.keras` file that may come from a stranger.
 
 Keras's own safe mode refuses code in a file; it does not stop a file from asking for a petabyte of weights. So the
-archive and the description of the model are looked at first, its weights are counted without being allocated, and
-only then is the model built. Needs keras >= 3.15.1 (see `pyproject.toml`).
+archive and the description of the model are checked first, the weights are counted without being allocated, and only
+then is the model built. Needs keras >= 3.15.1 (see `pyproject.toml`).
 """
 
 import json
@@ -17,6 +17,7 @@ import numpy as np
 from finetune_cli import files, signals
 from finetune_cli.errors import WeightsError
 from finetune_cli.keras_setup import import_keras
+from finetune_cli.text import message_lines
 
 _MEMBERS = {"config.json", "metadata.json", "model.weights.h5"}
 _MAX_CONFIG_BYTES = 64 << 20
@@ -140,7 +141,7 @@ def _count_weights(keras: Any, description: Any, path: Path) -> int:
             with keras.StatelessScope(initialize_variables=False):
                 model = keras.saving.deserialize_keras_object(description, safe_mode=True)
             outcome.append(sum(int(np.prod(weight.shape, dtype=object)) for weight in model.weights))
-        except Exception as exc:  # noqa: BLE001 - Keras raises whatever it stumbles over; it is translated below
+        except Exception as exc:  # noqa: BLE001 - Keras can raise any exception; it is translated below
             outcome.append(exc)
 
     thread = threading.Thread(target=count, daemon=True)
@@ -152,5 +153,4 @@ def _count_weights(keras: Any, description: Any, path: Path) -> int:
 
 
 def _unreadable(path: Path, exc: Exception) -> WeightsError:
-    reason = next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
-    return WeightsError(f"{path} cannot be read as a .keras model: {reason[:300]}", _REMEDY)
+    return WeightsError(f"{path} cannot be read as a .keras model: {message_lines(exc)[0][:300]}", _REMEDY)

@@ -1,9 +1,9 @@
-"""What an OpenVINO model file must look like before OpenVINO, which is C++, gets to see it.
+"""Checks an OpenVINO model file before OpenVINO, which is C++, parses it.
 
-A run carries its model as `model.xml` (the graph) and `model.bin` (the weights). Their hashes tell damage, but a run
-may come from a stranger, hashes and all. OpenVINO, as tried, copes with cut and flipped files and with offsets out of
-bounds; it does not cope with some operations out of their place (segmentation fault), with loops that never end, and
-with constants that unfold to gigabytes. So
+A run carries its model as `model.xml` (the graph) and `model.bin` (the weights). Their hashes detect damage, but a run
+may come from a stranger together with its hashes. In tests OpenVINO coped with truncated and changed files and with
+offsets out of bounds; it did not cope with some operations in the wrong position (segmentation fault), with endless
+loops, and with constants that expand to gigabytes. So
 `check_ir` lets a file pass only if it is such a plain feed-forward graph as `train` writes, and `check_sizes` bounds
 what comes out of it. Nothing in such a file can run code or name another file.
 """
@@ -18,6 +18,7 @@ from xml.parsers import expat
 
 from finetune_cli import files
 from finetune_cli.errors import RunError
+from finetune_cli.text import message_lines
 
 if TYPE_CHECKING:
     import openvino
@@ -66,7 +67,7 @@ _CHILDREN = {
     "edges": {"edge"},
 }
 _MANY = {"layer", "port", "dim", "edge"}
-_NOTES = {"rt_info", "meta_data"}  # free text, which OpenVINO keeps and does not act upon
+_NOTES = {"rt_info", "meta_data"}  # free text, which OpenVINO stores and does not interpret
 _MAX_DEPTH = 32
 
 
@@ -107,7 +108,7 @@ REMEDY = "restore the run from a copy that you trust, or train again"
 
 def foreign_operations(model: "openvino.Model") -> list[str]:
     """The kinds of operations in `model` that `check_ir` would refuse."""
-    # In memory, OpenVINO spells some names otherwise than in files.
+    # In memory, OpenVINO spells some names differently than in files.
     known = {name.lower() for name in OPERATIONS} | {"constant"}
     return sorted({kind for node in model.get_ops() if (kind := node.get_type_name()).lower() not in known})
 
@@ -138,13 +139,12 @@ def check_sizes(model: "openvino.Model", xml: Path) -> None:
 
 
 def reason(exc: Exception) -> str:
-    """What an exception of OpenVINO says in its last line; those before name places in its source."""
-    lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
-    return lines[-1] if lines else type(exc).__name__
+    """The last line of an exception of OpenVINO; those before name lines of its source code."""
+    return message_lines(exc)[-1]
 
 
 class _Graph:
-    """Reads the XML event by event, so that a hostile one cannot grow in memory, and keeps what the edges need."""
+    """Reads the XML event by event, so that a hostile file cannot fill the memory."""
 
     def __init__(self, bin_size: int) -> None:
         self._bin_size = bin_size
@@ -221,13 +221,13 @@ class _Graph:
         self._kinds[self._layer] = kind
 
     def _check_constant(self, attributes: dict[str, str]) -> None:
-        """The numbers of a constant must be where it says, and as many as its shape says."""
+        """The numbers of a constant must be inside the weights, and as many as its shape requires."""
         self._constants += 1
         item = _ITEM_BYTES.get(attributes.get("element_type", ""))
         shape = [_integer(part) for part in attributes.get("shape", "").split(",") if part.strip()]
         offset, size = (_integer(attributes.get(key, "")) for key in ("offset", "size"))
         if item is None or math.prod(shape) * item != size:
-            raise _RefusedError(f"constant {self._layer[:40]!r} has another size than its shape")
+            raise _RefusedError(f"constant {self._layer[:40]!r} has a size that does not match its shape")
         if offset + size > self._bin_size:
             raise _RefusedError(f"constant {self._layer[:40]!r} lies outside the weights")
 
@@ -256,7 +256,7 @@ class _Graph:
             reached |= new
             waiting += new
         # The converter computes what depends on constants alone (but for weights in float16, which are converted when
-        # loaded); left to OpenVINO, it may unfold to gigabytes.
+        # loaded); left to OpenVINO, it may expand to gigabytes.
         if any(layer not in reached for layer, kind in self._kinds.items() if kind not in {"Const", "Convert"}):
             raise _RefusedError("a part of it does not depend on the photo")
         if any(self._kinds[layer] in {"Const", "Parameter"} for layer, _port in self._inputs):

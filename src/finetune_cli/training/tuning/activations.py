@@ -24,7 +24,7 @@ from finetune_cli.errors import DataError, StorageError
 from finetune_cli.files import human_bytes
 from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.parallel import ordered_map
-from finetune_cli.photos.dataset import Sample
+from finetune_cli.photos.scan import Sample
 from finetune_cli.progress import Advance
 from finetune_cli.training import extract
 from finetune_cli.training.extract import Request

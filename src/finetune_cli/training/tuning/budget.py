@@ -21,9 +21,9 @@ from finetune_cli.head.classifier import glorot
 from finetune_cli.inference import runtimes
 from finetune_cli.inspection.layers import anatomy, multiply_adds
 from finetune_cli.photos.augment import Augmenter
-from finetune_cli.photos.dataset import Dataset, Sample
-from finetune_cli.photos.scan import decode_sample
-from finetune_cli.progress import Observer
+from finetune_cli.photos.dataset import Dataset
+from finetune_cli.photos.scan import Sample, decode_sample
+from finetune_cli.progress import Observer, ignore_progress
 from finetune_cli.runs.run import Run
 from finetune_cli.training.extract import Request
 from finetune_cli.training.prepare import (
@@ -136,9 +136,9 @@ class _Meter:
         lower = Lower(request, runtime, shape, self.extractor.workers, self.extractor.batch_size)
         folder = cache_folder(self.config).scratch
         files.make_folder(folder)
-        activations.stored(self.few[:8], lower, 1, np.float32, folder, lambda _n: None)  # the first calls are slower
+        activations.stored(self.few[:8], lower, 1, np.float32, folder, ignore_progress)  # the first calls are slower
         started = time.perf_counter()
-        file = activations.stored(self.few, lower, 1, np.float32, folder, lambda _n: None)
+        file = activations.stored(self.few, lower, 1, np.float32, folder, ignore_progress)
         return file, (time.perf_counter() - started) / len(self.few)
 
     def trial(self, trial: Trial, data: Dataset) -> list[Row]:

@@ -110,7 +110,8 @@ def checked(config: Config) -> Callable[[Dataset, Backbone], None]:
 def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id: str, observer: Observer) -> Outcome:
     """Fine-tune the backbone of `prepared`, on which the head `fitted` is the best frozen one.
 
-    `training_id`: what only the checkpoints of this training share. After a kill it goes on from those, to the same bits.
+    `training_id`: what only the checkpoints of this training share. After a kill it resumes from those, to the same
+    bits.
     Raises `ConfigError` for a layer that cannot be cut at, `StorageError` when the scratch files have no room,
     `FinetuneError` when the loss is no longer a number, `Interrupted` after a signal.
     """

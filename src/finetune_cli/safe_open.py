@@ -1,11 +1,11 @@
-"""A folder held open by its descriptor, and what is done in it without following a link.
+"""Opens files and folders without following links, and holds a folder open while something is done in it.
 
-A run, an export or the cache may come from a stranger, or lie where somebody else can write. A link inside it would
-turn a write to `metrics.json` into a write to any file of the person who runs the command. So folders of our own are
-opened one below the other with ``O_NOFOLLOW``, relative to the descriptor of the folder above (``openat``), and are
-held open while something is done in them: a link that is put in the place of a folder in between changes nothing.
+A run, an export or the cache may come from a stranger, or be in a folder that somebody else can write to. A link inside
+it would turn a write to `metrics.json` into a write to any file of the user who runs the command. So our own folders
+are opened one below the other with ``O_NOFOLLOW``, relative to the descriptor of the parent folder (``openat``), and
+stay open while they are used: a link that replaces a folder in the meantime changes nothing.
 
-Windows has no such calls: there, names are looked at before they are used, and a moment is left in between.
+Windows has no such calls: there, names are checked before they are used, and a short time is left in between.
 """
 
 import contextlib
@@ -19,8 +19,8 @@ from typing import Any
 
 _BY_DESCRIPTOR = os.open in os.supports_dir_fd and hasattr(os, "O_NOFOLLOW")
 _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
-# Without O_NONBLOCK, opening a pipe waits for somebody at its other end; without O_NOCTTY, opening a terminal can make
-# it that of the process.
+# Without O_NONBLOCK, opening a pipe waits for a process at its other end; without O_NOCTTY, an opened terminal can
+# become the controlling terminal of this process.
 _CAREFUL = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
 # O_PATH needs no permission to list the folder.
 _FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | getattr(os, "O_DIRECTORY", 0)
@@ -40,12 +40,12 @@ class IrregularError(OSError):
         super().__init__(code, reason, str(path))
 
     def __str__(self) -> str:
-        """The reason alone: whoever shows it has named the file."""
+        """The reason alone: the caller names the file."""
         return str(self.strerror)
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a person's file for reading; links are followed.
+    """Open a user's file for reading; links are followed.
 
     Raises `IrregularError`, at once, for a pipe, a device, a socket or a folder, and `OSError`.
     """
@@ -54,20 +54,23 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def is_link(status: os.stat_result) -> bool:
-    """Whether a status that was taken without following links is that of a link (on Windows, or of a junction)."""
+    """Whether a status that was taken without following links is that of a link or, on Windows, of a junction."""
     reparse_point = getattr(status, "st_reparse_tag", 0) == getattr(stat, "IO_REPARSE_TAG_MOUNT_POINT", -1)
     return stat.S_ISLNK(status.st_mode) or reparse_point
 
 
-class Held:
-    """The folder `path`, open as `handle`; a name is that of something in it. None: the system goes by names alone."""
+class OpenFolder:
+    """The folder `path`, held open; the methods take the name of a file or folder in it.
+
+    `handle`: its descriptor; `None` where the system opens files by path only.
+    """
 
     def __init__(self, path: Path, handle: int | None) -> None:
         self.path = path
         self.handle = handle
 
     def status(self, name: str) -> os.stat_result | None:
-        """The status of what has that name, a link's own; None if there is nothing."""
+        """The status of the file, folder or link of that name (links are not followed); `None` if there is none."""
         try:
             return os.stat(self._at(name), dir_fd=self.handle, follow_symlinks=False)
         except FileNotFoundError:
@@ -91,8 +94,8 @@ class Held:
         return _checked_file(self.open(name, os.O_RDONLY), self.path / name)
 
     @contextlib.contextmanager
-    def folder(self, name: str, make: bool = False) -> Iterator["Held"]:
-        """Hold the folder of that name; `make`: it is made, durably, where there is none.
+    def folder(self, name: str, make: bool = False) -> Iterator["OpenFolder"]:
+        """Hold the folder of that name open; `make`: create it, durably, if it does not exist.
 
         Raises `IrregularError` for a link.
         """
@@ -104,7 +107,7 @@ class Held:
             self.refuse_link(name)
             if not (self.path / name).is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.path / name))
-            yield Held(self.path / name, None)
+            yield OpenFolder(self.path / name, None)
             return
         try:
             handle = os.open(name, _FOLDER | _NOFOLLOW, dir_fd=self.handle)
@@ -112,14 +115,14 @@ class Held:
             self.refuse_link(name)
             raise type(exc)(exc.errno, exc.strerror, str(self.path / name)) from exc
         with _closing(handle):
-            yield Held(self.path / name, handle)
+            yield OpenFolder(self.path / name, handle)
 
     def mkdir(self, name: str, mode: int = 0o777) -> None:
-        """Make a folder."""
+        """Create a folder."""
         os.mkdir(self._at(name), mode, dir_fd=self.handle)
 
-    def take(self, other: "Held", name: str) -> None:
-        """Move `name` from the folder `other`, over a file of that name or a link, which is not followed."""
+    def take(self, other: "OpenFolder", name: str) -> None:
+        """Move `name` here from the folder `other`; a file or link of that name is replaced, not followed."""
         os.replace(other._at(name), self._at(name), src_dir_fd=other.handle, dst_dir_fd=self.handle)
 
     def rename(self, old: str, new: str) -> None:
@@ -138,7 +141,7 @@ class Held:
         if status is None:
             return
         if stat.S_ISDIR(status.st_mode) and not is_link(status):
-            # Where the system can, it goes by descriptors and follows no link.
+            # Where the system supports it, rmtree works by descriptors and follows no link.
             shutil.rmtree(self._at(name), ignore_errors=True, dir_fd=self.handle)
         else:
             with contextlib.suppress(OSError):
@@ -153,7 +156,7 @@ class Held:
             os.fsync(handle)
 
     def visible(self) -> Path:
-        """The folder for libraries that take names: on Linux one that leads here whatever happens to `path`."""
+        """A path of this folder for libraries that take paths; on Linux it stays valid whatever happens to `path`."""
         if self.handle is not None:
             through_descriptor = Path(f"/proc/self/fd/{self.handle}")
             with contextlib.suppress(OSError):
@@ -167,8 +170,8 @@ class Held:
         if status is not None and is_link(status):
             raise IrregularError(
                 errno.ELOOP,
-                f"{self.path / name} is a symbolic link, which is not followed here; remove it, or put in its place "
-                "what it leads to",
+                f"{self.path / name} is a symbolic link, which is not followed here; remove it, or replace it "
+                "with its target",
                 self.path / name,
             )
 
@@ -177,10 +180,10 @@ class Held:
 
 
 @contextlib.contextmanager
-def held(folder: Path, root: Path | None = None, make: bool = False) -> Iterator[Held]:
-    """Hold `folder`, reached from `root` without following a link; `root` itself, and what is above it, may be links.
+def open_folder(folder: Path, root: Path | None = None, make: bool = False) -> Iterator[OpenFolder]:
+    """Hold `folder` open, reached from `root` without following a link; `root` and the folders above it may be links.
 
-    root: `folder` itself by default. make: folders below `root` are made where there are none. Raises `IrregularError`
+    root: `folder` itself by default. make: create missing folders below `root`. Raises `IrregularError`
     for a link below `root`, and `OSError`.
     """
     root = folder if root is None else root
@@ -191,10 +194,10 @@ def held(folder: Path, root: Path | None = None, make: bool = False) -> Iterator
         handle = os.open(root, _FOLDER) if _BY_DESCRIPTOR else None
         if handle is not None:
             stack.enter_context(_closing(handle))
-        found = Held(root, handle)
+        opened = OpenFolder(root, handle)
         for name in names:
-            found = stack.enter_context(found.folder(name, make))
-        yield found
+            opened = stack.enter_context(opened.folder(name, make))
+        yield opened
 
 
 @contextlib.contextmanager
