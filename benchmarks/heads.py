@@ -21,7 +21,7 @@ from finetune_cli.head.data import HeadData
 from finetune_cli.head.keras_fit import KerasSettings, fit_epochs
 from finetune_cli.head.l2 import L2Search, choose_l2
 from finetune_cli.head.lbfgs import Head, fit_lbfgs
-from finetune_cli.metrics import scores
+from finetune_cli.metrics import calibration, scores
 from finetune_cli.metrics.folds import group_folds, group_numbers
 from finetune_cli.progress import Silent
 from finetune_cli.training.fit import labels_of
@@ -136,8 +136,8 @@ def measured(fit: Fit, photos: Photos, views: int, seeds: int) -> tuple[str, str
         started = time.perf_counter()
         head = fit(seen, held_out, classes, seed)
         seconds.append(time.perf_counter() - started)
-        temperature = scores.fit_temperature(head.logits(photos.features[held_out, 0]), photos.labels[held_out])
-        probabilities = scores.softmax(head.logits(photos.test_features), temperature)
+        temperature = calibration.fit_temperature(head.logits(photos.features[held_out, 0]), photos.labels[held_out])
+        probabilities = calibration.softmax(head.logits(photos.test_features), temperature)
         found = scores.evaluate(probabilities, photos.test_labels, names)
         accuracies.append(found.accuracy.value)
         losses.append(found.log_loss)

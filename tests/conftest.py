@@ -33,8 +33,10 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> "TinyRun":
 @pytest.fixture(scope="session")
 def exported(tiny_run: "TinyRun", tmp_path_factory: pytest.TempPathFactory) -> "Result":
     """All five exported forms of the tiny run, made in one call; not to be changed by a test."""
-    from finetune_cli.exports.export import Request, export
+    from finetune_cli.exports.export import ExportRequest, export
     from finetune_cli.progress import Silent
 
     names = ("savedmodel", "keras", "onnx", "litert", "openvino")
-    return export(tiny_run.run, Request(names, tmp_path_factory.mktemp("exports") / "models" / "scenes"), Silent())
+    return export(
+        tiny_run.run, ExportRequest(names, tmp_path_factory.mktemp("exports") / "models" / "scenes"), Silent()
+    )

@@ -22,7 +22,7 @@ from finetune_cli.cache.digests import DigestCache
 from finetune_cli.cache.features import FeatureStore, info
 from finetune_cli.config.load import load_config
 from finetune_cli.errors import BadImage, ConfigError, DataError, FinetuneError, RunError, StorageError, WeightsError
-from finetune_cli.evaluation import judge
+from finetune_cli.evaluation.photos import pixels
 from finetune_cli.exports import manifest, opening
 from finetune_cli.exports.card import Card
 from finetune_cli.inference import predict
@@ -114,7 +114,7 @@ def test_a_photo(tmp_path, kind):
         lambda: decode.read_header(path, 10**6),
         lambda: decode.decode(path, ImageSettings()),
         lambda: scan.decode_sample(sample, ImageSettings()),
-        lambda: judge.pixels(sample, ImageSettings()),
+        lambda: pixels(sample, ImageSettings()),
     ):
         with pytest.raises(
             BadImage, match="this is a folder" if kind == "folder" else f"it is {KINDS[kind]}, not a reg"

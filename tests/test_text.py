@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_cli.text import address, brief, listed, message_lines, shown
+from finetune_cli.text import address, brief, first_line, listed, message_lines, shown
 
 
 @pytest.mark.parametrize(
@@ -54,3 +54,8 @@ def test_long_lists_are_cut():
 )
 def test_lines_of_an_exception(message, expected):
     assert message_lines(ValueError(message)) == expected
+
+
+def test_the_first_line_of_an_exception():
+    assert first_line(ValueError("\n  no such operator \nat converter.cc:12")) == "no such operator"
+    assert first_line(ValueError("")) == "ValueError"

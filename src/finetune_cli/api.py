@@ -215,7 +215,8 @@ class Classifier:
         from finetune_cli.evaluation import evaluate as evaluation
 
         observer = observer or _LogObserver()
-        judged = evaluation.judge(self.run, observer, _path(data), _path(root))
+        request = evaluation.EvaluationRequest(_path(data), _path(root))
+        judged = evaluation.judge_photos(self.run, observer, request)
         for photo in judged.bad:
             observer.warn(f"left out {photo.path}: {photo.reason}")
         return judged.evaluation
@@ -243,9 +244,10 @@ class Classifier:
         `MissingExtra` when the format needs a package, `DataError` when the validation photos are missing, `GateError`
         when the predictions differ. In each case nothing was written.
         """
-        from finetune_cli.exports.export import Request, export
+        from finetune_cli.exports.export import ExportRequest, export
 
-        request = Request([format], Path(output), version, quantize, precision, root=_path(root), force=force)
+        options = {"quantize": quantize, "precision": precision}
+        request = ExportRequest([format], Path(output), version, options, _path(root), force)
         (exported,) = export(self.run, request, observer or _LogObserver()).exports
         return exported.folder
 

@@ -39,6 +39,11 @@ def message_lines(exc: BaseException) -> list[str]:
     return [line.strip() for line in str(exc).splitlines() if line.strip()] or [type(exc).__name__]
 
 
+def first_line(exc: BaseException) -> str:
+    """The first line of `message_lines`."""
+    return message_lines(exc)[0]
+
+
 def _visible(character: str) -> str:
     code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as os.fsdecode keeps it

@@ -25,9 +25,12 @@ from finetune_cli.cli.app import app
 from finetune_cli.cli.console import Console
 from finetune_cli.cli.evaluate import print_result
 from finetune_cli.errors import DataError, GateError, StorageError, UsageError
+from finetune_cli.evaluation import answers, compare, judge
 from finetune_cli.evaluation import evaluate as command
-from finetune_cli.evaluation import judge
+from finetune_cli.evaluation.answers import Answers
+from finetune_cli.evaluation.photos import LabelledPhotos
 from finetune_cli.keras_setup import import_keras
+from finetune_cli.metrics import calibration
 from finetune_cli.metrics import scores as metrics
 from finetune_cli.metrics.folds import group_folds
 from finetune_cli.photos.decode import decode
@@ -139,11 +142,13 @@ def test_photos_of_a_group_stay_together_in_cross_fitting(tiny, monkeypatch, fro
     """Each photo's temperature was fitted without the photos whose number has the same last digit."""
     grouped = without_test(tiny, lambda path: "" if "wasp" in path else path[-5])
     given: list[np.ndarray] = []
-    fit = metrics.cross_fitted_calibration
+    fit = calibration.cross_fitted_calibration
     monkeypatch.setattr(
-        metrics, "cross_fitted_calibration", lambda z, y, groups: given.append(groups) or fit(z, y, groups)
+        judge, "cross_fitted_calibration", lambda z, y, groups: given.append(groups) or fit(z, y, groups)
     )
-    result = command.evaluate(grouped, Silent(), data=tiny.photos / "val" if from_a_folder else None)
+    result = command.evaluate(
+        grouped, Silent(), command.EvaluationRequest(data=tiny.photos / "val" if from_a_folder else None)
+    )
     names = [sample.name for sample in result.judged.answers.samples]
     expected = [name if "wasp" in name else name[-5] for name in names]
     assert len(names) == 30
@@ -152,7 +157,7 @@ def test_photos_of_a_group_stay_together_in_cross_fitting(tiny, monkeypatch, fro
 
 
 def test_other_photos_that_hold_validation_ones_are_cross_fitted_too(tiny):
-    result = command.evaluate(tiny.run, Silent(), data=tiny.photos / "val")
+    result = command.evaluate(tiny.run, Silent(), command.EvaluationRequest(data=tiny.photos / "val"))
     assert result.judged.calibration is not None
     assert result.judged.calibration.cross_fitted
 
@@ -163,7 +168,7 @@ def test_calibration_leaves_out_the_photos_that_the_temperature_was_fitted_on(ti
     shutil.copytree(tiny.photos / "test", mixed)
     shutil.copytree(tiny.photos / "val", mixed, dirs_exist_ok=True)
     observer = Silent()
-    result = command.evaluate(tiny.run, observer, data=mixed)
+    result = command.evaluate(tiny.run, observer, command.EvaluationRequest(data=mixed))
     rows = table(result.folder / "predictions.csv")
     kept = [row for row in rows if files.sha256(mixed / row["path"]) not in own]
     calibration = result.judged.calibration
@@ -195,7 +200,7 @@ def test_moved_photos_are_found_by_content(tiny):
     assert "--data" in caught.value.remedy
     for path in (tiny.photos / "elsewhere").rglob("*.png"):
         path.rename(path.with_name(f"renamed-{path.name}"))
-    found = command.evaluate(tiny.run, Silent(), root=tiny.photos)
+    found = command.evaluate(tiny.run, Silent(), command.EvaluationRequest(root=tiny.photos))
     assert not found.judged.bad
     np.testing.assert_array_equal(found.judged.answers.probabilities, expected.judged.answers.probabilities)
 
@@ -216,7 +221,7 @@ def test_photos_with_labels_of_their_own(tiny):
     shutil.rmtree(tiny.photos / "test" / "wasp")
     bad = tiny.photos / "test" / "ant" / "bad.png"
     bad.write_bytes(b"\x89PNG\r\n\x1a\n and no more")
-    result = command.evaluate(tiny.run, observer, data=tiny.photos / "test")
+    result = command.evaluate(tiny.run, observer, command.EvaluationRequest(data=tiny.photos / "test"))
     assert any("2 of the 3 classes: ant, bee" in note for note in observer.notes)
     assert [photo.path for photo in result.judged.bad] == [bad]
     assert result.judged.evaluation.confusion[2].sum() == 0
@@ -224,7 +229,7 @@ def test_photos_with_labels_of_their_own(tiny):
 
 def test_the_folder_above_the_splits_is_explained(tiny):
     with pytest.raises(DataError, match="classes unknown to the run: test, train, val") as caught:
-        command.evaluate(tiny.run, Silent(), data=tiny.photos)
+        command.evaluate(tiny.run, Silent(), command.EvaluationRequest(data=tiny.photos))
     assert caught.value.remedy == f"these are splits; name one of them, such as {tiny.photos / 'test'}"
 
 
@@ -232,27 +237,27 @@ def test_a_long_name_of_photos_makes_a_short_name_of_the_folder(tiny):
     """A file system holds 255 bytes of a name, and temporary names are longer than the last one."""
     folder = tiny.photos / ("ü" * 120)
     shutil.copytree(tiny.photos / "test", folder)
-    assert command.evaluate(tiny.run, Silent(), data=folder).folder.name == f"{'ü' * 50}-1"
+    assert command.evaluate(tiny.run, Silent(), command.EvaluationRequest(data=folder)).folder.name == f"{'ü' * 50}-1"
 
 
 def test_an_unknown_class_is_an_error(tiny):
     (tiny.photos / "test" / "wasp").rename(tiny.photos / "test" / "hornet")
     with pytest.raises(DataError, match="hornet"):
-        command.evaluate(tiny.run, Silent(), data=tiny.photos / "test")
+        command.evaluate(tiny.run, Silent(), command.EvaluationRequest(data=tiny.photos / "test"))
 
 
 def test_no_readable_photo_at_all(tiny, tmp_path):
     (tmp_path / "bad" / "ant").mkdir(parents=True)
     (tmp_path / "bad" / "ant" / "1.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"none of the 1 photos can be used.*empty"):
-        command.evaluate(tiny.run, Silent(), data=tmp_path / "bad")
+        command.evaluate(tiny.run, Silent(), command.EvaluationRequest(data=tmp_path / "bad"))
 
 
 def test_training_photos_are_told(tiny):
     observer = Silent()
     command.evaluate(tiny.run, observer)
     assert any("was trained on 1 of these photos" in text for text in observer.warnings)
-    result = command.evaluate(tiny.run, Silent(), data=tiny.photos / "train")
+    result = command.evaluate(tiny.run, Silent(), command.EvaluationRequest(data=tiny.photos / "train"))
     found = json.loads((result.folder / "metrics.json").read_text())["data"]
     assert found["seen_in_training"] == found["photos"]
     assert f"It was trained on {found['photos']} of these photos" in " ".join(sentences.verdict(result.judged))
@@ -264,14 +269,14 @@ def test_a_name_stays_in_its_folder(tiny, name):
         command.evaluate(tiny.run, Silent(), target=command.Target(name))
 
 
-def test_a_taken_name_is_told_before_the_work(tiny, monkeypatch):
+def test_a_taken_name_is_reported_before_the_work(tiny, monkeypatch):
     command.evaluate(tiny.run, Silent(), target=command.Target("mine"))
     monkeypatch.setattr(judge, "judge", lambda *_args: pytest.fail("worked in vain"))
     with pytest.raises(UsageError, match="exists already"):
         command.evaluate(tiny.run, Silent(), target=command.Target("mine"))
 
 
-def test_a_run_that_cannot_be_written_to_is_told_before_the_work(tiny, monkeypatch):
+def test_a_run_that_cannot_be_written_to_is_reported_before_the_work(tiny, monkeypatch):
     """Permission bits do not stop root, who runs the tests in containers; the probe itself is what counts."""
     asked = []
 
@@ -311,7 +316,7 @@ def test_evaluations_at_the_same_moment_take_different_numbers(tiny, monkeypatch
 
 def test_data_and_root_exclude_each_other(tiny):
     with pytest.raises(UsageError, match="exclude"):
-        command.evaluate(tiny.run, Silent(), data=tiny.photos / "test", root=tiny.photos)
+        command.evaluate(tiny.run, Silent(), command.EvaluationRequest(data=tiny.photos / "test", root=tiny.photos))
 
 
 def second_run(tiny: TinyRun, classes: tuple[str, ...], answers: dict[str, str], monkeypatch) -> Run:
@@ -321,9 +326,9 @@ def second_run(tiny: TinyRun, classes: tuple[str, ...], answers: dict[str, str],
         chosen = np.eye(len(classes), dtype=np.float32) * 0.9 + 0.01
         true = {sample.name: tiny.run.classes[sample.label] for sample in samples}
         rows = [chosen[classes.index(answers.get(name, true[name]))] for name in true]
-        return judge.Answers(tuple(samples), np.stack(rows), np.zeros((0, 1)), 1, ())
+        return Answers(tuple(samples), np.stack(rows), np.zeros((0, 1)), 1, ())
 
-    monkeypatch.setattr(judge, "answer", answer)
+    monkeypatch.setattr(compare, "answer", answer)
     return Run(tiny.run.folder.with_name("other"), replace(tiny.run.manifest, classes=classes))
 
 
@@ -334,8 +339,7 @@ def test_comparing_matches_classes_by_name(tiny, monkeypatch):
     ours = [(sample, tiny.run.classes[sample.label]) for sample in first.answers.samples]
     spoilt = {ours[i][0].name: "ant" if ours[i][1] != "ant" else "bee" for i in np.flatnonzero(right)[:2]}
     other = second_run(tiny, ("wasp", "bee", "ant"), spoilt, monkeypatch)
-    compared = judge.compare(first, other, 1, lambda _n: None).compared
-    assert compared is not None
+    compared = compare.compare(tiny.run, first.answers, other, 1, lambda _n: None)
     wrong = int((~right).sum())
     assert (compared.comparison.only_first, compared.comparison.only_second) == (2, wrong)
     assert (compared.classes, compared.left_out) == (("ant", "bee", "wasp"), ())
@@ -349,8 +353,7 @@ def test_runs_with_other_classes_are_compared_on_the_shared_ones(tiny, monkeypat
     """The second run knows no wasp and knows hornets: photos of wasps do not count, and neither do those answers."""
     found = command.evaluate(tiny.run, Silent()).judged
     other = second_run(tiny, ("hornet", "bee", "ant"), {}, monkeypatch)
-    compared = judge.compare(found, other, 1, lambda _n: None).compared
-    assert compared is not None
+    compared = compare.compare(tiny.run, found.answers, other, 1, lambda _n: None)
     assert compared.classes == ("ant", "bee")
     assert compared.left_out == ("wasp", "hornet")
     ant, bee, wasp = range(3)
@@ -376,20 +379,20 @@ def test_runs_with_other_classes_are_compared_on_the_shared_ones(tiny, monkeypat
 @pytest.mark.parametrize(
     ("classes", "problem"), [(("ant", "fly"), "1 class in common"), (("fly", "gnat"), "no class in common")]
 )
-def test_nothing_to_compare_is_told_before_the_work(tiny, monkeypatch, classes, problem):
+def test_nothing_to_compare_is_reported_before_the_work(tiny, monkeypatch, classes, problem):
     other = Run(tiny.run.folder, replace(tiny.run.manifest, classes=classes))
     monkeypatch.setattr(judge, "judge", lambda *_args: pytest.fail("worked in vain"))
     with pytest.raises(UsageError, match=problem):
-        command.evaluate(tiny.run, Silent(), other=other)
+        command.evaluate(tiny.run, Silent(), command.EvaluationRequest(other=other))
 
 
-def test_no_photo_of_a_shared_class_is_told_before_the_work(tiny, monkeypatch):
+def test_no_photo_of_a_shared_class_is_reported_before_the_work(tiny, monkeypatch):
     other = Run(tiny.run.folder, replace(tiny.run.manifest, classes=("ant", "bee")))
     for name in ("ant", "bee"):
         shutil.rmtree(tiny.photos / "test" / name)
     monkeypatch.setattr(judge, "judge", lambda *_args: pytest.fail("worked in vain"))
     with pytest.raises(UsageError, match="no photo shows a class"):
-        command.evaluate(tiny.run, Silent(), data=tiny.photos / "test", other=other)
+        command.evaluate(tiny.run, Silent(), command.EvaluationRequest(data=tiny.photos / "test", other=other))
 
 
 @pytest.mark.parametrize("target", [command.Target(), command.Target("mine"), command.Target(output=Path("out"))])
@@ -403,13 +406,15 @@ def test_a_disk_that_takes_the_tables_but_not_the_report(tiny, monkeypatch, tmp_
         raise files.storage_error(OSError(28, "No space left on device"), folder / "report.html")
 
     with pytest.raises(StorageError, match="no space left to write") as caught:
-        command.evaluate(tiny.run, Silent(), target=target, report=full)
+        command.evaluate(tiny.run, Silent(), target=target, write_report=full)
     expected = target.output or tiny.run.folder / "evaluations" / (target.name or "test-1")
     assert f"{expected / 'report.html'}" in caught.value.problem
     assert ".tmp" not in caught.value.problem
     assert not list((tiny.run.folder / "evaluations").iterdir() if (tiny.run.folder / "evaluations").exists() else [])
     assert not (tmp_path / "out").exists()
-    again = command.evaluate(tiny.run, Silent(), target=target, report=lambda _judged, folder: (folder / "r").touch())
+    again = command.evaluate(
+        tiny.run, Silent(), target=target, write_report=lambda _judged, folder: (folder / "r").touch()
+    )
     assert again.folder == expected
     assert {path.name for path in again.folder.iterdir()} == {"metrics.json", "per_class.csv", "predictions.csv", "r"}
 
@@ -457,15 +462,15 @@ def test_json_alone_is_on_stdout(tiny, monkeypatch, tmp_path):
 
 
 def test_a_run_against_itself(tiny):
-    result = command.evaluate(tiny.run, Silent(), other=tiny.run)
+    result = command.evaluate(tiny.run, Silent(), command.EvaluationRequest(other=tiny.run))
     comparison = json.loads((result.folder / "metrics.json").read_text())["test"]["comparison"]
     assert (comparison["only_first"], comparison["only_second"], comparison["p_value"]) == (0, 0, 1.0)
     assert table(result.folder / "flipped.csv") == []
 
 
-def test_kept_features_are_spread_over_all_photos(tiny, monkeypatch):
+def test_stored_features_are_spread_over_all_photos(tiny, monkeypatch):
     everything = command.evaluate(tiny.run, Silent()).judged.answers
-    monkeypatch.setattr(judge, "_FEATURE_ROWS", 9)
+    monkeypatch.setattr(answers, "_FEATURE_ROWS", 9)
     some = command.evaluate(tiny.run, Silent()).judged.answers
     assert (everything.stride, some.stride) == (1, 3)
     np.testing.assert_array_equal(some.features, everything.features[::3])
@@ -515,10 +520,10 @@ def test_the_screen_says_how_many_rows_it_leaves_out(tiny, capsys):
     probabilities = np.eye(60)[predicted]
     samples = tuple(Sample(Path("x"), "x", int(label), "00") for label in labels)
     bad = tuple(BadPhoto(Path(f"{i}.jpg"), f"{i}.jpg", "empty") for i in range(23))
-    found = judge.Judged(
+    found = judge.Judgement(
         tiny.run,
-        judge.Photos("data", "photos", samples, bad),
-        judge.Answers(samples, probabilities.astype(np.float32), np.zeros((0, 1), np.float32), 1, ()),
+        LabelledPhotos("data", "photos", samples, bad),
+        Answers(samples, probabilities.astype(np.float32), np.zeros((0, 1), np.float32), 1, ()),
         metrics.evaluate(probabilities, labels, classes),
         None,
     )

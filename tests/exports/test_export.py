@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from finetune_cli.cli.app import app
 from finetune_cli.errors import DataError, GateError, MissingExtra, RunError, StorageError, UsageError, WeightsError
 from finetune_cli.exports import keras, litert, opening, openvino, parity, savedmodel
-from finetune_cli.exports.export import Request, export
+from finetune_cli.exports.export import ExportRequest, export
 from finetune_cli.exports.keras import OpenedKeras
 from finetune_cli.exports.openvino import OpenedOpenVino
 from finetune_cli.inference.predictor import RunPredictor
@@ -148,7 +148,7 @@ def test_openvino_gives_the_measured_answers(folders, validation):
 
 
 def test_equal_runs_give_equal_files(tiny_run, folders, tmp_path):
-    again = export(tiny_run.run, Request(("onnx", "litert", "openvino", "keras"), tmp_path / "x"), Silent())
+    again = export(tiny_run.run, ExportRequest(("onnx", "litert", "openvino", "keras"), tmp_path / "x"), Silent())
     for one in again.exports:
         for name, data in files_below(one.folder).items():
             if name != "manifest.json":
@@ -237,7 +237,7 @@ def test_files_alone_know_their_classes(folders, tmp_path, validation):
         assert tuple(model.classes) == ("ant", "bee", "wasp")
         assert np.abs(model.probabilities(pixels[:3]) - measured[:3]).max() < 1e-4
     shutil.copy(folders["keras"] / "model.keras", tmp_path)
-    with pytest.raises(WeightsError, match="does not say what its classes are called"):
+    with pytest.raises(WeightsError, match="does not contain its class names"):
         opening.open_model(tmp_path / "model.keras", 1)
 
 
@@ -347,7 +347,7 @@ def test_what_is_no_export(folders, tmp_path, tiny_run):
         (folders["savedmodel"] / "saved_model.pb", "a part of a SavedModel"),
         (folders["onnx"].parent, "holds several models"),
         (tiny_run.run.folder / "inference" / "model.xml", "names no classes"),
-        (tiny_run.run.folder / "model.keras", "does not say what its classes are called"),
+        (tiny_run.run.folder / "model.keras", "does not contain its class names"),
     ):
         with pytest.raises(WeightsError, match=words):
             opening.open_model(path, 1)
@@ -395,7 +395,7 @@ def answers_with(monkeypatch, change):
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_another_answer_ends_the_export(name, change, precision, tiny_run, tmp_path, monkeypatch):
     answers_with(monkeypatch, change)
-    request = Request(("keras", "openvino"), tmp_path / "out", precision=precision)
+    request = ExportRequest(("keras", "openvino"), tmp_path / "out", options={"precision": precision})
     if precision == "float16" and name == "a little more than allowed":
         export(tiny_run.run, request, Silent())
         return
@@ -417,11 +417,12 @@ def test_a_form_that_cannot_be_run_ends_the_export(tiny_run, tmp_path, monkeypat
 
 def check(answers, reference, limit=None):
     pixels = np.zeros((1, 1, 3), np.uint8)
-    photos = [parity.Photo(Path(str(i)), f"photo {i}", pixels, 1, 1, None) for i in range(len(answers))]
-    return parity._check("x", photos, np.array(answers, np.float32), np.array(reference, np.float32), limit)
+    photos = tuple(parity.Photo(Path(str(i)), f"photo {i}", pixels, 1, 1, None) for i in range(len(answers)))
+    replay = parity.Replay(photos, np.array(reference, np.float32), missing=0, measured=0.0)
+    return parity._check("x", replay, np.array(answers, np.float32), limit)
 
 
-def test_the_figures_of_the_proof():
+def test_the_figures_of_the_comparison():
     found = check(
         [[0.6, 0.4], [0.45, 0.55], [0.2, 0.8], [0.1, 0.9]], [[0.6, 0.4], [0.52, 0.48], [0.2, 0.8], [0.6, 0.4]]
     )
@@ -453,7 +454,11 @@ def test_the_hardest_photos_are_always_replayed():
 def test_quantized_forms_are_smaller_and_judged_by_their_answers(tiny_run, folders, tmp_path):
     for quantize, precision in (("float16", "float16"), ("int8", None)):
         names = ("litert", "openvino") if precision else ("litert",)
-        result = export(tiny_run.run, Request(names, tmp_path / quantize, None, quantize, precision), Silent())
+        result = export(
+            tiny_run.run,
+            ExportRequest(names, tmp_path / quantize, options={"quantize": quantize, "precision": precision}),
+            Silent(),
+        )
         for one in result.exports:
             (figures,) = one.checks
             assert figures.limit is None
@@ -490,7 +495,7 @@ def test_files_that_the_bytes_signature_does_not_read_are_given_as_png(tiny_run,
     assert figures.largest < 0.01  # turned before it is resized, where the run turns it afterwards
     assert [note.partition(" given")[0] for note in figures.notes] == [
         "2 WEBP files",
-        "1 PNG files that are to be turned",
+        "1 PNG files with an orientation",
     ]
 
 
@@ -537,7 +542,7 @@ def test_few_large_photos_are_enough_at_full_size(most, photos, note, tiny_run, 
 def test_odd_class_names_come_through(tmp_path):
     classes = (os.fsdecode(b"caf\xe9"), "new\nline", "tab\t,<b> \u202e \U0001f98b")
     run = runs_fixture.build(tmp_path / "odd", classes).run
-    result = export(run, Request(ALL, tmp_path / "out"), Silent())
+    result = export(run, ExportRequest(ALL, tmp_path / "out"), Silent())
     for one in result.exports:
         assert tuple(opening.open_model(one.folder, 1).classes) == classes
     labels = (tmp_path / "out" / "litert" / "labels.txt").read_text("utf-8").splitlines()
@@ -555,13 +560,16 @@ def test_odd_class_names_come_through(tmp_path):
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
-        (Request(("coreml",), Path("x")), "unknown format 'coreml'"),
-        (Request((" , ",), Path("x")), "no format is named"),
-        (Request(("litert",), Path("x"), quantize="int4"), "--quantize int4 is unknown"),
-        (Request(("onnx",), Path("x"), version=2), "--version belongs to the format savedmodel"),
-        (Request(("onnx",), Path("x"), quantize="int8"), "--quantize belongs to the format litert"),
-        (Request(("onnx",), Path("x"), precision="float16"), "--precision belongs to the format openvino"),
-        (Request(("savedmodel",), Path("x"), version=0), "not a positive number"),
+        (ExportRequest(("coreml",), Path("x")), "unknown format 'coreml'"),
+        (ExportRequest((" , ",), Path("x")), "no format is named"),
+        (ExportRequest(("litert",), Path("x"), options={"quantize": "int4"}), "--quantize int4 is unknown"),
+        (ExportRequest(("onnx",), Path("x"), version=2), "--version belongs to the format savedmodel"),
+        (ExportRequest(("onnx",), Path("x"), options={"quantize": "int8"}), "--quantize belongs to the format litert"),
+        (
+            ExportRequest(("onnx",), Path("x"), options={"precision": "float16"}),
+            "--precision belongs to the format openvino",
+        ),
+        (ExportRequest(("savedmodel",), Path("x"), version=0), "not a positive number"),
     ],
     ids=["format", "none", "value", "version", "quantize", "precision", "zero"],
 )
@@ -582,7 +590,7 @@ def test_a_missing_extra_is_named(form, package, tiny_run, tmp_path, monkeypatch
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == package else find(name, *rest))
     with pytest.raises(MissingExtra) as caught:
-        export(tiny_run.run, Request((form,), tmp_path / "out"), Silent())
+        export(tiny_run.run, ExportRequest((form,), tmp_path / "out"), Silent())
     assert caught.value.remedy == f"pip install 'finetune-cli[{form}]'"
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setitem(sys.modules, f"{package}.interpreter", None)
@@ -615,7 +623,7 @@ def test_what_is_possible_is_exported_although_an_extra_is_missing(tiny_run, tmp
     assert {path.name for path in out.iterdir()} == {"keras", "openvino"}
     monkeypatch.undo()
     with pytest.raises(UsageError, match="is not empty"):  # adding the others names them, not all
-        export(tiny_run.run, Request(("all",), out), Silent())
+        export(tiny_run.run, ExportRequest(("all",), out), Silent())
     without(monkeypatch, "tf2onnx")
     again = command("export", "--run", tiny_run.run.folder, "--format", "onnx,openvino", "--output", tmp_path / "one")
     assert again.exit_code == 1
@@ -642,7 +650,7 @@ def test_a_damaged_run_names_the_file(name, tiny_run, tmp_path):
     run = changed_run(tiny_run, tmp_path, name, lambda data: data[:-1] + b"~")
     shutil.copytree(tiny_run.photos, tmp_path / "photos")
     with pytest.raises(RunError, match=f"{name} is damaged"):
-        export(run, Request(("openvino",), tmp_path / "out"), Silent())
+        export(run, ExportRequest(("openvino",), tmp_path / "out"), Silent())
     assert not (tmp_path / "out").exists()
 
 
@@ -657,13 +665,13 @@ def test_an_unfinished_run(tiny_run, tmp_path):
 def test_photos_that_were_moved_are_found_by_their_content(tiny_run, tmp_path):
     run = Run.load(shutil.copytree(tiny_run.run.folder, tmp_path / "runs" / "copy"))
     with pytest.raises(DataError) as caught:
-        export(run, Request(("openvino",), tmp_path / "out"), Silent())
+        export(run, ExportRequest(("openvino",), tmp_path / "out"), Silent())
     assert "--data" in caught.value.remedy
     for i, path in enumerate(sorted(tiny_run.photos.rglob("*.png"))):
         target = tmp_path / "elsewhere" / str(i % 3) / f"{i}.png"
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
-    result = export(run, Request(("openvino",), tmp_path / "out", root=tmp_path / "elsewhere"), Silent())
+    result = export(run, ExportRequest(("openvino",), tmp_path / "out", root=tmp_path / "elsewhere"), Silent())
     assert (result.photos, result.missing) == (30, 0)
 
 
@@ -674,13 +682,13 @@ def test_photos_that_are_gone_or_changed_are_counted(tiny_run, tmp_path):
     first.unlink()
     second.write_bytes(second.read_bytes() + b"more")
     observer = Silent()
-    result = export(run, Request(("openvino",), tmp_path / "out"), observer)
+    result = export(run, ExportRequest(("openvino",), tmp_path / "out"), observer)
     assert (result.photos, result.missing) == (28, 2)
     assert "2 validation photos" in observer.warnings[0]
     for path in (photos / "val").rglob("*.png"):
         path.write_bytes(path.read_bytes() + b"more")
     with pytest.raises(DataError, match="have changed"):
-        export(run, Request(("openvino",), tmp_path / "out2"), observer)
+        export(run, ExportRequest(("openvino",), tmp_path / "out2"), observer)
 
 
 def test_a_new_version_stands_beside_the_old_one(folders, tiny_run, tmp_path, monkeypatch):
@@ -691,51 +699,53 @@ def test_a_new_version_stands_beside_the_old_one(folders, tiny_run, tmp_path, mo
     out = tmp_path / "models"
     shutil.copytree(folders["savedmodel"], out / "3")
     before = files_below(out)
-    result = export(tiny_run.run, Request(("savedmodel",), out), Silent())
+    result = export(tiny_run.run, ExportRequest(("savedmodel",), out), Silent())
     assert result.exports[0].folder == out / "4"
     assert {name: data for name, data in files_below(out).items() if name.startswith("3/")} == before
     with pytest.raises(UsageError, match="is not empty"):
-        export(tiny_run.run, Request(("savedmodel",), out, version=4), Silent())
+        export(tiny_run.run, ExportRequest(("savedmodel",), out, version=4), Silent())
 
 
 def test_an_export_is_not_added_to_another(tiny_run, tmp_path):
     out = tmp_path / "out"
-    export(tiny_run.run, Request(("openvino",), out), Silent())
+    export(tiny_run.run, ExportRequest(("openvino",), out), Silent())
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     for names in (("savedmodel",), ("keras", "openvino")):
         for force in (False, True):
             with pytest.raises(UsageError, match="is not empty"):
-                export(tiny_run.run, Request(names, out, force=force), Silent())
+                export(tiny_run.run, ExportRequest(names, out, force=force), Silent())
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_force_replaces_and_a_failure_leaves_the_old_one(tiny_run, tmp_path, monkeypatch):
     out = tmp_path / "out"
     for _ in range(2):
-        export(tiny_run.run, Request(("openvino",), out, force=True), Silent())
+        export(tiny_run.run, ExportRequest(("openvino",), out, force=True), Silent())
     before = files_below(tmp_path)
     with pytest.raises(UsageError, match="is not empty"):
-        export(tiny_run.run, Request(("openvino",), out), Silent())
+        export(tiny_run.run, ExportRequest(("openvino",), out), Silent())
     answers_with(monkeypatch, lambda p: p[:, ::-1])
     with pytest.raises(GateError):
-        export(tiny_run.run, Request(("openvino",), out, force=True), Silent())
+        export(tiny_run.run, ExportRequest(("openvino",), out, force=True), Silent())
     assert files_below(tmp_path) == before
 
 
 def test_several_forms_beside_older_ones(tiny_run, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    export(tiny_run.run, Request(("openvino", "keras"), out), Silent())
+    export(tiny_run.run, ExportRequest(("openvino", "keras"), out), Silent())
     shutil.rmtree(out / "keras")
     (out / "notes.txt").write_text("mine")
     before = files_below(tmp_path)
     with pytest.raises(UsageError, match=r"out is not empty: it holds notes\.txt"):
-        export(tiny_run.run, Request(("openvino", "keras"), out), Silent())
+        export(tiny_run.run, ExportRequest(("openvino", "keras"), out), Silent())
     with monkeypatch.context() as patch:
         answers_with(patch, lambda p: p[:, ::-1])
         with pytest.raises(GateError):
-            export(tiny_run.run, Request(("keras", "openvino"), out, force=True), Silent())
+            export(tiny_run.run, ExportRequest(("keras", "openvino"), out, force=True), Silent())
     assert files_below(tmp_path) == before
-    export(tiny_run.run, Request(("keras", "openvino"), out, precision="float16", force=True), Silent())
+    export(
+        tiny_run.run, ExportRequest(("keras", "openvino"), out, options={"precision": "float16"}, force=True), Silent()
+    )
     assert {path.name for path in out.iterdir()} == {"keras", "openvino", "notes.txt"}
     assert json.loads((out / "openvino" / "manifest.json").read_text())["options"] == {"precision": "float16"}
 
@@ -750,14 +760,14 @@ def test_a_full_disk_leaves_nothing(form, tiny_run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(form, "write", full)
     with pytest.raises(StorageError, match="no space left to write"):
-        export(tiny_run.run, Request((form.name,), tmp_path / "out"), Silent())
+        export(tiny_run.run, ExportRequest((form.name,), tmp_path / "out"), Silent())
     assert list(tmp_path.iterdir()) == []
 
 
 LIMITED = """
 import resource, sys
 from pathlib import Path
-from finetune_cli.exports.export import Request, export
+from finetune_cli.exports.export import ExportRequest, export
 from finetune_cli.errors import StorageError
 from finetune_cli.exports.registry import FORMS
 from finetune_cli.progress import Silent
@@ -766,7 +776,7 @@ run, work = Run.load(Path(sys.argv[1])), Path(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
 for name in FORMS:
     try:
-        export(run, Request((name,), work / "out"), Silent())
+        export(run, ExportRequest((name,), work / "out"), Silent())
     except StorageError as exc:
         print(name, exc.problem)
     assert list(work.iterdir()) == [], name
@@ -788,14 +798,14 @@ def test_no_room_is_told_before_the_work(tiny_run, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1_000_000))
     with pytest.raises(StorageError, match=r"of disk space, and 1\.0 MB are free"):
-        export(tiny_run.run, Request(ALL, tmp_path / "out"), Silent())
+        export(tiny_run.run, ExportRequest(ALL, tmp_path / "out"), Silent())
 
 
 @pytest.mark.parametrize("names", [("savedmodel",), ("keras", "onnx"), ("onnx",)], ids="-".join)
 def test_a_file_is_no_target(names, tiny_run, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(UsageError, match="is a file"):
-        export(tiny_run.run, Request(names, tmp_path / "file", force=True), Silent())
+        export(tiny_run.run, ExportRequest(names, tmp_path / "file", force=True), Silent())
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -853,8 +863,8 @@ def test_a_mounted_folder_gets_folders_in_it(tiny_run, tmp_path, monkeypatch):
     before = (tmp_path / "volume").stat().st_ino
     monkeypatch.setattr(Path, "is_mount", lambda self: self == tmp_path / "volume")
     with pytest.raises(StorageError, match="mounted by itself"):
-        export(tiny_run.run, Request(("openvino",), tmp_path / "volume"), Silent())
-    export(tiny_run.run, Request(("openvino", "keras"), tmp_path / "volume"), Silent())
+        export(tiny_run.run, ExportRequest(("openvino",), tmp_path / "volume"), Silent())
+    export(tiny_run.run, ExportRequest(("openvino", "keras"), tmp_path / "volume"), Silent())
     assert {path.name for path in (tmp_path / "volume").iterdir()} == {"openvino", "keras"}
     assert (tmp_path / "volume").stat().st_ino == before
 

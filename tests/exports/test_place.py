@@ -218,7 +218,7 @@ def test_nothing_is_added_to_a_folder_of_other_things(tmp_path):
 
 def test_force_on_exports_below_names_them(tmp_path):
     make_export(tmp_path / "out" / "onnx")
-    with pytest.raises(UsageError, match="in folders of their own") as caught:
+    with pytest.raises(UsageError, match="each in a folder of its own") as caught:
         fill(tmp_path / "out", force=True)
     assert str(tmp_path / "out" / "onnx") in caught.value.remedy
 
@@ -226,7 +226,7 @@ def test_force_on_exports_below_names_them(tmp_path):
 def test_force_replaces_an_export_and_nothing_else(tmp_path):
     make_export(tmp_path / "out")
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match="files that are no export"):
+    with pytest.raises(UsageError, match="files that are not an export"):
         fill(tmp_path / "out", force=True)
     (tmp_path / "out" / "notes.txt").unlink()
     fill(tmp_path / "out", force=True)

@@ -2,15 +2,22 @@
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
 from finetune_cli.errors import UsageError
-from finetune_cli.exports import registry
+from finetune_cli.exports import manifest, registry
+from finetune_cli.exports.export import ExportRequest, export
+from finetune_cli.exports.forms import Signature
+from finetune_cli.exports.opening import open_model
 from finetune_cli.exports.registry import FORMS
+from finetune_cli.inference.predictor import RunPredictor
+from finetune_cli.progress import Silent
 
 EXPORTS = Path(registry.__file__).parent
 
@@ -87,3 +94,31 @@ def test_no_module_of_the_package_imports_another_in_a_circle():
 
 def _for_types(node):
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def test_a_module_and_an_entry_are_all_that_a_new_form_needs(tiny_run, tmp_path, monkeypatch):
+    """A form that copies the run's model and answers through the run: exported, compared, described, opened again."""
+
+    class Opened(RunPredictor):
+        def signatures(self):
+            return (Signature("pixels", "pixels", self.probabilities),)
+
+    class Copied:
+        name, exact = "copied", True
+        options: ClassVar[dict[str, str]] = {}
+
+        def write(self, source, folder):
+            shutil.copyfile(source.run.file("model.keras"), folder / "model.copied")
+
+        @staticmethod
+        def open(path, workers):
+            assert path.is_file()
+            return Opened(tiny_run.run, workers)
+
+    monkeypatch.setitem(FORMS, "copied", registry.Entry("copied", "model.copied", lambda: Copied, (), ("keras",)))
+    assert "copied" in registry.parse(["all"])
+    (exported,) = export(tiny_run.run, ExportRequest(["copied"], tmp_path / "out"), Silent()).exports
+    assert [check.passed for check in exported.checks] == [True]
+    assert manifest.verify(tmp_path / "out").form == "copied"
+    for path in (tmp_path / "out", tmp_path / "out" / "model.copied"):
+        assert open_model(path, 1).classes == tiny_run.run.classes

@@ -13,6 +13,7 @@ import pytest
 from paths import ROOT
 from PIL import Image
 
+from finetune_cli.exports import registry
 from finetune_cli.exports.savedmodel import OpenedSavedModel
 from finetune_cli.inference.predictor import RunPredictor
 from finetune_cli.photos.decode import decode
@@ -91,7 +92,7 @@ def test_the_request_for_tensorflow_serving(place, expected):
 
 def test_the_first_command_writes_the_folders_that_the_page_names(place):
     formats = re.findall(r"--format (\w+)", SHELL[0])
-    assert sorted(path.name for path in (place / "models" / "scenes").iterdir()) == sorted(formats)
+    assert sorted(path.name for path in (place / "models" / "scenes").iterdir()) == sorted(registry.parse(formats))
     for path in re.findall(r'"(models/scenes/[\w./]+)"', PAGE):
         assert (place / path).exists(), path
 

@@ -68,7 +68,7 @@ def rows_of(folder, names="a.png bad.png c.png"):
 def test_answers_come_in_order(tmp_path, at_once):
     paths = list(rows_of(tmp_path, "a.png bad.png c.png d.png e.png f.png"))
     guess = Guess()
-    answers = list(predict(guess, paths, top_k=2, workers=1, at_once=at_once))
+    answers = list(predict(guess, paths, top_k=2, at_once=at_once))
     assert [answer.path for answer in answers] == list(map(str, paths))
     assert [answer.error is None for answer in answers] == [True, False, True, True, True, True]
     assert sum(guess.calls) == 5

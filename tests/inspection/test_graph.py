@@ -62,7 +62,7 @@ def test_resnet50(resnet: Any):
         "conv5_block1_1_conv",
         "avg_pool",
     ]
-    for key in ("parameters", "trained", "multiply_adds", "kept"):
+    for key in ("parameters", "trained", "multiply_adds", "activations"):
         assert sum(getattr(stage, key) for stage in graph.stages) == getattr(graph, key)
     assert sum(stage.nodes for stage in graph.stages) == len(graph.nodes)
     assert node(graph, "conv2_block1_0_conv") == Node(
@@ -108,8 +108,8 @@ def test_a_frozen_backbone_stops_the_gradient_at_the_head(resnet: Any):
     assert graph.parameters == resnet.count_params() + graph.trained
     assert node(graph, "logits").multiply_adds == 2048 * 3
     # The features, for the gradient of the kernel; the probabilities, for that of the loss.
-    assert graph.kept == (2048 + 3) * FLOAT
-    assert node(graph, "avg_pool").kept == 2048 * FLOAT
+    assert graph.activations == (2048 + 3) * FLOAT
+    assert node(graph, "avg_pool").activations == 2048 * FLOAT
 
 
 def test_a_finished_classifier(keras: Any):
@@ -135,9 +135,9 @@ def test_part_of_a_backbone_learns(keras: Any):
     graph = inspect(model, classes=2)
     assert set(graph.gradient_stops) == {"conv5_block1_0_conv", "conv5_block1_1_conv"}
     # The shortcut and the first convolution read the same map: it waits once.
-    assert node(graph, "conv4_block6_out").kept == 4 * 4 * 1024 * FLOAT
+    assert node(graph, "conv4_block6_out").activations == 4 * 4 * 1024 * FLOAT
     assert not node(graph, "conv4_block6_out").gradient
-    assert node(graph, "conv4_block6_add").kept == 0
+    assert node(graph, "conv4_block6_add").activations == 0
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def small(keras: Any) -> Any:
 
 def test_what_waits_for_the_backward_pass(small: Any):
     graph = inspect(small)
-    waiting = {item.name: item.kept // FLOAT for item in graph.nodes if item.kept}
+    waiting = {item.name: item.activations // FLOAT for item in graph.nodes if item.activations}
     assert waiting == {
         "pixels": 8 * 8 * 3,  # gradient of the convolution's kernel
         "conv": 8 * 8 * 4,  # of the scale of the normalisation
@@ -180,7 +180,7 @@ def test_memory(small: Any):
     assert graph.predict_bytes == 3 * large
     assert graph.memory_to_predict(10) == 10 * 3 * large + graph.parameters * FLOAT
     # Backward: all that waits; at the product the gradients of both factors and of itself.
-    assert graph.train_bytes == graph.kept + 3 * large
+    assert graph.train_bytes == graph.activations + 3 * large
     # Weights; and for each that learns its gradient and Adam's two moments.
     assert graph.memory_to_train(10) == 10 * graph.train_bytes + FLOAT * (graph.parameters + 3 * graph.trained)
     assert graph.memory_to_train(11) - graph.memory_to_train(10) == graph.train_bytes

@@ -3,7 +3,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune_cli.inspection.layers import anatomy, first_convolution, multiply_adds
+from finetune_cli.inspection.costs import multiply_adds
+from finetune_cli.inspection.layers import anatomy, first_convolution
 from finetune_cli.keras_setup import import_keras
 
 

@@ -133,9 +133,9 @@ def test_calibration_error_of_honest_and_of_boastful_probabilities():
     confidence = rng.uniform(0.5, 1, 200_000)
     p = np.stack([confidence, 1 - confidence], axis=1)
     honest = (rng.uniform(size=len(p)) > confidence).astype(int)
-    assert metrics.calibration_scores(p, honest).expected_calibration_error < 0.01
+    assert calibration.calibration_scores(p, honest).expected_calibration_error < 0.01
     coin = rng.integers(0, 2, len(p))
-    assert metrics.calibration_scores(p, coin).expected_calibration_error == pytest.approx(0.25, abs=0.01)
+    assert calibration.calibration_scores(p, coin).expected_calibration_error == pytest.approx(0.25, abs=0.01)
 
 
 def test_calibration_error_against_a_plain_loop():
@@ -146,11 +146,11 @@ def test_calibration_error_against_a_plain_loop():
         if inside:
             gap = np.mean([p[k].argmax() == y[k] for k in inside]) - np.mean([p[k].max() for k in inside])
             total += len(inside) * abs(gap)
-    assert metrics.calibration_scores(p, y).expected_calibration_error == pytest.approx(total / len(y))
+    assert calibration.calibration_scores(p, y).expected_calibration_error == pytest.approx(total / len(y))
 
 
 def test_reliability_bins_hold_every_photo_once_with_certainty_in_the_last():
-    scores = metrics.calibration_scores([[1.0, 0.0], [0.5, 0.5], [0.55, 0.45]], [0, 0, 1])
+    scores = calibration.calibration_scores([[1.0, 0.0], [0.5, 0.5], [0.55, 0.45]], [0, 0, 1])
     assert len(scores.reliability) == 15
     assert sum(b.photos for b in scores.reliability) == 3
     last = scores.reliability[-1]
@@ -159,7 +159,7 @@ def test_reliability_bins_hold_every_photo_once_with_certainty_in_the_last():
 
 
 def test_log_loss_is_finite_for_a_certain_mistake():
-    assert metrics.calibration_scores([[1.0, 0.0]], [1]).log_loss == pytest.approx(-math.log(1e-15))
+    assert calibration.calibration_scores([[1.0, 0.0]], [1]).log_loss == pytest.approx(-math.log(1e-15))
 
 
 def test_coverage_by_hand():
@@ -226,7 +226,7 @@ def test_the_interval_of_a_difference_covers_the_truth_about_95_times_in_100():
 
 
 def nll(logits, labels, temperature):
-    p = metrics.softmax(logits, temperature)
+    p = calibration.softmax(logits, temperature)
     return -np.log(p[np.arange(len(labels)), labels]).mean()
 
 
@@ -236,9 +236,9 @@ def test_the_temperature_that_made_the_labels_is_found(truth):
 
     rng = np.random.default_rng(3)
     logits = rng.normal(0, 3, (20_000, 4))
-    p = metrics.softmax(logits, truth)
+    p = calibration.softmax(logits, truth)
     labels = (p.cumsum(axis=1) > rng.uniform(size=(len(p), 1))).argmax(axis=1)
-    found = metrics.fit_temperature(logits, labels)
+    found = calibration.fit_temperature(logits, labels)
     best = minimize_scalar(
         lambda t: nll(logits, labels, t), bounds=(0.05, 20), method="bounded", options={"xatol": 1e-8}
     )
@@ -256,15 +256,15 @@ def test_the_temperature_minimises_what_is_documented():
         method="bounded",
         options={"xatol": 1e-10},
     )
-    assert metrics.fit_temperature(logits, y) == pytest.approx(1 / best.x, rel=1e-6)
+    assert calibration.fit_temperature(logits, y) == pytest.approx(1 / best.x, rel=1e-6)
 
 
 def test_a_weight_counts_like_copies_of_a_photo():
     _, y, logits = random_case(6, 40, 3)
     weights = np.arange(40) % 4
     copies = np.repeat(np.arange(40), weights)
-    assert metrics.fit_temperature(logits, y, weights) == pytest.approx(
-        metrics.fit_temperature(logits[copies], y[copies]), rel=1e-6
+    assert calibration.fit_temperature(logits, y, weights) == pytest.approx(
+        calibration.fit_temperature(logits[copies], y[copies]), rel=1e-6
     )
 
 
@@ -273,9 +273,9 @@ def test_a_weight_counts_like_copies_of_a_photo():
 def test_the_temperature_of_separated_classes_claims_no_more_than_the_photos_show(photos, scale):
     labels = np.arange(photos) % 2
     logits = scale * np.stack([1.0 - labels, labels], axis=1)
-    temperature = metrics.fit_temperature(logits, labels)
+    temperature = calibration.fit_temperature(logits, labels)
     assert 0.05 <= temperature <= 20
-    confidence = metrics.softmax(logits, temperature).max(axis=1).mean()
+    confidence = calibration.softmax(logits, temperature).max(axis=1).mean()
     if scale == 1.0 and photos > 1:
         assert 1 - 4 / photos < confidence < 1 - 0.2 / photos
     if scale >= 30:  # certain and right already: nothing to mend
@@ -284,23 +284,23 @@ def test_the_temperature_of_separated_classes_claims_no_more_than_the_photos_sho
 
 def test_the_temperature_is_bounded_when_the_logits_say_the_opposite():
     logits = np.array([[5.0, 0.0]] * 500)
-    assert metrics.fit_temperature(logits, np.ones(500, int)) == pytest.approx(20.0)
+    assert calibration.fit_temperature(logits, np.ones(500, int)) == pytest.approx(20.0)
 
 
 def test_no_label_changes_with_the_temperature():
     p, y, logits = random_case(7, 300, 5)
-    fitted = metrics.softmax(logits, metrics.fit_temperature(logits, y))
+    fitted = calibration.softmax(logits, calibration.fit_temperature(logits, y))
     assert np.array_equal(fitted.argmax(axis=1), p.argmax(axis=1))
 
 
 def test_cross_fitting_never_uses_a_photo_for_its_own_temperature():
     _, y, logits = random_case(8, 60, 3)
     groups = np.arange(60) // 2
-    before = metrics.cross_fitted(logits, y, groups)
+    before = calibration.cross_fitted(logits, y, groups)
     changed = y.copy()
     changed[[10, 11]] = (changed[[10, 11]] + 1) % 3  # one group
-    after = metrics.cross_fitted(logits, changed, groups, folds=30)
-    reference = metrics.cross_fitted(logits, y, groups, folds=30)
+    after = calibration.cross_fitted(logits, changed, groups, folds=30)
+    reference = calibration.cross_fitted(logits, y, groups, folds=30)
     # 30 folds of one group each: only the changed group keeps its temperature, the others were fitted on it.
     same = np.isclose(after, reference, atol=1e-12).all(axis=1)
     assert same[[10, 11]].all()
@@ -310,13 +310,13 @@ def test_cross_fitting_never_uses_a_photo_for_its_own_temperature():
 
 def test_cross_fitted_calibration_corrects_overconfidence():
     _, y, logits = random_case(9, 600, 4)
-    before, after = metrics.cross_fitted_calibration(3 * logits, y)
+    before, after = calibration.cross_fitted_calibration(3 * logits, y)
     assert after.log_loss < before.log_loss
     assert after.expected_calibration_error < before.expected_calibration_error / 2
 
 
 def test_cross_fitting_a_single_photo_leaves_it_alone():
-    assert np.allclose(metrics.cross_fitted([[2.0, 0.0]], [0]), metrics.softmax([[2.0, 0.0]]))
+    assert np.allclose(calibration.cross_fitted([[2.0, 0.0]], [0]), calibration.softmax([[2.0, 0.0]]))
 
 
 def test_json_keys_are_stable():
@@ -356,17 +356,17 @@ def test_blocks_change_no_bit(monkeypatch):
     groups = np.arange(200) // 2
 
     def everything(z):
-        p = metrics.softmax32(z, 1.3)
+        p = calibration.softmax32(z, 1.3)
         return (
-            metrics.fit_temperature(z, y),
+            calibration.fit_temperature(z, y),
             p.tobytes(),
-            metrics.calibration_scores(p, y),
-            metrics.cross_fitted_calibration(z, y, groups),
-            metrics.cross_fitted(z, y, groups).tobytes(),
+            calibration.calibration_scores(p, y),
+            calibration.cross_fitted_calibration(z, y, groups),
+            calibration.cross_fitted(z, y, groups).tobytes(),
         )
 
     whole = everything(logits), everything(logits.astype(np.float32))
-    assert whole[0][1] == metrics.softmax(logits, 1.3).astype(np.float32).tobytes()
+    assert whole[0][1] == calibration.softmax(logits, 1.3).astype(np.float32).tobytes()
     monkeypatch.setattr(calibration, "_BLOCK_NUMBERS", 7 * 13)  # 16 blocks, the last of 5 rows
     assert (everything(logits), everything(logits.astype(np.float32))) == whole
 
@@ -377,8 +377,8 @@ def test_all_rows_are_never_in_float64_at_once():
     rng = np.random.default_rng(0)
     z, y = rng.normal(size=(30_000, 500)).astype(np.float32), rng.integers(0, 500, 30_000)
     tracemalloc.start()
-    temperature = metrics.fit_temperature(z, y)
-    metrics.calibration_scores(z, y)
+    temperature = calibration.fit_temperature(z, y)
+    calibration.calibration_scores(z, y)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 0.05 <= temperature <= 20

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from finetune_cli.metrics.scores import calibration_scores, coverage_table
+from finetune_cli.metrics.calibration import calibration_scores
+from finetune_cli.metrics.scores import coverage_table
 from finetune_cli.report import charts
 from finetune_cli.report.charts import HEIGHT, WIDTH
 

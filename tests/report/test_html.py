@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jinja2
+import jinja2.meta
 import numpy as np
 import pytest
 import runs_fixture
@@ -22,13 +25,16 @@ from PIL import Image
 from runs_fixture import TinyRun
 
 from finetune_cli.evaluation import evaluate
-from finetune_cli.evaluation.judge import Answers, Judged, Photos
+from finetune_cli.evaluation.answers import Answers
+from finetune_cli.evaluation.judge import Judgement
+from finetune_cli.evaluation.photos import LabelledPhotos
 from finetune_cli.metrics import scores
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.scan import BadPhoto, Sample
 from finetune_cli.progress import Silent
 from finetune_cli.report import html as report
 from finetune_cli.report import thumbnails
+from finetune_cli.report.page import Page, Refits
 from finetune_cli.report.refits import LearningCurve
 from finetune_cli.runs import run as run_files
 from finetune_cli.runs.manifest import seal
@@ -41,7 +47,7 @@ SECTIONS = {"photos", "training", "confusion", "classes", "mistakes", "unsure", 
 
 
 def written(run: Run, **options: Any) -> Path:
-    result = evaluate.evaluate(run, Silent(), **options)
+    result = evaluate.evaluate(run, Silent(), evaluate.EvaluationRequest(**options))
     return report.report(result.judged, result.folder, Silent())
 
 
@@ -90,7 +96,7 @@ def test_every_section_is_there(tags):
     for text in (
         "95 % interval",
         "Did augmentation help?",
-        "Which limit to take",
+        "Which threshold to choose",
         "Resolved config",
         "numpy",
         "views: 2",
@@ -141,7 +147,7 @@ def noise(seed: int, height: int, width: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="session")
-def thousand(tmp_path_factory) -> Judged:
+def thousand(tmp_path_factory) -> Judgement:
     """1,000 classes and 5,000 confused pairs, photos of noise, and the longest names, all to be escaped."""
     folder = tmp_path_factory.mktemp("thousand")
     digests = []
@@ -171,9 +177,9 @@ def thousand(tmp_path_factory) -> Judged:
     names = ["split.csv", "history.csv", "config.yaml", "environment.json"]
     manifest = replace(EXAMPLE, classes=classes, image=ImageSettings(64), temperature=1.0, metrics={})
     bad = tuple(BadPhoto(folder / "x", "&" * 3000, "&" * 3000) for _ in range(300))
-    return Judged(
+    return Judgement(
         run_files.finish(home, manifest, names),
-        Photos("data", "photos of a folder", samples, bad),
+        LabelledPhotos("data", "photos of a folder", samples, bad),
         Answers(samples, probabilities, np.zeros((0, 4), np.float32), 1, ()),
         scores.evaluate(probabilities, labels, classes),
         None,
@@ -190,19 +196,21 @@ def thousand_pages(thousand, tmp_path_factory) -> tuple[Path, Path]:
         recall = np.random.default_rng(1).random((4, 1000))
         every = np.full(1000, 5)
         curve = LearningCurve((1, 2, 3, 4), recall.mean(axis=1), recall, every, recall[3] - recall[1], recall[0])
-        return {
-            "training_problem": "", "suspects": [figure] * report._MOST_SUSPECTS, "suspect_count": 900,
-            "views": "&" * 1000, "curve": report._curve(curve, run), "photos_used": (1, 2), "refits_problem": "",
-        }  # fmt: skip
+        return Refits(
+            suspects=(figure,) * report._MOST_SUSPECTS,
+            suspect_count=900,
+            augmentation="&" * 1000,
+            curve=report._curve(curve, SimpleNamespace(labels=[0], photos=2), run),
+        )
 
     wide = thumbnails.jpeg(noise(0, thumbnails.LARGE, 2 * thumbnails.LARGE + 4))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "_from_training", from_training)
+        patch.setattr(report, "_refits", from_training)
         patch.setattr(report, "InsightfulPredictor", lambda *_args: None)
         patch.setattr(thumbnails, "contrasts", lambda _predictor, chosen, *_rest: [wide] * len(chosen))
         full = report.report(thousand, tmp_path_factory.mktemp("full"), Silent())
         patch.setattr(report, "LIMIT", full.stat().st_size - 2_900_000)
-        patch.setattr(report.figures, "write_figures", lambda *_args: None)
+        patch.setattr(report.figures, "write_figures", lambda *_args, **_options: None)
         return full, report.report(thousand, tmp_path_factory.mktemp("less"), Silent())
 
 
@@ -229,6 +237,26 @@ def test_no_report_exceeds_five_million_bytes_and_what_is_left_out_is_said(thous
         "more characters, in config.yaml",
     ):
         assert text in found.text, text
+
+
+def test_the_template_reads_all_values_of_the_page_and_no_others():
+    text = (resources.files("finetune_cli.report") / "templates" / "report.html.j2").read_text("utf-8")
+    environment = jinja2.Environment()
+    environment.filters |= {"percent": str, "brief": str}
+    template = environment.parse(text)
+    read = {
+        node.attr
+        for node in template.find_all(jinja2.nodes.Getattr)
+        if isinstance(node.node, jinja2.nodes.Name) and node.node.name == "page"
+    }
+    assert read == {value.name for value in fields(Page)}
+    assert jinja2.meta.find_undeclared_variables(template) == {"page", "style", "style_digest", "version"}
+
+
+def test_a_value_that_does_not_exist_is_an_error(tiny_run, monkeypatch):
+    monkeypatch.setattr(report, "_origin", lambda _run: SimpleNamespace(config="", config_more=0))
+    with pytest.raises(jinja2.UndefinedError, match="environment"):
+        written(tiny_run.run)
 
 
 def test_less_room_means_fewer_photos(thousand_pages):
@@ -278,7 +306,7 @@ def copy(tiny_run, tmp_path) -> TinyRun:
 def test_without_the_training_photos_names_must_do(copy):
     shutil.rmtree(copy.photos / "train")
     text = Tags(written(copy.run).read_text("utf-8")).text
-    assert "the photo is not where it was" in text
+    assert "the photo was moved or has changed" in text
     assert copy.wrong in text
 
 
@@ -291,7 +319,7 @@ def test_moved_training_photos_are_found_by_content(copy):
     labels = text[text.index("Suspected wrong labels") : text.index("Would more photos help?")]
     assert copy.wrong in labels
     assert labels.count('<img src="data:image/jpeg') == labels.count("<figure>") > 0
-    assert "the photo is not where it was" not in text
+    assert "the photo was moved or has changed" not in text
 
 
 def test_without_the_cache_it_says_so(copy, monkeypatch):
@@ -308,14 +336,14 @@ def test_without_a_feature_map_there_are_no_heat_maps(copy):
     (copy.run.folder / "run.json").write_text(json.dumps(seal(manifest)))
     text = Tags(written(Run.load(copy.run.folder)).read_text("utf-8")).text
     assert "no exact heat map" in text
-    assert "Red places" not in text
+    assert "Red areas" not in text
 
 
 def test_photos_that_vanish_between_judging_and_drawing(copy):
     result = evaluate.evaluate(copy.run, Silent())
     shutil.rmtree(copy.photos / "test" / "bee")
     text = Tags(report.report(result.judged, result.folder, Silent()).read_text("utf-8")).text
-    assert "the photo is not where it was" in text
+    assert "the photo was moved or has changed" in text
 
 
 def test_photos_left_out_are_listed(copy):

@@ -1,20 +1,23 @@
 """The confusion matrix of the report: which photos are shown, within which budget, and for how many classes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from manifest_example import EXAMPLE
 
-from finetune_cli.evaluation.judge import Answers, Judged, Photos
+from finetune_cli.evaluation.answers import Answers
+from finetune_cli.evaluation.judge import Judgement
+from finetune_cli.evaluation.photos import LabelledPhotos
 from finetune_cli.metrics.scores import evaluate
+from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.scan import Sample
 from finetune_cli.report import matrix, thumbnails
 from finetune_cli.runs.run import Run
 
-IMAGE = {"size": 64, "resize": "crop", "max_pixels": 10_000}
 
-
-def judged(labels, predicted, confidence, n_classes=3) -> Judged:
+def judged(labels, predicted, confidence, n_classes=3) -> Judgement:
     """Photos that do not exist, with the given answers."""
     probabilities = np.full((len(labels), n_classes), 0.0)
     probabilities += ((1 - np.asarray(confidence)) / (n_classes - 1))[:, None]
@@ -22,11 +25,13 @@ def judged(labels, predicted, confidence, n_classes=3) -> Judged:
     samples = tuple(Sample(Path(f"/nowhere/{i}.jpg"), f"{i}.jpg", int(y), "00") for i, y in enumerate(labels))
     answers = Answers(samples, probabilities.astype(np.float32), np.zeros((len(labels), 2), np.float32), 1, ())
     classes = [f"class {i}" for i in range(n_classes)]
-    run = Run(Path("/nowhere"), {"classes": classes, "image": IMAGE})
-    return Judged(run, Photos("test", "photos", samples), answers, evaluate(probabilities, labels, classes), None)
+    run = Run(Path("/nowhere"), replace(EXAMPLE, classes=tuple(classes), image=ImageSettings(64)))
+    return Judgement(
+        run, LabelledPhotos("test", "photos", samples), answers, evaluate(probabilities, labels, classes), None
+    )
 
 
-def made(found: Judged, size=1000) -> dict[int, str | None]:
+def made(found: Judgement, size=1000) -> dict[int, str | None]:
     """A picture of `size` bytes for each photo worth showing."""
     return dict.fromkeys(matrix.worth_showing(found.answers, len(found.run.classes)), "x" * size)
 

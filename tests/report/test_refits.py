@@ -10,8 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from finetune_cli.config.load import load_config
 from finetune_cli.errors import DataError
 from finetune_cli.keras_setup import import_keras
+from finetune_cli.metrics.calibration import softmax
 from finetune_cli.metrics.folds import group_folds
-from finetune_cli.metrics.scores import softmax
 from finetune_cli.photos.decode import decode
 from finetune_cli.report import refit_data, refits
 from finetune_cli.report.refit_data import Material

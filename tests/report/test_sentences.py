@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 from manifest_example import EXAMPLE
 
-from finetune_cli.evaluation.judge import Answers, Judged, Photos
+from finetune_cli.evaluation.answers import Answers
+from finetune_cli.evaluation.judge import Judgement
+from finetune_cli.evaluation.photos import LabelledPhotos
 from finetune_cli.metrics.scores import Proportion, compare, evaluate
 from finetune_cli.report import sentences
 from finetune_cli.report.refits import LearningCurve, ViewsEffect
@@ -15,12 +17,12 @@ from finetune_cli.runs.run import Run
 CLASSES = ("ants", "bees")
 
 
-def judged(labels, predicted, part="test") -> Judged:
+def judged(labels, predicted, part="test") -> Judgement:
     probabilities = np.where(np.eye(2)[predicted] == 1, 0.9, 0.1)
     answers = Answers((), probabilities.astype(np.float32), np.zeros((0, 1), np.float32), 1, ())
     run = Run(Path("runs/pets-1"), replace(EXAMPLE, classes=CLASSES))
-    return Judged(
-        run, Photos(part, "test photos of the run", ()), answers, evaluate(probabilities, labels, CLASSES), None
+    return Judgement(
+        run, LabelledPhotos(part, "test photos of the run", ()), answers, evaluate(probabilities, labels, CLASSES), None
     )
 
 
@@ -28,21 +30,23 @@ def test_a_good_run():
     labels = [0] * 40 + [1] * 60
     predicted = [0] * 36 + [1] * 4 + [1] * 60
     text = " ".join(sentences.verdict(judged(labels, predicted)))
-    assert text.startswith("pets-1 is right on 96.0% of 100 test photos of the run (95 % interval 90.2% to 98.4%)")
-    assert "always answering “bees” would be right on 60.0%" in text
-    assert "weakest on “ants”, where it recognises 36 of 40; 4 of them are taken for “bees”" in text
+    assert text.startswith(
+        "pets-1 has an accuracy of 96.0% on 100 test photos of the run (95 % interval 90.2% to 98.4%)"
+    )
+    assert "the majority-class baseline, always “bees”, has 60.0%" in text
+    assert "weakest on “ants”, with 36 of 40 correct; 4 are predicted as “bees”" in text
     assert "no better" not in text
     assert "Validation photos" not in text
 
 
 def test_no_better_than_always_the_same():
     text = " ".join(sentences.verdict(judged([0] * 10 + [1] * 12, [0] * 6 + [1] * 4 + [1] * 8 + [0] * 4, "val")))
-    assert "may be no better than always answering the same" in text
+    assert "may be no better than the majority-class baseline" in text
     assert "Validation photos take part" in text
 
 
 def test_all_right():
-    assert "Every photo is recognised." in sentences.verdict(judged([0, 1], [0, 1]))
+    assert "Every photo is classified correctly." in sentences.verdict(judged([0, 1], [0, 1]))
 
 
 def test_comparisons():
@@ -50,12 +54,12 @@ def test_comparisons():
     first, second = labels.copy(), labels.copy()
     first[:20] = 1
     better = sentences.comparison("a", "b", compare(labels, first, second))
-    assert "b is right on 20.0 points more of these photos than a" in better
-    assert "more than chance" in better
+    assert "the accuracy of b is 20.0 points higher than that of a" in better
+    assert "a significant difference" in better
     second[50:68] = 1
     even = sentences.comparison("a", "b", compare(labels, first, second))
-    assert "no larger than chance" in even
-    assert "as often" in sentences.comparison("a", "b", compare(labels, first, first))
+    assert "may be chance" in even
+    assert "the same as that of a" in sentences.comparison("a", "b", compare(labels, first, first))
 
 
 def test_augmentation():

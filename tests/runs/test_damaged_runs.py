@@ -78,7 +78,7 @@ def judge(folder: Path, output: Path) -> object:
 
 def write_openvino(folder: Path, output: Path) -> object:
     """`export`: the weights that it writes."""
-    export.export(Run.load(folder), export.Request(names=["openvino"], output=output), Silent())
+    export.export(Run.load(folder), export.ExportRequest(names=["openvino"], output=output), Silent())
     return next(output.rglob("*.bin")).read_bytes()
 
 

@@ -25,7 +25,8 @@ from finetune_cli.head import lbfgs
 from finetune_cli.head.data import HeadData
 from finetune_cli.inference import runtimes
 from finetune_cli.keras_setup import import_keras
-from finetune_cli.metrics.scores import evaluate, softmax
+from finetune_cli.metrics.calibration import softmax
+from finetune_cli.metrics.scores import evaluate
 from finetune_cli.photos.decode import ImageSettings, decode
 from finetune_cli.photos.scan import Sample
 from finetune_cli.runs import environment, run

@@ -22,7 +22,7 @@ from finetune_cli.text import counted, listed, shown
 if TYPE_CHECKING:
     from finetune_cli.cli.console import Console
     from finetune_cli.evaluation.evaluate import Result
-    from finetune_cli.evaluation.judge import Judged
+    from finetune_cli.evaluation.judge import Judgement
     from finetune_cli.metrics.scores import Evaluation
 
 _MATRIX_CLASSES = 12  # of the largest confusion matrix that is shown
@@ -71,8 +71,8 @@ def evaluate(
         from finetune_cli.report import html
 
         write_report = functools.partial(html.report, observer=console)
-    target = evaluation.Target(name, output)
-    result = evaluation.evaluate(loaded, console, data, root, target, other, write_report)
+    request, target = evaluation.EvaluationRequest(data, root, other), evaluation.Target(name, output)
+    result = evaluation.evaluate(loaded, console, request, target, write_report)
     if format == ResultFormat.json:
         console.print(json.dumps(result.to_json(), indent=2))
     else:
@@ -115,7 +115,7 @@ def print_result(console: "Console", result: "Result") -> None:
     console.print(f"wrote {report if report.exists() else result.folder}")
 
 
-def _scores(console: "Console", judged: "Judged") -> None:
+def _scores(console: "Console", judged: "Judgement") -> None:
     evaluation, calibration = judged.evaluation, judged.calibration
     shares = [("accuracy", evaluation.accuracy)]
     shares += [(f"top-{k} accuracy", share) for k, share in evaluation.top_k.items()]
@@ -176,7 +176,7 @@ def _confusion(console: "Console", evaluation: "Evaluation") -> None:
         console.print(f"... and {len(pairs) - len(most)} more pairs; all photos are in predictions.csv")
 
 
-def _compared(console: "Console", judged: "Judged") -> None:
+def _compared(console: "Console", judged: "Judgement") -> None:
     compared = judged.compared
     assert compared is not None
     first, second, comparison = judged.run.name, compared.run.name, compared.comparison

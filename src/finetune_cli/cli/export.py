@@ -49,16 +49,15 @@ def export(
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Export a run for other programs, after checking on validation photos that the predictions agree."""
-    from finetune_cli.exports.export import Request
+    from finetune_cli.exports.export import ExportRequest
     from finetune_cli.exports.export import export as export_run
 
     console = new_console(quiet)
-    request = Request(
+    request = ExportRequest(
         names=registry.parse(format or [DEFAULT_FORMAT]),
         output=output,
         version=version,
-        quantize=quantize,
-        precision=precision,
+        options={"quantize": quantize, "precision": precision},
         root=root,
         force=force,
     )

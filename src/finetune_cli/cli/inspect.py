@@ -97,7 +97,7 @@ def _print_graph(
     frozen = graph.parameters - graph.trained
     console.print(f"parameters: {graph.parameters:,} ({graph.trained:,} trainable, {frozen:,} frozen)")
     console.print(f"multiply-adds per photo: {_count(graph.multiply_adds)}")
-    console.print(f"activations kept for the backward pass, per photo: {_bytes(graph.kept)}")
+    console.print(f"activations for the backward pass, per photo: {_bytes(graph.activations)}")
     if graph.gradient_stops:
         console.print(f"the gradient stops at: {', '.join(map(shown, graph.gradient_stops))}")
     predict, train = graph.memory_to_predict(batch), graph.memory_to_train(batch)
@@ -128,7 +128,7 @@ def _leaf(name: str) -> str:
 def _figures(part: "Node | Stage") -> tuple[str, str, str, str, str]:
     gradient = "trainable" if part.trained else "passes" if part.gradient else "stops"
     shape = " x ".join(map(str, part.output))
-    return shape, _count(part.parameters), _count(part.multiply_adds), _bytes(part.kept), gradient
+    return shape, _count(part.parameters), _count(part.multiply_adds), _bytes(part.activations), gradient
 
 
 def _count(number: int) -> str:

@@ -20,9 +20,9 @@ from finetune_cli.text import counted, shown
 
 if TYPE_CHECKING:
     from finetune_cli.cli.console import Console
-    from finetune_cli.inference.predict import Prediction, Predictor
+    from finetune_cli.inference.predict import PredictionRow, Predictor
 
-Write = Callable[["Prediction"], None]
+Write = Callable[["PredictionRow"], None]
 Writer = Callable[[IO[Any], int], contextlib.AbstractContextManager[Write]]
 _ROW_GROUP = 10_000  # rows of a Parquet file that are held in memory
 
@@ -171,7 +171,7 @@ def _names(stream: BinaryIO) -> Iterator[bytes]:
     yield rest if separator == b"\0" else rest.removesuffix(b"\r")
 
 
-def write_predictions(rows: "Iterable[Prediction]", form: str, output: Path | None, top_k: int) -> tuple[int, int]:
+def write_predictions(rows: "Iterable[PredictionRow]", form: str, output: Path | None, top_k: int) -> tuple[int, int]:
     """Write `rows` as they come; returns how many rows there were, and how many of them are errors.
 
     `output` is written completely or not at all; standard output is flushed after every row, for programs that wait
@@ -209,7 +209,7 @@ def _opened(output: Path | None, form: str) -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def _table(file: IO[str], _top_k: int) -> Iterator[Write]:
-    def write(row: "Prediction") -> None:
+    def write(row: "PredictionRow") -> None:
         if row.error is not None:
             file.write(f"{shown(row.path)}: error: {shown(row.error)}\n")
             return
@@ -227,7 +227,7 @@ def _csv(file: IO[str], top_k: int) -> Iterator[Write]:
     writer = TableWriter(file)
     writer.row(_columns(top_k))
 
-    def write(row: "Prediction") -> None:
+    def write(row: "PredictionRow") -> None:
         writer.row(
             "" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else cell for cell in _cells(row, top_k)
         )
@@ -244,7 +244,7 @@ def _json_lines(file: IO[str], _top_k: int) -> Iterator[Write]:
 def _json(file: IO[str], _top_k: int) -> Iterator[Write]:
     before = "[\n"
 
-    def write(row: "Prediction") -> None:
+    def write(row: "PredictionRow") -> None:
         nonlocal before
         file.write(before + json.dumps(row.to_json()))
         before = ",\n"
@@ -266,7 +266,7 @@ def _parquet(file: IO[bytes], top_k: int) -> Iterator[Write]:
             writer.write_table(arrow.Table.from_pylist(rows, schema))
             rows.clear()
 
-        def write(row: "Prediction") -> None:
+        def write(row: "PredictionRow") -> None:
             rows.append({name: _utf8(cell) for name, cell in zip(names, _cells(row, top_k), strict=True)})
             if len(rows) == _ROW_GROUP:
                 flush()
@@ -291,7 +291,7 @@ def _columns(top_k: int) -> list[str]:
     return ["path", "label", "probability", *others, "error"]
 
 
-def _cells(row: "Prediction", top_k: int) -> list[str | float | None]:
+def _cells(row: "PredictionRow", top_k: int) -> list[str | float | None]:
     """What belongs in the columns; the second class and those after it are there even when the first is `unsure`."""
     others = [cell for pair in row.top[1:] for cell in pair]
     return [row.path, row.label, row.probability, *others, *[None] * (2 * (top_k - 1) - len(others)), row.error]

@@ -8,15 +8,17 @@ import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from finetune_cli import files
 from finetune_cli.cache.digests import DigestCache
 from finetune_cli.errors import GateError, StorageError, UsageError
-from finetune_cli.evaluation import judge as judged
-from finetune_cli.evaluation.judge import Calibration, Compared, Judged, Photos
+from finetune_cli.evaluation import compare, judge
+from finetune_cli.evaluation.compare import Compared
+from finetune_cli.evaluation.judge import Calibration, Judgement
+from finetune_cli.evaluation.photos import LabelledPhotos, photos_of_run
 from finetune_cli.parallel import cores
 from finetune_cli.photos import dataset
 from finetune_cli.progress import Observer, ignore_progress
@@ -27,14 +29,15 @@ from finetune_cli.training import outputs
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
-Report = Callable[[Judged, Path], object]
+# Writes a report of the judgement into the folder.
+ReportWriter = Callable[[Judgement, Path], object]
 
 
 @dataclass(frozen=True)
 class Result:
-    """What was found out, and the folder that holds it."""
+    """The results of an evaluation, and the folder that holds its files."""
 
-    judged: Judged
+    judged: Judgement
     folder: Path
 
     def to_json(self) -> dict[str, Any]:
@@ -49,6 +52,18 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
+class EvaluationRequest:
+    """What to evaluate on. data: labelled photos; by default the run's own test photos, else its validation photos.
+
+    root: where the run's own photos are now, if they were moved. other: a second run to compare with.
+    """
+
+    data: Path | None = None
+    root: Path | None = None
+    other: Run | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """Where an evaluation goes: `output`, or the folder `name` under the run's `evaluations/`, or a numbered one."""
 
@@ -59,53 +74,53 @@ class Target:
 def evaluate(
     run: Run,
     observer: Observer,
-    data: Path | None = None,
-    root: Path | None = None,
+    request: EvaluationRequest = EvaluationRequest(),
     target: Target = Target(),
-    other: Run | None = None,
-    report: Report | None = None,
+    write_report: ReportWriter | None = None,
 ) -> Result:
-    """`judge`, and write what was found.
+    """`judge_photos`, and write the results.
 
-    Writes metrics.json, per_class.csv and predictions.csv to `target`, flipped.csv when the run is compared with an
-    `other`, and what `report` writes into the folder that it is given: all of these, or nothing. Raises `UsageError`
-    for a target that is taken, `StorageError` when nothing can be written there, and what `judge` raises.
+    Writes metrics.json, per_class.csv and predictions.csv to `target`, flipped.csv when the run is compared with
+    another, and what `write_report` writes into the folder that it is given: all of these, or nothing. Raises
+    `UsageError` for a target that exists already, `StorageError` when nothing can be written there, and what
+    `judge_photos` raises.
     """
     _check_target(run, target)
-    found = judge(run, observer, data, root, other)
-    return Result(found, _write(found, target, found.photos.part if data is None else data.stem, report))
+    found = judge_photos(run, observer, request)
+    stem = found.photos.part if request.data is None else request.data.stem
+    return Result(found, _write(found, target, stem, write_report))
 
 
-def judge(
-    run: Run, observer: Observer, data: Path | None = None, root: Path | None = None, other: Run | None = None
-) -> Judged:
-    """Judge `run` by the labelled photos in `data`, else by its own test or validation photos (moved to `root`).
+def judge_photos(run: Run, observer: Observer, request: EvaluationRequest = EvaluationRequest()) -> Judgement:
+    """Judge `run` by the photos that `request` names. Writes nothing.
 
-    Writes nothing. Photos that cannot be used are left out and listed in the result. Raises `DataError` when there is
-    nothing to judge.
+    Photos that cannot be used are left out and listed in the result. Raises `DataError` when there is nothing to
+    judge, `UsageError` when `request` does not fit together.
     """
-    workers = cores()
-    photos = _photos(run, data, root, workers, observer)
+    workers, other = cores(), request.other
+    photos = _photos(run, request, workers, observer)
     if other is not None:
-        judged.check_comparable(run, other, photos.samples)
+        compare.check_comparable(run, other, photos.samples)
     observer.note(f"evaluating on {len(photos.samples)} {photos.source}")
     for note in photos.notes:
         observer.note(note)
     with observer.stage("evaluating", len(photos.samples)) as advance:
-        found = judged.judge(run, photos, workers, advance)
+        found = judge.judge(run, photos, workers, advance)
+    _warn_of_seen(run, found.seen, observer)
     if other is not None:
         with observer.stage(f"evaluating {other.name}", len(found.answers.samples)) as advance:
-            found = judged.compare(found, other, workers, advance)
-    seen = [(run, found.seen)]
-    if other is not None:
-        seen.append((other, judged.seen_in_training(other, found.answers.samples)))
-    for one, count in seen:
-        if count:
-            observer.warn(f"{one.name} was trained on {count} of these photos: its result is too good")
+            compared = compare.compare(run, found.answers, other, workers, advance)
+        found = replace(found, compared=compared)
+        _warn_of_seen(other, judge.seen_in_training(other, found.answers.samples), observer)
     if found.calibration is not None and found.calibration.left_out:
         left_out = found.calibration.left_out
         observer.note(f"calibration leaves out {left_out} of these photos, on which the temperature was fitted")
     return found
+
+
+def _warn_of_seen(run: Run, seen: int, observer: Observer) -> None:
+    if seen:
+        observer.warn(f"{run.name} was trained on {seen} of these photos: its result is too good")
 
 
 def gate(result: Result, least: float) -> None:
@@ -117,16 +132,22 @@ def gate(result: Result, least: float) -> None:
         )
 
 
-def _photos(run: Run, data: Path | None, root: Path | None, workers: int, observer: Observer) -> Photos:
+def _photos(run: Run, request: EvaluationRequest, workers: int, observer: Observer) -> LabelledPhotos:
+    data, root = request.data, request.root
     if data is not None and root is not None:
         raise UsageError(
             "DATA and --data exclude each other", "DATA: other labelled photos; --data: where the run's own photos are"
         )
-    if data is None and root is None:
-        return judged.photos_of_run(run, None, workers, ignore_progress)
-    if data is None:
-        with observer.stage("looking for the photos", None, "files") as advance:
-            return judged.photos_of_run(run, root, workers, advance)
+    if data is not None:
+        return _labelled(run, data, observer)
+    if root is None:
+        return photos_of_run(run, None, workers, ignore_progress)
+    with observer.stage("looking for the photos", None, "files") as advance:
+        return photos_of_run(run, root, workers, advance)
+
+
+def _labelled(run: Run, data: Path, observer: Observer) -> LabelledPhotos:
+    """The photos of `data`, with labels that are classes of `run`."""
     with observer.stage("preflight", None) as advance, DigestCache(None) as cache:
         labelled = dataset.load_labelled(data, run.classes, run.image_settings.max_pixels, cache, advance)
     present = {sample.label for sample in labelled.samples}
@@ -134,11 +155,11 @@ def _photos(run: Run, data: Path | None, root: Path | None, workers: int, observ
     if len(present) < len(run.classes):
         names = ", ".join(run.classes[i] for i in sorted(present))
         notes = (*notes, f"they show {len(present)} of the {len(run.classes)} classes: {names}")
-    return Photos("data", f"photos of {data}", labelled.samples, labelled.bad, notes)
+    return LabelledPhotos("data", f"photos of {data}", labelled.samples, labelled.bad, notes)
 
 
 def _check_target(run: Run, target: Target) -> None:
-    """Find out before the work whether the evaluation can be written. Raises `UsageError` or `StorageError`."""
+    """Check before the work that the evaluation can be written. Raises `UsageError` or `StorageError`."""
     if target.output is not None:
         _check_output(target)
         return
@@ -175,11 +196,11 @@ def _check_output(target: Target) -> None:
     files.check_writable(output.absolute().parent)
 
 
-def _write(found: Judged, target: Target, stem: str, report: Report | None = None) -> Path:
+def _write(found: Judgement, target: Target, stem: str, write_report: ReportWriter | None = None) -> Path:
     """Write the evaluation to `target`, by default to `stem` with the next free number, and return its folder.
 
-    What takes a name is the finished folder, moved there; another evaluation may be faster, then the next number is
-    tried.
+    The folder is finished under a temporary name and then moved. If another evaluation has taken the number by then,
+    the next one is tried.
     """
     if target.output is not None:
         try:
@@ -187,7 +208,7 @@ def _write(found: Judged, target: Target, stem: str, report: Report | None = Non
                 target.output.rmdir()  # it was empty: the finished folder is moved there
         except OSError as exc:
             raise files.storage_error(exc, target.output) from exc
-        _write_files(target.output, found, report)
+        _write_files(target.output, found, write_report)
         return target.output
     stem = re.sub(r"[^\w.-]+", "-", stem)[:50].strip("-.") or "data"
     numbers = itertools.count(1)
@@ -196,17 +217,17 @@ def _write(found: Judged, target: Target, stem: str, report: Report | None = Non
         if target.name is None and os.path.lexists(folder):
             continue
         try:
-            _write_files(folder, found, report)
+            _write_files(folder, found, write_report)
             return folder
         except StorageError:
             if target.name is not None or not os.path.lexists(folder):
                 raise
 
 
-def _write_files(folder: Path, found: Judged, report: Report | None) -> None:
+def _write_files(folder: Path, found: Judgement, write_report: ReportWriter | None) -> None:
     """Write all files of the evaluation as the new folder `folder`, or none. Raises `StorageError`."""
     answers, part = found.answers, found.photos.part
-    # A person chooses a folder of any name for --output; in a run, nothing may be a link.
+    # --output may be any folder that a person chooses; inside a run, nothing may be a link.
     root = found.run.folder if folder.is_relative_to(found.run.folder) else None
     with files.atomic_folder(folder, root=root) as temporary:
         try:
@@ -216,15 +237,17 @@ def _write_files(folder: Path, found: Judged, report: Report | None) -> None:
             if found.compared is not None:
                 header = ("path", "true", "first", "second")
                 write_csv(temporary / "flipped.csv", header, flipped(found, found.compared))
-            if report is not None:
-                report(found, temporary)
+            if write_report is not None:
+                write_report(found, temporary)
         except StorageError as exc:
-            exc.problem = exc.problem.replace(str(temporary), str(folder))  # nobody knows the other name
+            exc.problem = exc.problem.replace(
+                str(temporary), str(folder)
+            )  # the temporary name would mean nothing to the person
             raise
 
 
-def metrics_json(found: Judged) -> dict[str, Any]:
-    """What metrics.json says of the photos: the keys of `Evaluation.to_json`, and more."""
+def metrics_json(found: Judgement) -> dict[str, Any]:
+    """The content of metrics.json for the photos: the keys of `Evaluation.to_json`, and more."""
     return {
         **found.evaluation.to_json(),
         "run": found.run.name,
@@ -257,8 +280,8 @@ def _calibration(calibration: Calibration | None) -> dict[str, Any] | None:
     }
 
 
-def flipped(found: Judged, compared: Compared) -> Sequence[tuple[str, str, str, str]]:
-    """The photos that one run has right and the other has not: name, true class, first run's, second run's answer."""
+def flipped(found: Judgement, compared: Compared) -> Sequence[tuple[str, str, str, str]]:
+    """The photos that only one of the runs classifies correctly: name, true class, first and second run's answer."""
     rows = []
     for row, *answers in zip(compared.rows, compared.first, compared.second, strict=True):
         sample = found.answers.samples[row]

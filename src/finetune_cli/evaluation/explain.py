@@ -23,7 +23,7 @@ _SHOWN_SIZE = 448
 class Evidence:
     """Why a class has its logit: ``supporting + opposing + bias = logit``, before the temperature.
 
-    supporting and opposing: the positive and the negative places of the class's map, as parts of its mean.
+    supporting and opposing: means of the class's map with its negative, or its positive, values as zero.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Explanation:
 
 
 def explain(run: Run, path: Path, class_name: str | None, output: Path) -> Explanation:
-    """Explain what `run` says about the photo `path`, and draw the map of `class_name` (default: its answer).
+    """Explain what `run` predicts for the photo `path`, and draw the map of `class_name` (default: the predicted one).
 
     Writes a PNG to `output`: the photo as the model sees it, and beside it the map over the photo. Raises `UsageError`
     for a class that the run does not have, `BadImage`, and `RunError` for a run whose backbone has no map.

@@ -1,1 +1,1 @@
-"""A run in other formats, one module a format, each proven before it is in place."""
+"""A run in other formats, one module per format, each compared with the run before it is moved into place."""

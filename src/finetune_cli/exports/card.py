@@ -1,4 +1,4 @@
-"""What travels with every exported model: the names of its outputs, in their order, and how photos are prepared.
+"""The card of every exported model: the names of its outputs, in their order, and how photos are prepared.
 
 `classes.json` in each export is this card; ONNX, OpenVINO and LiteRT files hold a second copy inside, under `KEY`.
 """
@@ -18,7 +18,7 @@ from finetune_cli.photos.decode import ImageSettings
 FILE = "classes.json"
 KEY = "finetune"
 FORMAT = 1
-# What to do about a file that is no export.
+# The remedy for a file that is not an export.
 EXPORT_IT = "name the folder or the file that `finetune export` wrote"
 
 _RESIZING = {

@@ -1,24 +1,24 @@
-"""`export`: a finished run in the forms that other programs run, each proven before it is in place.
+"""`export`: a finished run in the forms that other programs run, each proven to give the run's answers.
 
-All forms of one call are built beside their targets and compared with the run. Only if every one of them keeps its
-limits are they moved into place; otherwise nothing has changed. Forms whose packages are not installed are left out
-and named.
+All forms of one call are built beside their targets and compared with the run. They are moved into place only if all of
+them stay within their limits; otherwise nothing changes. Forms whose packages are not installed are left out and named.
 """
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from finetune_cli import files, signals
 from finetune_cli.errors import FinetuneError, GateError, UsageError
-from finetune_cli.exports import forms, manifest, parity, place, registry
+from finetune_cli.exports import manifest, parity, place, registry
 from finetune_cli.exports.forms import Form, Source
 from finetune_cli.exports.parity import Check, Replay
 from finetune_cli.exports.registry import FORMS, Entry
 from finetune_cli.parallel import cores
 from finetune_cli.progress import Observer
 from finetune_cli.runs.run import Run
+from finetune_cli.text import first_line
 from finetune_cli.training.outputs import PARITY_LIMIT
 
 PARITY = "parity.json"
@@ -28,18 +28,18 @@ _EXTRA_BYTES = 20_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What is asked for; `names` as `registry.parse` takes them.
+class ExportRequest:
+    """Which forms to write, and where. names: as `registry.parse` takes them.
 
-    None: the next free `version` (savedmodel), and the default of `quantize` (litert) and `precision` (openvino).
-    `root`: where the run's photos are now, if they were moved; `force` replaces an export at `output`.
+    version: of a SavedModel; by default the next free one. options: those of the forms in the registry, such as
+    ``{"quantize": "int8"}``; None stands for the default. root: where the run's photos are now, if they were moved.
+    force: replace an export at `output`.
     """
 
     names: Sequence[str]
     output: Path
     version: int | None = None
-    quantize: str | None = None
-    precision: str | None = None
+    options: Mapping[str, str | None] = field(default_factory=dict)
     root: Path | None = None
     force: bool = False
 
@@ -58,7 +58,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class Result:
-    """All exports of one call, how many photos they were proven with, and how many of the run's were not found.
+    """All exports of one call, how many photos they were compared on, and how many of the run's were not found.
 
     not_installed: forms that were asked for and left out.
     """
@@ -69,7 +69,7 @@ class Result:
     not_installed: tuple[Entry, ...] = ()
 
 
-def export(run: Run, request: Request, observer: Observer) -> Result:
+def export(run: Run, request: ExportRequest, observer: Observer) -> Result:
     """Write `run` in the wanted forms to `request.output`.
 
     Raises `UsageError` for wrong options or a target that may not be replaced, `MissingExtra` when the packages of no
@@ -83,27 +83,26 @@ def export(run: Run, request: Request, observer: Observer) -> Result:
     inner = {name: paths[name] for name in names}
     _check_targets(run, request, inner)
     replay = parity.collect(run, request.root, observer)
-    _tell(replay, observer)
+    _warn(replay, observer)
     source = Source(run, lambda: parity.calibration_photos(run, request.root, observer))
     with contextlib.ExitStack() as stack:
         folders = _open_targets(stack, request, inner)
         exports = [_build(form, source, folders[form.name], replay, observer) for form in wanted]
-    placed = [_in_place(one, request.output / inner[one.form]) for one in exports]
+    placed = [replace(built, folder=request.output / inner[built.form]) for built in exports]
     return Result(tuple(placed), len(replay.photos), replay.missing, not_installed)
 
 
-def make_forms(request: Request) -> tuple[list[Form], tuple[Entry, ...]]:
+def make_forms(request: ExportRequest) -> tuple[list[Form], tuple[Entry, ...]]:
     """The forms of `request`, each once, and those of them whose packages are not installed.
 
     Raises `UsageError` for an unknown form, a stray option or a wrong value, `MissingExtra` if no form is left.
     """
     entries = [FORMS[name] for name in registry.parse(request.names)]
-    given = {"quantize": request.quantize, "precision": request.precision}
     if request.version is not None:
         _check_belongs("version", next(entry for entry in FORMS.values() if entry.numbered), entries)
         if request.version < 1:
             raise UsageError(f"--version {request.version} is not a positive number", "choose 1 or more")
-    for option, value in given.items():
+    for option, value in request.options.items():
         if value is not None:
             _check_belongs(option, registry.owner(option), entries)
             if value not in registry.choices(option):
@@ -113,7 +112,9 @@ def make_forms(request: Request) -> tuple[list[Form], tuple[Entry, ...]]:
     not_installed = tuple(entry for entry in entries if entry not in possible)
     if not possible:
         raise registry.missing_extras(not_installed)
-    options = [{key: given[key] or default for key, (default, *_) in entry.options.items()} for entry in possible]
+    options = [
+        {key: request.options.get(key) or default for key, (default, *_) in entry.options.items()} for entry in possible
+    ]
     return [entry.load()(**chosen) for entry, chosen in zip(possible, options, strict=True)], not_installed
 
 
@@ -124,8 +125,8 @@ def _check_belongs(option: str, owner: Entry, entries: Sequence[Entry]) -> None:
         )
 
 
-def _check_targets(run: Run, request: Request, inner: dict[str, Path]) -> None:
-    """Find out before the work whether the results can be written."""
+def _check_targets(run: Run, request: ExportRequest, inner: dict[str, Path]) -> None:
+    """Check before the work that the results can be written."""
     targets = _targets(request, inner)
     if targets != [request.output]:
         place.check_beside(request.output, request.force)
@@ -137,14 +138,14 @@ def _check_targets(run: Run, request: Request, inner: dict[str, Path]) -> None:
     files.free_space_check(request.output, len(inner) * (model + _EXTRA_BYTES))
 
 
-def _targets(request: Request, inner: dict[str, Path]) -> list[Path]:
+def _targets(request: ExportRequest, inner: dict[str, Path]) -> list[Path]:
     """The folders that are moved into place: a new one with all forms in it, or one for each form in an old one."""
     if not request.output.is_dir():  # nothing, or a file, which `place.check` refuses
         return [request.output]
     return [request.output / path for path in inner.values()]
 
 
-def _tell(replay: Replay, observer: Observer) -> None:
+def _warn(replay: Replay, observer: Observer) -> None:
     if replay.missing:
         observer.warn(
             f"{replay.missing} validation photos are not where they were, or have changed; "
@@ -157,8 +158,8 @@ def _tell(replay: Replay, observer: Observer) -> None:
         )
 
 
-def _open_targets(stack: contextlib.ExitStack, request: Request, inner: dict[str, Path]) -> dict[str, Path]:
-    """Form -> the temporary folder to write it to; all take their places when `stack` closes without an error."""
+def _open_targets(stack: contextlib.ExitStack, request: ExportRequest, inner: dict[str, Path]) -> dict[str, Path]:
+    """Form -> the temporary folder to write it to; all are moved to the target when `stack` closes without an error."""
     if not request.output.exists():
         root = stack.enter_context(place.placed(request.output, request.force))
         folders = {name: root / path for name, path in inner.items()}
@@ -187,7 +188,7 @@ def _build(form: Form, source: Source, folder: Path, replay: Replay, observer: O
         except FinetuneError:
             raise
         except Exception as exc:  # the runtimes raise dozens of unrelated types
-            raise GateError(f"the {form.name} export cannot be run: {forms.reason(exc)}", _NOTHING) from exc
+            raise GateError(f"the {form.name} export cannot be run: {first_line(exc)}", _NOTHING) from exc
     for check in checks:
         if not check.passed:
             raise GateError(
@@ -209,7 +210,3 @@ def _build(form: Form, source: Source, folder: Path, replay: Replay, observer: O
     manifest.write(folder, form, source.run)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return Exported(form.name, form.options, folder, size, milliseconds, checks)
-
-
-def _in_place(one: Exported, folder: Path) -> Exported:
-    return Exported(one.form, one.options, folder, one.size, one.milliseconds, one.checks)

@@ -104,11 +104,6 @@ class Form(Protocol):
         ...
 
 
-def reason(exc: Exception) -> str:
-    """The first line of what another package says is wrong."""
-    return next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keep what converters and their C++ parts print away from the terminal, and Python's warnings, too."""

@@ -1,4 +1,4 @@
-"""The form `litert`: one ``.tflite`` file for phones and small computers, with `labels.txt` beside it and inside it.
+"""The form `litert`: one ``.tflite`` file for phones and embedded devices, with `labels.txt` beside it and inside it.
 
 ``image float32 (1, size, size, 3)`` RGB 0..255 in, ``probabilities float32 (1, C)`` out, in every variant: `none`
 keeps float32 weights, `float16` halves the file, `int8` quantizes weights and activations with ranges seen on training
@@ -18,9 +18,9 @@ import numpy as np
 from finetune_cli.errors import DataError, FinetuneError, MissingExtra, WeightsError
 from finetune_cli.exports import card as cards
 from finetune_cli.exports.card import EXPORT_IT, Card
-from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, quiet, reason
+from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, quiet
 from finetune_cli.exports.tf_graph import with_constants
-from finetune_cli.text import shown
+from finetune_cli.text import first_line, shown
 
 Quantize = Literal["none", "float16", "int8"]
 LABELS = "labels.txt"
@@ -40,14 +40,16 @@ class LiteRt:
         """Convert the run's model. Raises `FinetuneError` when the converter lacks an operation."""
         photos = list(source.calibration()) if self.quantize == "int8" else []
         if self.quantize == "int8" and not photos:
-            raise DataError("int8 needs training photos of the run, and none was found", "say where with --data ROOT")
+            raise DataError(
+                "int8 needs training photos of the run, and none was found", "name their folder: --data ROOT"
+            )
         model = source.model
         try:
             with quiet():
                 converted = self._convert(model, source.card, photos)
         except Exception as exc:  # the converter raises dozens of unrelated types
             raise FinetuneError(
-                f"the model cannot be converted to LiteRT: {reason(exc)}", "choose another --format"
+                f"the model cannot be converted to LiteRT: {first_line(exc)}", "choose another --format"
             ) from exc
         labels = "".join(f"{shown(name)}\n" for name in source.card.classes)
         path = folder / "model.tflite"
@@ -103,7 +105,7 @@ class OpenedLiteRt:
                 self._interpreter.allocate_tensors()
                 self._run = self._interpreter.get_signature_runner()
         except (ValueError, RuntimeError) as exc:
-            raise WeightsError(f"{path} cannot be loaded as a LiteRT model: {reason(exc)}", "export again") from exc
+            raise WeightsError(f"{path} cannot be loaded as a LiteRT model: {first_line(exc)}", "export again") from exc
         self._one_at_a_time = threading.Lock()
 
     def probabilities(self, photos: Pixels) -> Floats:

@@ -12,8 +12,9 @@ import numpy as np
 
 from finetune_cli.errors import FinetuneError, MissingExtra, WeightsError
 from finetune_cli.exports.card import EXPORT_IT, KEY, Card
-from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, quiet, reason
+from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, quiet
 from finetune_cli.exports.tf_graph import with_constants
+from finetune_cli.text import first_line
 
 # The newest set of operators that tf2onnx writes for these models without experimental ones; ONNX Runtime >= 1.12.
 _OPSET = 17
@@ -37,12 +38,12 @@ class Onnx:
             try:
                 function = with_constants(model, card.settings.size, photos=None)
                 converted, _ = tf2onnx.convert.from_function(function, function.input_signature, opset=_OPSET)
-                _number(converted.graph)
+                _rename_by_position(converted.graph)
                 onnx.helper.set_model_props(converted, {KEY: card.text()})
                 onnx.checker.check_model(converted)
             except Exception as exc:  # the converter raises dozens of unrelated types
                 raise FinetuneError(
-                    f"tf2onnx cannot convert this model: {reason(exc)}", "choose another --format"
+                    f"tf2onnx cannot convert this model: {first_line(exc)}", "choose another --format"
                 ) from exc
         (folder / "model.onnx").write_bytes(converted.SerializeToString())
 
@@ -52,8 +53,8 @@ class Onnx:
         return OpenedOnnx(path)
 
 
-def _number(graph: Any) -> None:
-    """Name nodes, tensors and constants by their places, so that equal models give equal files.
+def _rename_by_position(graph: Any) -> None:
+    """Name nodes, tensors and constants by their positions, so that equal models give equal files.
 
     tf2onnx counts through the life of a process, and orders constants by the hashes of their names.
     """
@@ -93,7 +94,7 @@ class OpenedOnnx:
         try:
             self._session = onnxruntime.InferenceSession(os.fspath(path), options, ["CPUExecutionProvider"])
         except Exception as exc:  # ONNX Runtime's errors have no common base
-            raise WeightsError(f"{path} cannot be loaded as an ONNX model: {reason(exc)}", "export again") from exc
+            raise WeightsError(f"{path} cannot be loaded as an ONNX model: {first_line(exc)}", "export again") from exc
         text = self._session.get_modelmeta().custom_metadata_map.get(KEY)
         if text is None:
             raise WeightsError(f"{path} names no classes: it was not made by finetune export", EXPORT_IT)

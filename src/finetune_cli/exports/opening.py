@@ -1,4 +1,4 @@
-"""An exported model as something that answers for photos: `finetune predict --model PATH`."""
+"""Opens an exported model as a `Predictor`: `finetune predict --model PATH`."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ def open_model(path: Path, workers: int) -> Opened:
         return _open_folder(path.parent, workers)
     if not entry.knows_classes:  # they are in a file beside it, and the manifest must say that the two belong together
         raise WeightsError(
-            f"{path} does not say what its classes are called: {manifest.FILE} and classes.json belong beside it",
+            f"{path} does not contain its class names: {manifest.FILE} and classes.json must be beside it",
             "copy the whole folder that finetune export wrote",
         )
     return entry.load().open(path, workers)

@@ -9,9 +9,10 @@ from typing import ClassVar, Literal
 
 from finetune_cli.errors import RunError, StorageError, WeightsError
 from finetune_cli.exports.card import EXPORT_IT, KEY, Card
-from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, reason
+from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source
 from finetune_cli.inference.predictor import read_model
 from finetune_cli.inference.runtimes import OpenVinoRuntime, import_openvino, read_ir
+from finetune_cli.untrusted import openvino_ir
 
 Precision = Literal["float32", "float16"]
 
@@ -36,7 +37,7 @@ class OpenVino:
         try:
             ov.save_model(model, folder / "model.xml", compress_to_fp16=self.precision == "float16")
         except RuntimeError as exc:
-            problem = f"OpenVINO cannot write the model: {reason(exc)}"
+            problem = f"OpenVINO cannot write the model: {openvino_ir.reason(exc)}"
             raise StorageError(problem, "free some space and run the same command again") from exc
 
     @staticmethod

@@ -1,11 +1,10 @@
-"""The proof of an export: validation photos of the run through the exported model, compared with the run's answers.
+"""The check of an export: validation photos of the run through the exported model, compared with the run's answers.
 
 Up to 64 photos, half of them the hardest (those with the least margin between the two best classes, where a small
 difference changes the answer) and half spread over the others. The run answers through its own `inference/` form.
 
-Signatures that decode or resize by themselves get what people will send them, too: the files, and pixels at the size
-that the photos have in their files. What these are given otherwise (PNG copies of files that they do not read, fewer
-photos) stands in the notes of the check.
+Signatures that decode or resize by themselves also get what people will send: the files, and pixels at the size of the
+files. Exceptions (PNG copies of files that a signature does not read, fewer photos) are in the notes of the check.
 """
 
 import io
@@ -13,7 +12,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 
 from finetune_cli import files
 from finetune_cli.errors import BadImage, DataError, GateError
-from finetune_cli.evaluation import judge
+from finetune_cli.evaluation import photos as run_photos
 from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature
 from finetune_cli.inference.predictor import RunPredictor
 from finetune_cli.parallel import cores, ordered_map
@@ -109,7 +108,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the limit was kept (NaN never does)."""
+        """Whether the difference is within the limit; NaN never is."""
         if self.limit is not None:
             return self.largest <= self.limit
         return self.agreement_or_tie >= LEAST_AGREEMENT and math.isfinite(self.largest)
@@ -140,7 +139,7 @@ def collect(run: Run, root: Path | None, observer: Observer) -> Replay:
     Raises `DataError` when not one of them can be found with its old content.
     """
     with observer.stage("looking for validation photos", None, "files") as advance:
-        found = judge.photos_of_run(run, root, cores(), advance, part="val")
+        found = run_photos.photos_of_run(run, root, cores(), advance, part="val")
     margins = _margins(run)
     samples = choose(found.samples, [margins.get(sample.name, 0.0) for sample in found.samples])
     photos: list[Photo] = []
@@ -152,7 +151,7 @@ def collect(run: Run, root: Path | None, observer: Observer) -> Replay:
     if not photos:
         raise DataError(
             f"the {len(samples)} chosen validation photos have changed since the run was trained",
-            "say where the unchanged ones are with --data ROOT",
+            "name the folder with the unchanged ones: --data ROOT",
         )
     predictor = RunPredictor(run, workers=1, latency=True)
     reference = np.concatenate([predictor.probabilities(photo.pixels[None]) for photo in photos])
@@ -192,7 +191,7 @@ def _from_measured(run: Run, photos: Sequence[Photo], reference: Floats) -> floa
 def _read(sample: Sample, run: Run) -> Photo | None:
     settings = run.image_settings
     try:
-        pixels = judge.pixels(sample, settings)
+        pixels = run_photos.pixels(sample, settings)
         with opened_image(sample.path, settings.max_pixels) as image:
             foreign, area = _foreign(image), image.width * image.height
     except BadImage:
@@ -201,26 +200,26 @@ def _read(sample: Sample, run: Run) -> Photo | None:
 
 
 def _foreign(image: Any) -> str | None:
-    """Why `tf_photos.py` does not see this image as `images.py` does, if it does not."""
+    """Why `tf_photos.py` decodes this image differently from `photos/decode.py`; None if it does not."""
     if image.format in {"JPEG", "MPO"}:
         return None
     if image.format != "PNG":
         return f"{image.format} files"
     try:
         turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
-    except Exception:  # noqa: BLE001 - damaged Exif data raise anything; `images.py` ignores them, too
+    except Exception:  # noqa: BLE001 - damaged Exif data raise anything; `photos/decode.py` ignores them, too
         turned = False
-    return "PNG files that are to be turned" if turned else None
+    return "PNG files with an orientation" if turned else None
 
 
 def calibration_photos(run: Run, root: Path | None, observer: Observer) -> Iterator[Pixels]:
     """Up to `CALIBRATION_PHOTOS` training photos ``uint8 (size, size, 3)``, evenly spread; unreadable ones left out."""
     with observer.stage("looking for training photos", None, "files") as advance:
-        samples = judge.photos_of_run(run, root, cores(), advance, part="train").samples
+        samples = run_photos.photos_of_run(run, root, cores(), advance, part="train").samples
     chosen = np.linspace(0, len(samples) - 1, min(len(samples), CALIBRATION_PHOTOS)).astype(int)
     for i in chosen:
         try:
-            yield judge.pixels(samples[i], run.image_settings)
+            yield run_photos.pixels(samples[i], run.image_settings)
         except BadImage:
             continue
 
@@ -236,18 +235,18 @@ def compare(
     for signature in model.signatures():
         if signature.takes == "bytes":
             answers = _answers(signature, photos, Photo.encoded, advance)
-            checks.append(_check(signature.name, photos, answers, replay.reference, None, _copies(photos)))
+            checks.append(_check(signature.name, replay, answers, None, _copies(photos)))
             continue
         answers = _answers(signature, photos, lambda photo: photo.pixels, advance)
         limit = outputs.PARITY_LIMIT if exact else None
-        checks.append(_check(signature.name, photos, answers, replay.reference, limit))
+        checks.append(_check(signature.name, replay, answers, limit))
         if signature.any_size:
             checks.append(_compare_full_size(signature, replay, advance))
     return tuple(checks)
 
 
 def _copies(photos: Sequence[Photo]) -> tuple[str, ...]:
-    """What was not given as it is on the disk."""
+    """Notes about the photos that were not given as the file on the disk."""
     counts = Counter(photo.foreign for photo in photos if photo.foreign is not None)
     return tuple(
         f"{count} {what} given as PNG copies of what the run decodes, because it does not read them as the run does"
@@ -261,15 +260,14 @@ def _compare_full_size(signature: Signature, replay: Replay, advance: Callable[[
     rows = np.flatnonzero(np.cumsum(areas) <= _FULL_SIZE_PIXELS)
     if not len(rows):
         rows = np.array([areas.argmin()])
-    photos = [replay.photos[i] for i in rows]
-    one_by_one = []
-    for photo in photos:
-        one_by_one.append(signature.answer(photo.whole()[None]))
+    part = replace(replay, photos=tuple(replay.photos[i] for i in rows), reference=replay.reference[rows])
+    answers = []
+    for photo in part.photos:
+        answers.append(signature.answer(photo.whole()[None]))
         advance(1)
-    answers = np.concatenate(one_by_one)
-    fewer = f"{len(photos)} of {len(areas)} photos, {areas[rows].sum() / 1e6:.1f} megapixels"
-    notes = (fewer,) if len(photos) < len(areas) else ()
-    return _check(f"{signature.name}, full size", photos, answers, replay.reference[rows], None, notes)
+    fewer = f"{len(rows)} of {len(areas)} photos, {areas[rows].sum() / 1e6:.1f} megapixels"
+    notes = (fewer,) if len(rows) < len(areas) else ()
+    return _check(f"{signature.name}, full size", part, np.concatenate(answers), None, notes)
 
 
 def _answers(
@@ -284,14 +282,9 @@ def _answers(
     return np.concatenate(rows)
 
 
-def _check(
-    name: str,
-    photos: Sequence[Photo],
-    answers: Floats,
-    reference: Floats,
-    limit: float | None,
-    notes: tuple[str, ...] = (),
-) -> Check:
+def _check(name: str, replay: Replay, answers: Floats, limit: float | None, notes: tuple[str, ...] = ()) -> Check:
+    """Compare the `answers` of the signature `name` with those of the run."""
+    photos, reference = replay.photos, replay.reference
     if answers.shape != reference.shape:
         problem = f"{name} answers {answers.shape[1:]} numbers a photo, the run {reference.shape[1:]}"
         raise GateError(problem, "choose another --format, and report this")

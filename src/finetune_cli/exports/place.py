@@ -1,8 +1,8 @@
 """Where exports go: built beside the target under a temporary name, and moved there whole or not at all.
 
-A folder that is not empty is replaced only if asked, and only if it holds an export and nothing else. On Linux the two
-change places in one step (``renameat2``); elsewhere there is a moment between two renames in which a kill leaves the
-old export whole under its temporary name.
+A folder that is not empty is replaced only with `force`, and only if it holds an export and nothing else. On Linux the
+two are exchanged in one step (``renameat2``); elsewhere there is a moment between two renames in which a kill leaves
+the old export whole under its temporary name.
 """
 
 import contextlib
@@ -63,9 +63,13 @@ def check(target: Path, force: bool) -> None:
     if not force:
         raise UsageError(f"{target} is not empty", "choose another --output, or replace the export there with --force")
     if inside := sorted(path for path in target.iterdir() if path.is_dir() and manifest.is_export(path)):
-        raise UsageError(f"{target} holds exports in folders of their own", f"name one, such as {inside[0]}")
+        raise UsageError(
+            f"{target} holds several exports, each in a folder of its own", f"name one, such as {inside[0]}"
+        )
     if not manifest.is_export(target):
-        raise UsageError(f"{target} holds files that are no export; they are not replaced", "choose another --output")
+        raise UsageError(
+            f"{target} holds files that are not an export; they are not replaced", "choose another --output"
+        )
 
 
 def check_beside(output: Path, force: bool) -> None:
@@ -89,7 +93,7 @@ def refuse_links(output: Path, target: Path) -> None:
         if path.is_symlink():
             raise UsageError(
                 f"{path} is a symbolic link, which is not followed inside a folder of exports",
-                "remove it, or put in its place what it leads to",
+                "remove it, or replace it by a copy of its target",
             )
 
 
@@ -172,16 +176,16 @@ def _move(new: Path, target: Path) -> None:
     files.fsync_folder(target.parent)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Let two folders change places in one step; False where the system cannot do that."""
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step; False where the system cannot do that."""
     if sys.platform != "linux":
         return False
     function = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if function is None:
         return False
-    if function(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+    if function(_HERE, os.fsencode(first), _HERE, os.fsencode(second), _EXCHANGE) == 0:
         return True
     code = ctypes.get_errno()
     if code in {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}:
         return False
-    raise OSError(code, os.strerror(code), str(other))
+    raise OSError(code, os.strerror(code), str(second))

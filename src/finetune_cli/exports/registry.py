@@ -21,12 +21,12 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a form without importing its module.
+    """What is known about a form without importing its module.
 
-    main: the file that other programs are given; None: the folder itself. aliases: other names that people type.
+    main: the file that other programs load; None: the folder itself. aliases: other names that people type.
     extra: the extra of this package that installs `packages`, the modules that the form needs. versions: the
-    distributions whose versions the manifest records. knows_classes: the main file alone says what the classes are
-    called. options: what its class takes, option -> choices, the default first. numbered: exports go into folders of
+    distributions whose versions the manifest records. knows_classes: the main file alone holds the class
+    names. options: what its class takes, option -> choices, the default first. numbered: exports go into folders of
     their version. load: imports the module and returns the class.
     """
 

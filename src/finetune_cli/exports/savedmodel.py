@@ -16,7 +16,8 @@ import numpy as np
 
 from finetune_cli.errors import StorageError, WeightsError
 from finetune_cli.exports.card import Card
-from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, quiet, reason
+from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, quiet
+from finetune_cli.text import first_line
 
 
 class SavedModel:
@@ -40,9 +41,9 @@ class SavedModel:
                 concrete = {name: function.get_concrete_function() for name, function in functions.items()}
                 tf.saved_model.save(module, str(folder), concrete)
         except tf.errors.OpError as exc:  # TensorFlow's own file system reports its faults like this
-            problem = f"TensorFlow cannot write the model: {reason(exc).rpartition('; ')[2]}"
+            problem = f"TensorFlow cannot write the model: {first_line(exc).rpartition('; ')[2]}"
             raise StorageError(problem, "free some space and run the same command again") from exc
-        _number(folder / "fingerprint.pb")
+        _make_uuid_reproducible(folder / "fingerprint.pb")
 
     @staticmethod
     def open(path: Path, workers: int) -> Opened:  # noqa: ARG004 - TensorFlow shares out its work by itself
@@ -50,7 +51,7 @@ class SavedModel:
         return OpenedSavedModel(path)
 
 
-def _number(path: Path) -> None:
+def _make_uuid_reproducible(path: Path) -> None:
     """Put a UUID made of the file's hashes in place of the random one, so that equal models give equal files."""
     from tensorflow.core.protobuf import fingerprint_pb2
 
@@ -104,7 +105,7 @@ class OpenedSavedModel:
                 self._model = tf.saved_model.load(str(folder))
             self._signatures = {name: self._model.signatures[name] for name in SIGNATURES}
         except (OSError, KeyError, ValueError, tf.errors.OpError) as exc:
-            raise WeightsError(f"{folder} cannot be loaded as a SavedModel: {reason(exc)}", "export again") from exc
+            raise WeightsError(f"{folder} cannot be loaded as a SavedModel: {first_line(exc)}", "export again") from exc
 
     def probabilities(self, photos: Pixels) -> Floats:
         """``uint8 (n, h, w, 3)`` RGB -> ``float32 (n, C)``."""

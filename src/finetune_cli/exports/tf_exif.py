@@ -1,13 +1,13 @@
 """The Exif orientation of a JPEG file as TensorFlow operations: bytes in, a number from 1 to 8 out.
 
-Phones store photos lying down and say so in the Exif data; a model that does not look there sees most of them turned.
-Damaged data count as 1, upright, as they do for `photos/images.py`. Source: Exif 2.32, section 4.5, and TIFF 6.0,
-section 2.
+Phones store photos as the sensor saw them and note the orientation in the Exif data; a model that ignores it sees many
+of them rotated. Damaged data count as 1, upright, as they do in `photos/decode.py`. Source: Exif 2.32, section 4.5, and
+TIFF 6.0, section 2.
 """
 
 from typing import Any
 
-_HEAD = 1 << 18  # the Exif data come first in a file; so far are they looked for
+_HEAD = 1 << 18  # the Exif data are at the beginning of a file; only so many bytes are searched
 _MOST_TAGS = 256
 _ORIENTATION = 0x0112
 
@@ -21,17 +21,17 @@ def orientation(tf: Any, data: Any) -> Any:
     big_endian = tf.equal(order, b"MM\0*")
     known = tf.logical_or(big_endian, tf.equal(order, b"II*\0"))
 
-    def numbers(places: Any, length: int) -> Any:
-        """The unsigned numbers of `length` bytes at `places`; what lies outside of the block reads as zero."""
-        wanted = tf.cast(places, tf.int64)[:, tf.newaxis] + tf.range(length, dtype=tf.int64)
+    def numbers(offsets: Any, length: int) -> Any:
+        """The unsigned numbers of `length` bytes at `offsets`; bytes outside of the block read as zero."""
+        wanted = tf.cast(offsets, tf.int64)[:, tf.newaxis] + tf.range(length, dtype=tf.int64)
         digits = tf.gather(values, tf.minimum(wanted, tf.size(values, tf.int64) - 1))
         digits = tf.cond(big_endian, lambda: digits[:, ::-1], lambda: digits)
         return tf.reduce_sum(digits * tf.constant([256**i for i in range(length)], tf.int64), axis=1)
 
     directory = numbers([4], 4)
     count = tf.minimum(numbers(directory, 2), _MOST_TAGS)
-    places = directory + 2 + 12 * tf.range(count[0])
-    found = tf.boolean_mask(places, numbers(places, 2) == _ORIENTATION)
+    entries = directory + 2 + 12 * tf.range(count[0])
+    found = tf.boolean_mask(entries, numbers(entries, 2) == _ORIENTATION)
     value = numbers(tf.concat([found, [0]], axis=0)[:1] + 8, 2)[0]
     good = known & (tf.size(found) > 0) & (value >= 1) & (value <= 8)
     return tf.where(good, tf.cast(value, tf.int32), 1)

@@ -1,4 +1,4 @@
-"""The photo pipeline of `photos/images.py` as TensorFlow operations, so that it can live inside a SavedModel.
+"""The photo pipeline of `photos/decode.py` as TensorFlow operations, so that it can live inside a SavedModel.
 
     encoded bytes () -> pixels uint8 (1, h, w, 3) -> float32 (1, size, size, 3)
     pixels (N, H, W, 3), uint8 or float32          -> float32 (N, size, size, 3)
@@ -8,9 +8,9 @@ whole blocks averaged first where a picture shrinks sixfold, then one pass along
 rounded to whole grey levels. (Some tall pictures get their columns first from Pillow, so some of their pixels round to
 the next grey level.) Measured on 137 photos: 0.007 grey levels and 0.00008 of a probability from Pillow on average,
 where the usual ``decode_image`` and ``resize(antialias=True)`` are 3.1 and 0.039 away. JPEG files are turned upright
-(`tf_exif.py`); what PNG files may say about their orientation is the one thing that is not looked at.
+(`tf_exif.py`); only the orientation that a PNG file may declare is ignored.
 
-Untrusted bytes reach a decoder only after a look at their header: some of TensorFlow's decoders end the process on
+Untrusted bytes reach a decoder only after their header was checked: some of TensorFlow's decoders end the process on
 files that they cannot read, and a small file can declare a picture of many gigabytes.
 """
 
@@ -26,7 +26,7 @@ MOST_SCANNED_PIXELS = 1e10
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_ALPHA = (b"\4", b"\6")  # the colour types with an alpha channel (https://www.w3.org/TR/png-3/#11IHDR)
-_PNG_HEAD = 1 << 16  # a transparent colour is declared before the pixels; so far is it looked for
+_PNG_HEAD = 1 << 16  # a transparent colour is declared before the pixels; only so many bytes are searched
 # Photos of one request that are decoded at the same time. One: a transparent PNG of `max_pixels` takes 2 GB for a
 # moment, and a server works on several requests at once anyway.
 _AT_ONCE = 1
@@ -97,8 +97,8 @@ class PhotoGraph:
             data = tf.identity(data)
         # Width and height are two big-endian numbers in the header (https://www.w3.org/TR/png-3/#11IHDR).
         digits = tf.reshape(tf.io.decode_raw(tf.strings.substr(data, 16, 8), tf.uint8), (2, 4))
-        places = tf.constant([1 << 24, 1 << 16, 1 << 8, 1], tf.int64)
-        width, height = tf.unstack(tf.reduce_sum(tf.cast(digits, tf.int64) * places, axis=1))
+        weights = tf.constant([1 << 24, 1 << 16, 1 << 8, 1], tf.int64)
+        width, height = tf.unstack(tf.reduce_sum(tf.cast(digits, tf.int64) * weights, axis=1))
         has_alpha = tf.reduce_any(tf.equal(tf.strings.substr(data, 25, 1), _PNG_ALPHA))
         has_key = tf.size(tf.strings.split(tf.strings.substr(data, 0, _PNG_HEAD), b"tRNS")) > 1
         with tf.control_dependencies([self._small_enough(height, width)]):
@@ -141,8 +141,8 @@ class PhotoGraph:
         top, left, rows, columns, target_rows, target_columns = self._geometry(height, width)
         shrinks = tf.logical_and(rows >= target_rows, columns >= target_columns)
         shape = tf.shape(photos)
-        down = _Axis(tf, shape[1], top, rows, target_rows, shrinks)
-        along = _Axis(tf, shape[2], left, columns, target_columns, shrinks)
+        down = _Axis(tf, shape[1], (top, rows), target_rows, shrinks)
+        along = _Axis(tf, shape[2], (left, columns), target_columns, shrinks)
         photos = photos[:, down.first : down.last, along.first : along.last]
         photos = tf.cond(
             down.block * along.block > 1,
@@ -162,12 +162,13 @@ class PhotoGraph:
 class _Axis:
     """How the pixels of one axis become `target` pixels, as ``Image.resize(reducing_gap=3)`` of Pillow does it.
 
-    `start` and `side`: the part that is used, in pixels, perhaps fractions of them. Pixels `first` to `last` take part;
-    each `block` of them is averaged, which leaves `length`.
+    part: start and length of what is used, in pixels and fractions of them. Pixels `first` to `last` are read; each
+    `block` of them is averaged, which leaves `length`.
     """
 
-    def __init__(self, tf: Any, pixels: Any, start: Any, side: Any, target: Any, shrinks: Any) -> None:
+    def __init__(self, tf: Any, pixels: Any, part: tuple[Any, Any], target: Any, shrinks: Any) -> None:
         self._tf, self._target, self._shrinks = tf, target, shrinks
+        start, side = part
         scale = side / target
         one = tf.constant(1, tf.float64)
         reach = tf.where(shrinks, one, 2 * one) * tf.maximum(scale, 1) - scale / 2

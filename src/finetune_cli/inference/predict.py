@@ -1,4 +1,4 @@
-"""`predict`: photos in, one `Prediction` a photo out, streaming; neither TensorFlow nor Keras is imported."""
+"""`predict`: photos in, one `PredictionRow` per photo out, streaming; neither TensorFlow nor Keras is imported."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from finetune_cli.parallel import cores, groups_available
 from finetune_cli.photos import decode as images
 from finetune_cli.text import address
 
-__all__ = ["UNSURE", "Prediction", "Predictor", "RunPredictor", "predict"]
+__all__ = ["UNSURE", "PredictionRow", "Predictor", "RunPredictor", "predict"]
 
 
 @dataclass(frozen=True, slots=True)
-class Prediction:
+class PredictionRow:
     """The answer for one photo, or the reason why there is none.
 
-    `label` is the most probable class, or `unsure` when its probability is below the wanted confidence; `top` holds
-    (class, probability) pairs, best first.
+    label: the most probable class, or `unsure` when its probability is below the minimum confidence. top: (class,
+    probability) pairs, best first.
     """
 
     path: str
@@ -42,16 +42,11 @@ class Prediction:
 
 
 def predict(
-    predictor: Predictor,
-    paths: Iterable[Path],
-    top_k: int,
-    workers: int | None = None,
-    min_confidence: float = 0.0,
-    at_once: bool = False,
-) -> Iterator[Prediction]:
-    """One `Prediction` a path, in order; memory does not grow with the number of paths.
+    predictor: Predictor, paths: Iterable[Path], top_k: int, min_confidence: float = 0.0, at_once: bool = False
+) -> Iterator[PredictionRow]:
+    """One `PredictionRow` per path, in order, on all cores; memory does not grow with the number of paths.
 
-    `at_once`: every path is answered before the next one is waited for, as whoever writes them one by one expects.
+    at_once: every path is answered before the next one is waited for, as a program that writes one at a time expects.
     Raises `UsageError` when `min_confidence` asks for the answer `unsure` and a class has that name.
     """
     if min_confidence and UNSURE in predictor.classes:
@@ -61,33 +56,32 @@ def predict(
             "or train again with another name for that class",
         )
     groups = groups_available(paths, PHOTOS_A_CALL) if at_once else chunks(paths)
-    return _predict(predictor, groups, top_k, workers or cores(), min_confidence)
+    return _predict(predictor, groups, top_k, min_confidence)
 
 
 def _predict(
     predictor: Predictor,
     groups: Iterable[tuple[Path, ...] | None],
     top_k: int,
-    workers: int,
     min_confidence: float,
-) -> Iterator[Prediction]:
+) -> Iterator[PredictionRow]:
     top_k = min(top_k, len(predictor.classes))
 
     def decode(path: Path) -> NDArray[np.uint8]:
         return images.decode(path, predictor.settings)
 
-    for path, answer in answers(predictor, groups, decode, workers):
+    for path, answer in answers(predictor, groups, decode, cores()):
         if isinstance(answer, BadImage):
             typed = address(path)
             reason = answer.reason if typed is None else "this is an address; download the photo and name the file"
-            yield Prediction(typed or str(path), None, None, (), reason)
+            yield PredictionRow(typed or str(path), None, None, (), reason)
         else:
             yield _prediction(str(path), answer, predictor.classes, top_k, min_confidence)
 
 
 def _prediction(
     path: str, probabilities: NDArray[np.float32], classes: Sequence[str], top_k: int, min_confidence: float
-) -> Prediction:
+) -> PredictionRow:
     top = best(probabilities, classes, top_k)
     label, probability = top[0]
-    return Prediction(path, label if probability >= min_confidence else UNSURE, probability, top, None)
+    return PredictionRow(path, label if probability >= min_confidence else UNSURE, probability, top, None)

@@ -1,4 +1,4 @@
-"""A finished run as something that answers for photos; neither TensorFlow nor Keras is imported."""
+"""A finished run that answers for photos; neither TensorFlow nor Keras is imported."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 PHOTOS_A_CALL = 4
 Photo = TypeVar("Photo")
-UNSURE = "unsure"  # the answer for a photo whose best class is less probable than wanted
+UNSURE = "unsure"  # the label of a photo whose best class is below the minimum confidence
 
 
 class Predictor(Protocol):
@@ -65,7 +65,7 @@ def answers(
 ) -> Iterator[tuple[Photo, NDArray[np.float32] | BadImage]]:
     """Each photo with its probabilities ``float32 (C,)``, or with the reason why it has none; in order.
 
-    groups: the photos in the portions that a thread takes, see `chunks`; `None` before a long wait. decode: photo ->
+    groups: the photos that a thread processes together, see `chunks`; `None` before a long wait. decode: photo ->
     ``uint8 (size, size, 3)``, or it raises `BadImage`. Memory does not grow with the number of photos.
     """
 
@@ -94,7 +94,7 @@ def best(probabilities: NDArray[np.float32], classes: Sequence[str], top_k: int)
 
 
 def chunks(photos: Iterable[Photo]) -> Iterator[tuple[Photo, ...]]:
-    """`photos` in the portions that are the fastest on a CPU."""
+    """`photos` in groups of the size that is the fastest on a CPU."""
     iterator = iter(photos)
     while chunk := tuple(itertools.islice(iterator, PHOTOS_A_CALL)):
         yield chunk
@@ -102,8 +102,9 @@ def chunks(photos: Iterable[Photo]) -> Iterator[tuple[Photo, ...]]:
 
 @dataclass(frozen=True, eq=False)
 class Insight:
-    """What a model makes of n photos: probabilities ``(n, C)``, features ``(n, D)`` that the head is applied to, and
-    the feature map ``(n, h, w, D)`` whose mean over positions those are, or None if the backbone has none.
+    """The outputs of a model for n photos: probabilities ``(n, C)``, and features ``(n, D)``, the input of the head.
+
+    feature_map: ``(n, h, w, D)``, whose mean over positions the features are, or None if the backbone has none.
     """
 
     probabilities: NDArray[np.float32]
@@ -137,7 +138,7 @@ class InsightfulPredictor:
 
 
 def read_model(run: Run) -> "openvino.Model":
-    """The OpenVINO form of `run`, made of the very bytes whose SHA-256 was checked. Raises `RunError`."""
+    """The OpenVINO form of `run`, from the same bytes whose SHA-256 was checked. Raises `RunError`."""
     name = "inference/model.xml"
     weights = run.read("inference/model.bin")
     return parse_ir(run.read(name), weights, run.folder / name)

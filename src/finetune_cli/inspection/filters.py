@@ -84,7 +84,7 @@ def _what_it_sees(way: Sequence[Any], photo: NDArray[np.uint8]) -> tuple[NDArray
     """The photo as the convolution gets it (h, w, c), and the matrix (c, 3) from RGB to its channels.
 
     The scaling in front is affine for each pixel: four photos of one colour reveal its matrix, and with it the order
-    of the channels (ResNet50 takes blue first), which the kernel alone does not tell.
+    of the channels (ResNet50 takes blue first), which the kernel alone does not show.
     """
     probes = np.zeros((4, *photo.shape), np.float32)
     for colour in range(3):
@@ -139,10 +139,10 @@ def _draw(
     left = 2 * _TILE + 3 * _GAP
     pen.text((left, _GAP), f"The {len(found)} filters of the first layer, strongest first", "black", large)
     pen.text((left, 44), _LEGEND, "black", small, spacing=6)
-    for place, text in enumerate(_counts(found)):
-        pen.text((left + place // 5 * 200, 110 + place % 5 * 22), text, "black", small)
-    for place, item in enumerate(found):
-        x, y = place % columns * width + _GAP, top + place // columns * height
+    for i, text in enumerate(_counts(found)):
+        pen.text((left + i // 5 * 200, 110 + i % 5 * 22), text, "black", small)
+    for i, item in enumerate(found):
+        x, y = i % columns * width + _GAP, top + i // columns * height
         kernel = Image.fromarray(_in_colours(kernels[item.index])).resize((_TILE, _TILE), Image.Resampling.NEAREST)
         sheet.paste(kernel, (x, y))
         if item.label != _NOTHING:  # what it answers is rounding, and would look like an answer

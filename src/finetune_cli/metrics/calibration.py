@@ -1,4 +1,4 @@
-"""How far a probability can be believed, and the temperature that corrects it.
+"""How well probabilities are calibrated, and the temperature that corrects them.
 
 Logits or probabilities (N, C) and labels (N,) go in; scores of the calibration and a temperature come out. NumPy only,
 because `predict` and `evaluate` come through here. Scores and temperatures are computed in float64, block by block of
@@ -38,7 +38,7 @@ class ReliabilityBin:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationScores:
-    """How well probabilities keep their word; each score is 0 for a perfect model.
+    """How well probabilities are calibrated; each score is 0 for a perfect model.
 
     log_loss: mean of -ln p(true class). brier_score: mean over photos of the sum over classes of (p - y)^2, between 0
     and 2 (Brier 1950). expected_calibration_error: with the photos sorted by confidence (the probability of the
@@ -207,10 +207,10 @@ def _scores(blocks: Iterator[Floats], y: Ints) -> CalibrationScores:
 def _reliability(confidence: Floats, right: NDArray[np.bool_]) -> tuple[ReliabilityBin, ...]:
     # The bins are (low, high]: a confidence of exactly 1 belongs to the last.
     edges = np.linspace(0, 1, BINS + 1)
-    place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, BINS - 1)
-    photos = np.bincount(place, minlength=BINS)
-    confidences = np.bincount(place, weights=confidence, minlength=BINS)
-    rights = np.bincount(place, weights=right, minlength=BINS)
+    index = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, BINS - 1)
+    photos = np.bincount(index, minlength=BINS)
+    confidences = np.bincount(index, weights=confidence, minlength=BINS)
+    rights = np.bincount(index, weights=right, minlength=BINS)
     return tuple(
         ReliabilityBin(
             low=float(edges[i]),

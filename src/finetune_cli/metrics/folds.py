@@ -1,6 +1,6 @@
 """Folds for cross-validation: labels and groups go in, one fold number per row comes out.
 
-What belongs together (views of one photo, exact duplicates, photos of one burst) shares a group and never stands on
+What belongs together (views of one photo, exact duplicates, photos of one burst) shares a group and is never on
 both sides of a split; the classes are spread evenly.
 """
 
@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 def group_numbers(photos: Iterable[tuple[str | None, str]]) -> NDArray[np.int64]:
     """``int64 (n,)``: a number for the group of each photo, given as (group, digest), or for its content without one.
 
-    What shares a number, the photos of a group and copies of a photo, is kept together.
+    Photos that share a number, those of a group and copies of a photo, stay together.
     """
     keys = [f"group {group}" if group else digest for group, digest in photos]
     return np.unique(np.array(keys), return_inverse=True)[1].astype(np.int64)
@@ -23,7 +23,7 @@ def group_folds(labels: ArrayLike, groups: ArrayLike, folds: int, seed: int = 0)
     """The fold, ``0 <= fold < folds``, of each row; rows of one group share it. The same inputs give the same folds.
 
     `labels` and `groups` are integers of shape (N,). A group counts for the class of its first row. Groups are
-    shuffled within their class and dealt round and round, each class going on where the last one stopped, so that
+    shuffled within their class and dealt to the folds in turn, each class starting where the last one ended, so that
     fold sizes differ by at most one group, overall and within every class. With fewer groups than `folds`, the last
     folds are empty.
     """

@@ -11,40 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from finetune_cli.metrics.calibration import (
-    CalibrationScores,
-    calibration_scores,
-    checked,
-    cross_fitted,
-    cross_fitted_calibration,
-    fit_temperature,
-    softmax,
-    softmax32,
-)
-
-__all__ = [
-    "CalibrationScores",
-    "ClassScores",
-    "Comparison",
-    "CoverageRow",
-    "Evaluation",
-    "Proportion",
-    "calibration_scores",
-    "compare",
-    "coverage_table",
-    "cross_fitted",
-    "cross_fitted_calibration",
-    "evaluate",
-    "fit_temperature",
-    "mcnemar",
-    "softmax",
-    "softmax32",
-    "wilson",
-]
+from finetune_cli.metrics.calibration import CalibrationScores, calibration_scores, checked
 
 TARGET_PRECISIONS = (0.90, 0.95, 0.98, 0.99)
 TOP_K = (3, 5)
-_Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
+Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +31,9 @@ class Proportion:
 class ClassScores:
     """One class: `support` photos have it, `predicted` were given it.
 
-    precision: right among the predicted, None if none was predicted. recall: right among those that have it, None if
-    none has. f1: their harmonic mean, 0 without a right one, None if the class occurs nowhere.
+    precision: share of the predicted photos that have the class, None if none was predicted. recall: share of the
+    photos of the class that were predicted, None if there are none. f1: their harmonic mean, 0 without a correct one,
+    None if the class occurs nowhere.
     """
 
     name: str
@@ -89,7 +61,7 @@ class CoverageRow:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """Everything that is said about one set of photos. `confusion` is (C, C): rows true, columns predicted.
+    """All scores on one set of photos. `confusion` is (C, C): rows true, columns predicted.
 
     balanced_accuracy: mean recall of the classes that occur among the labels. macro_f1: mean F1 of the classes that
     occur among labels or predictions; weighted_f1: mean F1 weighted by support. baseline: always answering
@@ -160,7 +132,7 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two classifiers on the same photos: how many each one alone has right, and whether that may be chance.
+    """Two classifiers on the same photos: how many only one of them gets right, and whether that may be chance.
 
     p_value: McNemar's exact test. difference: accuracy of the second minus that of the first, with its 95 % interval
     for paired shares.
@@ -221,9 +193,9 @@ def evaluate(probabilities: ArrayLike, labels: ArrayLike, classes: Sequence[str]
 
 def wilson(right: int, photos: int) -> Proportion:
     """`right` of `photos` (at least one) with Wilson's 95 % score interval (Wilson 1927), which stays inside 0..1."""
-    share, z2 = right / photos, _Z95**2
+    share, z2 = right / photos, Z95**2
     middle = (share + z2 / (2 * photos)) / (1 + z2 / photos)
-    half = _Z95 / (1 + z2 / photos) * math.sqrt(share * (1 - share) / photos + z2 / (4 * photos**2))
+    half = Z95 / (1 + z2 / photos) * math.sqrt(share * (1 - share) / photos + z2 / (4 * photos**2))
     return Proportion(share, min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share))
 
 
@@ -263,7 +235,7 @@ def compare(labels: ArrayLike, first: ArrayLike, second: ArrayLike) -> Compariso
     a, b = np.asarray(first) == labels, np.asarray(second) == labels
     only_first, only_second, n = int((a & ~b).sum()), int((b & ~a).sum()), len(labels)
     centre = (only_second - only_first) / (n + 2)
-    half = _Z95 * math.sqrt(((only_first + only_second + 1) / (n + 2) - centre**2) / (n + 2))
+    half = Z95 * math.sqrt(((only_first + only_second + 1) / (n + 2) - centre**2) / (n + 2))
     difference = Proportion((only_second - only_first) / n, max(centre - half, -1.0), min(centre + half, 1.0))
     return Comparison(
         both_right=int((a & b).sum()),

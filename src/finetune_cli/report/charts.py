@@ -16,6 +16,7 @@ from finetune_cli.metrics.scores import CoverageRow, wilson
 WIDTH, HEIGHT = 440, 290
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 22, 12, 44
 _MOST_POINTS = 200
+_FIFTHS = (0, 0.2, 0.4, 0.6, 0.8, 1)
 
 Point = tuple[float, float]
 
@@ -44,7 +45,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart in pixels, WIDTH x HEIGHT; ticks are (place, text)."""
+    """A chart in pixels, WIDTH x HEIGHT; ticks are (position, text)."""
 
     title: str
     x_label: str
@@ -67,7 +68,7 @@ class Scale:
         self.x_range, self.y_range = x, y
 
     def at(self, x: float, y: float) -> Point:
-        """The place of a point."""
+        """The position of a point."""
         return self.x(x), self.y(y)
 
     def x(self, value: float) -> float:
@@ -102,9 +103,9 @@ def learning(history: Sequence[Mapping[str, float]]) -> list[Chart]:
     """Loss and accuracy over the epochs; a row of `history` for each epoch."""
     charts = []
     drawn = _spread(len(history))
-    for name, text in (("loss", _number), ("accuracy", _percent)):
-        twins = ((name, "training", "series-b"), (f"val_{name}", "validation", "series-a"))
-        columns = [twin for twin in twins if twin[0] in history[0]]
+    for name, text in (("loss", _plain), ("accuracy", _percent)):
+        series = ((name, "training", "series-b"), (f"val_{name}", "validation", "series-a"))
+        columns = [column for column in series if column[0] in history[0]]
         if not columns:
             continue
         values = [row[key] for row in history for key, _label, _style in columns]
@@ -114,41 +115,43 @@ def learning(history: Sequence[Mapping[str, float]]) -> list[Chart]:
             Line(style, label, scale.path([(i + 1, history[i][key]) for i in drawn])) for key, label, style in columns
         ]
         x_ticks = [tick for tick in ticks(1, max(2, len(history))) if tick == int(tick)]
-        charts.append(_chart(scale, name, "epoch", name, x_ticks, _number, text, lines))
+        charts.append(_chart(name, scale, _Axis("epoch", _plain, x_ticks), _Axis(name, text), lines))
     return charts
 
 
 def _spread(count: int) -> list[int]:
-    """All of `count` places or, of many, some evenly spread ones with the first and the last."""
+    """All of `count` indexes or, of many, some evenly spread ones with the first and the last."""
     return [int(i) for i in np.unique(np.linspace(0, count - 1, min(count, _MOST_POINTS)).astype(int))]
 
 
-def _number(value: float) -> str:
+def _plain(value: float) -> str:
     return f"{value:g}"
 
 
-def _chart(
-    scale: Scale,
-    title: str,
-    x_label: str,
-    y_label: str,
-    x_ticks: Sequence[float],
-    x_text: Callable[[float], str],
-    y_text: Callable[[float], str],
-    lines: Sequence[Line],
-) -> Chart:
+@dataclass(frozen=True)
+class _Axis:
+    """The label of an axis, its ticks (default: some round numbers), and how they are written."""
+
+    label: str
+    text: Callable[[float], str]
+    ticks: Sequence[float] | None = None
+
+
+def _chart(title: str, scale: Scale, x: _Axis, y: _Axis, lines: Sequence[Line]) -> Chart:
+    x_ticks = ticks(*scale.x_range) if x.ticks is None else x.ticks
+    y_ticks = ticks(*scale.y_range) if y.ticks is None else y.ticks
     return Chart(
         title,
-        x_label,
-        y_label,
-        tuple((scale.x(tick), x_text(tick)) for tick in x_ticks),
-        tuple((scale.y(tick), y_text(tick)) for tick in ticks(*scale.y_range)),
+        x.label,
+        y.label,
+        tuple((scale.x(tick), x.text(tick)) for tick in x_ticks),
+        tuple((scale.y(tick), y.text(tick)) for tick in y_ticks),
         tuple(lines),
     )
 
 
 def reliability(before: CalibrationScores | None, after: CalibrationScores) -> Chart:
-    """How often answers of a confidence are right: on the diagonal, a probability keeps its word.
+    """The accuracy of predictions by their confidence: on the diagonal, the probabilities are calibrated.
 
     The dots of `after` carry 95 % intervals, and their area is the number of photos.
     """
@@ -173,14 +176,12 @@ def reliability(before: CalibrationScores | None, after: CalibrationScores) -> C
                 )
             )
         lines.append(Line(style, label if before is not None else "", "", tuple(dots)))
-    tens = [0, 0.2, 0.4, 0.6, 0.8, 1]
-    return _chart(
-        scale, "reliability", "probability of the answer", "share that is right", tens, _percent, _percent, lines
-    )
+    x = _Axis("confidence", _percent, _FIFTHS)
+    return _chart("reliability", scale, x, _Axis("accuracy", _percent), lines)
 
 
 def coverage(confidence: NDArray[np.floating], right: NDArray[np.bool_], rows: Sequence[CoverageRow]) -> Chart:
-    """How often the most confident part of the answers is right; dots mark the rows of the coverage table."""
+    """The accuracy of the most confident part of the predictions; dots mark the rows of the coverage table."""
     order = np.argsort(-confidence, kind="stable")
     accuracy = np.cumsum(right[order]) / np.arange(1, len(order) + 1)
     # Equal confidences are accepted together or not at all.
@@ -192,17 +193,14 @@ def coverage(confidence: NDArray[np.floating], right: NDArray[np.bool_], rows: S
         Dot(
             *scale.at(row.coverage, row.precision.value),
             radius=5,
-            title=f"{row.target:.0%} right: accept from {row.threshold:.4f}, {row.coverage:.0%} of the photos",
+            title=f"accuracy {row.target:.0%}: accept from {row.threshold:.4f}, {row.coverage:.0%} of the photos",
         )
         for row in rows
         if row.precision is not None and row.threshold is not None
     )
     line = Line("series-a", "", scale.path(points), dots)
-    tens = [0, 0.2, 0.4, 0.6, 0.8, 1]
-    return _chart(
-        scale, "coverage", "share of photos accepted, surest first", "share of those right", tens, _percent, _percent,
-        [line],
-    )  # fmt: skip
+    x = _Axis("share of photos accepted, most confident first", _percent, _FIFTHS)
+    return _chart("coverage", scale, x, _Axis("accuracy of those", _percent), [line])
 
 
 def by_photos(photos: Sequence[int], accuracy: Sequence[float]) -> Chart:
@@ -213,7 +211,7 @@ def by_photos(photos: Sequence[int], accuracy: Sequence[float]) -> Chart:
     points = list(zip(map(float, photos), accuracy, strict=True))
     dots = tuple(Dot(*scale.at(x, y), radius=4, title=f"{y:.1%} with {x:.0f} photos") for x, y in points)
     line = Line("series-a", "", scale.path(points), dots)
-    return _chart(scale, "accuracy", "training photos", "accuracy", ticks(0, max(photos)), _number, _percent, [line])
+    return _chart("accuracy", scale, _Axis("training photos", _plain), _Axis("accuracy", _percent), [line])
 
 
 def spark(values: Sequence[float], low: float) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from finetune_cli.evaluation.judge import Answers, Judged
+from finetune_cli.evaluation.answers import Answers
+from finetune_cli.evaluation.judge import Judgement
 from finetune_cli.report.sentences import percent
 from finetune_cli.report.thumbnails import Figure, thumbnails
 from finetune_cli.text import brief
@@ -55,21 +56,21 @@ class Matrix:
     photos: int
 
 
-def pictures(judged: Judged, workers: int, advance: Callable[[int], None]) -> dict[int, str | None]:
-    """Thumbnails of the photos worth showing, by place, the most worth first; calls `advance` for each."""
-    places = worth_showing(judged.answers, len(judged.run.classes))
-    samples = [judged.answers.samples[i] for i in places]
-    return dict(zip(places, thumbnails(samples, judged.run.image_settings, workers, advance), strict=True))
+def pictures(judged: Judgement, workers: int, advance: Callable[[int], None]) -> dict[int, str | None]:
+    """Thumbnails by index of the photos worth showing, the most interesting first; calls `advance` for each."""
+    indexes = worth_showing(judged.answers, len(judged.run.classes))
+    samples = [judged.answers.samples[i] for i in indexes]
+    return dict(zip(indexes, thumbnails(samples, judged.run.image_settings, workers, advance), strict=True))
 
 
-def matrix(judged: Judged, made: Mapping[int, str | None], budget: int = BUDGET) -> Matrix:
+def matrix(judged: Judgement, made: Mapping[int, str | None], budget: int = BUDGET) -> Matrix:
     """The confusion matrix of `judged`, with as many of the pictures `made` as `budget` bytes hold."""
     answers, classes = judged.answers, tuple(brief(name) for name in judged.run.classes)
     figures: dict[int, Figure] = {}
     for i, picture in made.items():
         answer = int(answers.predicted[i])
-        sure = f"{percent(float(answers.probabilities[i, answer]))} {classes[answer]}"
-        figure = Figure(brief(answers.samples[i].name), picture, (sure,))
+        confidence = f"{percent(float(answers.probabilities[i, answer]))} {classes[answer]}"
+        figure = Figure(brief(answers.samples[i].name), picture, (confidence,))
         budget -= figure.size
         if budget < 0:
             break
@@ -81,11 +82,11 @@ def matrix(judged: Judged, made: Mapping[int, str | None], budget: int = BUDGET)
             classes[true],
             classes[answer],
             true == answer,
-            len(places),
-            max(1, round(_LEVELS * len(places) / int(totals[true]))),
-            tuple(figures[i] for i in places if i in figures),
+            len(members),
+            max(1, round(_LEVELS * len(members) / int(totals[true]))),
+            tuple(figures[i] for i in members if i in figures),
         )
-        for (true, answer), places in _members(answers).items()
+        for (true, answer), members in _members(answers).items()
     }
     wrong = sorted((cell for cell in cells.values() if not cell.right), key=lambda cell: -cell.count)
     n = len(classes)
@@ -104,24 +105,24 @@ def matrix(judged: Judged, made: Mapping[int, str | None], budget: int = BUDGET)
 
 
 def worth_showing(answers: Answers, n_classes: int) -> list[int]:
-    """The places of at most `MOST` photos: wrong ones first, and of those one of each cell before a second of any.
+    """The indexes of at most `MOST` photos: wrong ones first, and of those one of each cell before a second of any.
 
     Without a table only the listed pairs count.
     """
     cells = sorted(_members(answers).items(), key=lambda item: -len(item[1]))
-    wrong = [places for (true, answer), places in cells if true != answer]
-    right = [places for (true, answer), places in cells if true == answer]
+    wrong = [members for (true, answer), members in cells if true != answer]
+    right = [members for (true, answer), members in cells if true == answer]
     if n_classes > TABLE_CLASSES:
         wrong, right = wrong[:PAIRS], []
     return [*_in_turn(wrong, WRONG_EACH), *_in_turn(right, RIGHT_EACH)][:MOST]
 
 
 def _in_turn(cells: Sequence[Sequence[int]], each: int) -> list[int]:
-    return [places[turn] for turn in range(each) for places in cells if turn < len(places)]
+    return [members[turn] for turn in range(each) for members in cells if turn < len(members)]
 
 
 def _members(answers: Answers) -> dict[Pair, list[int]]:
-    """The places of the photos of each cell: of mistakes the most confident first, of right ones the least sure."""
+    """The indexes of the photos in each cell; the most confident mistakes and the least confident hits come first."""
     confidence = answers.probabilities.max(axis=1)
     right = answers.labels == answers.predicted
     order = np.argsort(np.where(right, confidence, -confidence), kind="stable").tolist()

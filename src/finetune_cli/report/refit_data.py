@@ -64,7 +64,7 @@ def load(run: Run, config: Config) -> Material:
     everything = [row for row in run.split() if row.split == "train"]
     if unknown := {row.label for row in everything} - set(run.classes):
         raise DataError(
-            f"{run.folder}/split.csv names {min(unknown)!r}, which is no class of the run",
+            f"{run.folder}/split.csv names {min(unknown)!r}, which is not a class of the run",
             "restore the run from a copy",
         )
     augmenter = prepare.augmenter(config)
@@ -122,11 +122,11 @@ def _read(rows: Sequence[SplitRow], request: Request, width: int, config: Config
             block = range(start, min(start + step, len(rows)))
             keys = {(i, view): request.key(rows[i].digest, view) for i in block for view in range(request.views)}
             found = store.get(list(set(keys.values())))
-            for place, key in keys.items():
+            for index, key in keys.items():
                 row = found.get(key)
                 if row is None or row.shape != (width,):
                     raise missing
-                array[place] = row
+                array[index] = row
     return array
 
 

@@ -1,4 +1,4 @@
-"""What the cached training features tell when the head is fitted again: nearly free, and without the backbone.
+"""What refitting the head on the cached training features shows: nearly free, and without the backbone.
 
 Did augmentation help, would more photos, and which labels does cross-validation contradict? Heads are fitted by L-BFGS
 with the run's own l2; on fewer photos l2 grows in proportion, so that the prior on the weights stays the same.
@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from finetune_cli.head.data import HeadData
 from finetune_cli.head.l2 import L2Search, choose_l2
 from finetune_cli.head.lbfgs import Head, fit_lbfgs
+from finetune_cli.metrics.calibration import cross_fitted, softmax
 from finetune_cli.metrics.folds import group_folds
-from finetune_cli.metrics.scores import Comparison, compare, cross_fitted, softmax
+from finetune_cli.metrics.scores import Z95, Comparison, compare
 from finetune_cli.report.refit_data import Material
 from finetune_cli.runs.run import SplitRow
 
 FRACTIONS = (0.25, 0.5, 0.75, 1.0)
 _DRAWS = 3  # random parts of the training photos for each fraction below 1
 FOLDS = 5
-_FEWEST = 3  # photos of a class, below which cross-validation says nothing about it
-_Z95 = 1.959963984540054
+_FEWEST = 3  # photos of a class; with fewer, cross-validation cannot judge its labels
 
 Floats = NDArray[np.float64]
 
@@ -80,7 +80,7 @@ def refit(
     l2: float | None = None,
     start: Head | None = None,
 ) -> Head:
-    """The head fitted on these `photos` (places in `material`) and their first `views` views (default: all)."""
+    """The head fitted on these `photos` (indexes into `material`) and their first `views` views (default: all)."""
     part = material.features[photos, :views]
     data = HeadData.of(part, material.labels[photos], len(material.classes), material.weights[photos])
     strength = (material.l2 if l2 is None else l2) * len(material.labels) / len(photos)
@@ -103,7 +103,7 @@ def _chosen_l2(material: Material, views: int) -> float:
 def effect_of_views(material: Material, judges: Judges) -> ViewsEffect:
     """Fit on the photos as they are, and on all views; each head has the l2 and the temperature that are right for it.
 
-    Without the temperature, the log loss would blame a strong l2 for the modest probabilities that it mends.
+    Without the temperature, the log loss would blame a strong l2 for the low probabilities that a temperature corrects.
     """
     everything = np.arange(len(material.labels))
     heads = (
@@ -114,7 +114,7 @@ def effect_of_views(material: Material, judges: Judges) -> ViewsEffect:
     probabilities = [answer(head.logits(judges.features)) for head in heads]
     own = np.arange(len(judges.labels)), judges.labels
     gains = np.log(np.maximum(probabilities[1][own], 1e-15)) - np.log(np.maximum(probabilities[0][own], 1e-15))
-    half = _Z95 * float(gains.std(ddof=1)) / np.sqrt(len(gains)) if len(gains) > 1 else float("inf")
+    half = Z95 * float(gains.std(ddof=1)) / np.sqrt(len(gains)) if len(gains) > 1 else float("inf")
     predicted = [p.argmax(axis=1) for p in probabilities]
     first, second = (float((p == judges.labels).mean()) for p in predicted)
     mean = float(gains.mean())

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from finetune_cli.evaluation.judge import Judged
+from finetune_cli.evaluation.judge import Judgement
 from finetune_cli.metrics.scores import Comparison, Evaluation, Proportion
 from finetune_cli.report.refits import FRACTIONS, LearningCurve, ViewsEffect
 from finetune_cli.text import brief, counted
@@ -16,26 +16,26 @@ def percent(share: float) -> str:
     return f"{share:.1%}"
 
 
-def verdict(judged: Judged) -> list[str]:
-    """How good, where it is weakest, how sure, on what photos: one sentence each."""
+def verdict(judged: Judgement) -> list[str]:
+    """How good, where it is weakest, how confident, on what photos: one sentence each."""
     evaluation, name = judged.evaluation, brief(judged.run.name)
     accuracy, baseline = evaluation.accuracy, evaluation.baseline
     first = (
-        f"{name} is right on {percent(accuracy.value)} of {evaluation.photos} {brief(judged.photos.source)} "
-        f"(95 % interval {percent(accuracy.low)} to {percent(accuracy.high)}); always answering "
-        f"“{brief(evaluation.baseline_class)}” would be right on {percent(baseline.value)}."
+        f"{name} has an accuracy of {percent(accuracy.value)} on {evaluation.photos} {brief(judged.photos.source)} "
+        f"(95 % interval {percent(accuracy.low)} to {percent(accuracy.high)}); the majority-class baseline, always "
+        f"“{brief(evaluation.baseline_class)}”, has {percent(baseline.value)}."
     )
     sentences = [first]
     if judged.seen:
-        sentences.append(f"It was trained on {judged.seen} of these photos, so expect less on others.")
+        sentences.append(f"It was trained on {judged.seen} of these photos, so expect a lower accuracy on others.")
     if accuracy.low <= baseline.value:
-        sentences.append("That may be no better than always answering the same.")
+        sentences.append("That may be no better than the majority-class baseline.")
     if weakest := _weakest(evaluation):
         sentences.append(weakest)
     sentences.append(_confidence(evaluation))
     if judged.photos.part == "val":
         sentences.append(
-            "Validation photos take part in choosing settings, so expect a little less on photos from elsewhere."
+            "Validation photos take part in choosing settings, so expect a slightly lower accuracy on new photos."
         )
     if (compared := judged.compared) is not None:
         other = brief(compared.run.name)
@@ -49,41 +49,42 @@ def verdict(judged: Judged) -> list[str]:
 
 
 def _weakest(evaluation: Evaluation) -> str:
-    """The class with the lowest recall, and what it is taken for; empty if all are right."""
+    """The class with the lowest recall, and what it is predicted as most often."""
     known = [(row.recall, i) for i, row in enumerate(evaluation.per_class) if row.recall is not None and row.recall < 1]
     if not known:
-        return "Every photo is recognised."
+        return "Every photo is classified correctly."
     _recall, i = min(known)
     row, taken = evaluation.per_class[i], evaluation.confusion[i].copy()
     hits, taken[i] = int(taken[i]), 0
     other = int(taken.argmax())
     return (
-        f"It is weakest on “{brief(row.name)}”, where it recognises {hits} of {row.support}; "
-        f"{int(taken[other])} of them {'is' if taken[other] == 1 else 'are'} taken for "
+        f"It is weakest on “{brief(row.name)}”, with {hits} of {row.support} correct; "
+        f"{int(taken[other])} {'is' if taken[other] == 1 else 'are'} predicted as "
         f"“{brief(evaluation.classes[other])}”."
     )
 
 
 def _confidence(evaluation: Evaluation) -> str:
-    """The strictest target that is reached on a share of photos that is worth having."""
+    """The highest target accuracy that is reached on at least 20 % of the photos."""
     rows = [row for row in evaluation.coverage if row.threshold is not None and row.coverage >= 0.2]
     if not rows:
-        return "No limit on its confidence makes it right on 90 % of a fair share of the photos."
+        return "No confidence threshold gives an accuracy of 90 % on at least 20 % of the photos."
     best = rows[-1]
     return (
-        f"Answers with a probability of at least {best.threshold:.4f} are right on {best.target:.0%} or more and make "
-        f"up {best.coverage:.0%} of all."
+        f"Predictions with a probability of at least {best.threshold:.4f} have an accuracy of at least "
+        f"{best.target:.0%}; they are {best.coverage:.0%} of all."
     )
 
 
 def comparison(first: str, second: str, found: Comparison) -> str:
     """Whether the second run is better."""
     difference = found.difference
-    chance = "a difference no larger than chance" if found.p_value >= _CHANCE else "more than chance would do"
-    size = f"{abs(difference.value) * 100:.1f} points {'more' if difference.value > 0 else 'fewer'}"
-    often = f"on {size} of these photos than {first}" if difference.value else f"as often on these photos as {first}"
+    chance = "a difference that may be chance" if found.p_value >= _CHANCE else "a significant difference"
+    size = f"{abs(difference.value) * 100:.1f} points {'higher' if difference.value > 0 else 'lower'} than that"
+    relation = f"{size} of {first}" if difference.value else f"the same as that of {first}"
     return (
-        f"{second} is right {often} ({points(difference)}): {chance} (McNemar's exact test, p = {found.p_value:.2g})."
+        f"On these photos the accuracy of {second} is {relation} ({points(difference)}): {chance} "
+        f"(McNemar's exact test, p = {found.p_value:.2g})."
     )
 
 
@@ -93,7 +94,7 @@ def points(difference: Proportion) -> str:
 
 
 def augmentation(effect: ViewsEffect) -> str:
-    """Whether the views beyond the photo itself helped."""
+    """Whether augmentation, the views beyond the photo itself, helped."""
     difference, (mean, low, high) = effect.comparison.difference, effect.log_loss
     if low > 0:
         judgement = "Augmentation helped"
@@ -102,8 +103,8 @@ def augmentation(effect: ViewsEffect) -> str:
     else:
         judgement = "Augmentation made no difference that these photos could show"
     return (
-        f"{judgement}: with {effect.views} views of each training photo the head is right on "
-        f"{percent(effect.accuracies[1])}, with the photos alone on {percent(effect.accuracies[0])} "
+        f"{judgement}: with {effect.views} views of each training photo the head has an accuracy of "
+        f"{percent(effect.accuracies[1])}, with the photos alone {percent(effect.accuracies[0])} "
         f"({difference.value * 100:+.1f} points, {points(difference)}); "
         f"the log loss changes by {-mean:+.4f} (95 % interval {-high:+.4f} to {-low:+.4f})."
     )
@@ -114,9 +115,11 @@ def more_photos(curve: LearningCurve, classes: tuple[str, ...]) -> str:
     gain = np.nan_to_num(curve.gain, nan=-1.0)
     growing = [i for i in np.argsort(-gain) if gain[i] >= 0.01 and gain[i] > curve.error[i]]
     half, whole = (float(curve.accuracy[FRACTIONS.index(fraction)]) for fraction in (0.5, 1.0))
-    overall = f"From half to all of the training photos the accuracy went from {percent(half)} to {percent(whole)}."
+    overall = f"From half to all of the training photos the accuracy changed from {percent(half)} to {percent(whole)}."
     if not growing:
-        return f"{overall} No class gained more than its own noise: more photos of the same kind would hardly help."
+        return (
+            f"{overall} No class gained more than its standard error: more photos of the same kind would hardly help."
+        )
     named = ", ".join(
         f"“{brief(classes[i])}” (recall {percent(float(curve.recall[1, i]))} to {percent(float(curve.recall[-1, i]))})"
         for i in growing[:_NAMED]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from finetune_cli.drawing import heatmap
 from finetune_cli.errors import BadImage
-from finetune_cli.evaluation.judge import pixels
+from finetune_cli.evaluation.photos import pixels
 from finetune_cli.inference.linear_end import class_map
 from finetune_cli.inference.predictor import InsightfulPredictor
 from finetune_cli.parallel import ordered_map
@@ -73,7 +73,7 @@ def thumbnails(
 def contrasts(
     predictor: InsightfulPredictor, samples: Iterable[Sample], pairs: Iterable[tuple[int, int]], workers: int
 ) -> list[str | None]:
-    """Photo and heat map side by side for every sample: what speaks for the first class of its pair against the second.
+    """Photo and heat map side by side for every sample: evidence for the first class of its pair against the second.
 
     Only the photo where the model has no feature map; None where the photo is gone or changed. The map's mean plus
     the difference of the biases is the difference of the two logits.
@@ -82,7 +82,7 @@ def contrasts(
     large = replace(predictor.settings, size=LARGE)
 
     def work(item: tuple[Sample, tuple[int, int]]) -> str | None:
-        sample, (one, other) = item
+        sample, (first, second) = item
         try:
             photo = pixels(sample, large)
             feature_map = predictor.insight(pixels(sample, predictor.settings)[None]).feature_map
@@ -90,7 +90,7 @@ def contrasts(
             return None
         if feature_map is None:
             return jpeg(photo)
-        evidence = class_map(feature_map[0], end.kernel[:, one] - end.kernel[:, other])
+        evidence = class_map(feature_map[0], end.kernel[:, first] - end.kernel[:, second])
         return jpeg(heatmap.side_by_side(photo, heatmap.overlay(photo, evidence), gap=4))
 
     return list(ordered_map(work, list(zip(samples, pairs, strict=True)), workers))

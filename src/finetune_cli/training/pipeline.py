@@ -24,14 +24,9 @@ from finetune_cli.fields import Fields
 from finetune_cli.head import classifier
 from finetune_cli.head.keras_fit import EpochState, fit_epochs
 from finetune_cli.head.lbfgs import Head
+from finetune_cli.metrics.calibration import CalibrationScores, cross_fitted_calibration, fit_temperature, softmax32
 from finetune_cli.metrics.folds import group_numbers
-from finetune_cli.metrics.scores import (
-    CalibrationScores,
-    cross_fitted_calibration,
-    evaluate,
-    fit_temperature,
-    softmax32,
-)
+from finetune_cli.metrics.scores import evaluate
 from finetune_cli.photos import scan
 from finetune_cli.progress import Observer, timed
 from finetune_cli.runs import run

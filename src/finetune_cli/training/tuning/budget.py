@@ -19,7 +19,8 @@ from finetune_cli.devices import Precision
 from finetune_cli.errors import BadImage, DataError
 from finetune_cli.head.classifier import glorot
 from finetune_cli.inference import runtimes
-from finetune_cli.inspection.layers import anatomy, multiply_adds
+from finetune_cli.inspection.costs import multiply_adds
+from finetune_cli.inspection.layers import anatomy
 from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import Dataset
 from finetune_cli.photos.scan import Sample, decode_sample

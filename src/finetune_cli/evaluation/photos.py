@@ -1,0 +1,104 @@
+"""The photos of a run, found again: where they were when it was trained or, after a move, by their content."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_cli import files
+from finetune_cli.errors import BadImage, ChangedPhoto, DataError, RunError, UsageError
+from finetune_cli.parallel import ordered_map
+from finetune_cli.photos import dataset, scan
+from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.photos.scan import BadPhoto, Sample
+from finetune_cli.progress import Advance
+from finetune_cli.runs.run import Run
+
+_SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class LabelledPhotos:
+    """Photos that a run is evaluated on. part: a split of the run, or data. source: the same in words.
+
+    bad: those that cannot be used. moved: after a search by content, where every photo of the run is, by digest.
+    """
+
+    part: str
+    source: str
+    samples: tuple[Sample, ...]
+    bad: tuple[BadPhoto, ...] = ()
+    notes: tuple[str, ...] = ()
+    moved: Mapping[str, Path] = field(default_factory=dict)
+
+
+def photos_of_run(
+    run: Run, root: Path | None, workers: int, advance: Advance, part: str | None = None
+) -> LabelledPhotos:
+    """The photos of `run` in `part`, by default its test photos if it has some, else its validation photos.
+
+    They are looked for where they were when the run was made or, with `root`, by their content anywhere below it.
+    Raises `DataError` when none is found, `RunError` when the run does not say where they were, `UsageError` when
+    `root` is not a folder.
+    """
+    rows = run.split()
+    if part is None:
+        part = "test" if any(row.split == "test" for row in rows) else "val"
+    source = f"{_SPLIT_NAMES[part]} photos of the run"
+    moved = None if root is None else _by_digest(root, {row.digest for row in rows}, workers, advance)
+    rows = [row for row in rows if row.split == part]
+    folder = run.data_roots().get(part) if root is None else root
+    if folder is None:
+        raise RunError(f"{run.folder}/run.json does not say where the {source} are", "add --data FOLDER")
+    label = {name: i for i, name in enumerate(run.classes)}
+    samples, bad = [], []
+    for row in rows:
+        if row.label not in label:
+            raise RunError(
+                f"{run.folder}/split.csv names {row.label!r}, which is not a class of the run",
+                "restore the run from a copy",
+            )
+        path = folder / row.path if moved is None else moved.get(row.digest)
+        if path is None or not path.is_file():
+            bad.append(BadPhoto(folder / row.path, row.path, f"not found under {folder}"))
+        else:
+            samples.append(Sample(path, row.path, label[row.label], row.digest))
+    if not samples:
+        raise DataError(
+            f"none of the {len(rows)} {source} is under {folder}",
+            "say where they are with --data FOLDER (they are recognised by content); "
+            "evaluate can judge other labelled photos, too",
+        )
+    return LabelledPhotos(part, source, tuple(samples), tuple(bad), moved=moved or {})
+
+
+def _by_digest(root: Path, wanted: set[str], workers: int, advance: Advance) -> dict[str, Path]:
+    """Where the files with the `wanted` SHA-256 are below `root`."""
+    if not root.is_dir():
+        raise UsageError(f"--data {root} is not a folder", "name the folder that the photos are in now")
+
+    def digest(path: Path) -> tuple[str | None, Path]:
+        try:
+            return files.sha256(path), path
+        except OSError:
+            return None, path
+
+    found: dict[str, Path] = {}
+    for content, path in ordered_map(digest, dataset.iter_photos([root]), workers):
+        advance(1)
+        if content in wanted:
+            found.setdefault(content, path)
+    return found
+
+
+def pixels(sample: Sample, settings: ImageSettings) -> NDArray[np.uint8]:
+    """The pixels ``uint8 (size, size, 3)`` of `sample`.
+
+    Raises `BadImage` when it cannot be read or decoded, or when its bytes are not those of its digest.
+    """
+    try:
+        return scan.decode_sample(sample, settings)
+    except ChangedPhoto as exc:
+        raise BadImage(sample.path, "the file is not the one that was indexed: its content has changed") from exc
