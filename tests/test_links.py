@@ -207,12 +207,12 @@ def test_checkpoints_are_neither_written_nor_read_through_links(tmp_path, outsid
     assert checkpoints.load(run / "checkpoints" / "epoch-0002").epoch == 2
 
 
-def test_the_record_of_a_beginning_is_not_read_through_a_link(tmp_path, outside):
+def test_the_record_of_the_start_is_not_read_through_a_link(tmp_path, outside):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "split.csv").write_text("")
     (tmp_path / "run" / "checkpoints").symlink_to(outside)
     with pytest.raises(RunError, match="checkpoints is a symbolic link"):
-        resume.check(tmp_path / "run")
+        resume.check_files(tmp_path / "run")
 
 
 # Exports

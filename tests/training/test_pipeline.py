@@ -119,7 +119,7 @@ def test_the_split_keeps_the_groups_of_a_table_and_of_the_regex(tmp_path, drawn,
     (tmp_path / "photos.csv").write_text("\n".join(["image_path,label,group", *lines]))
     loaded = load(tmp_path, tmp_path / "photos.csv", cache, *small, r"data.group_regex=forest-(01)\d")
     prepared = prepare.prepare(loaded, Silent())
-    resume.begin(tmp_path / "run", prepared)
+    resume.record_start(tmp_path / "run", prepared)
     groups = {Path(row.path).stem: row.group for row in read_split(tmp_path / "run" / "split.csv")}
     assert len(groups) == 32
     assert {name for name, group in groups.items() if group == "roll"} == {f"city-00{i}" for i in (1, 2, 3, 4)}
@@ -260,7 +260,7 @@ def test_start_from_wants_the_same_backbone(tmp_path, drawn, cache, finished, sm
         ("model.backbone=resnet5", "no backbone 'resnet5'"),
         ("model.weights=none", "did you mean null?"),
         ("model.weights=imagnet", "did you mean imagenet?"),
-        ("training.class_weights={lake: 2}", "'lake', which is no class"),
+        ("training.class_weights={lake: 2}", "'lake', which is not a class"),
         ("model.start_from=nowhere", "there is no run"),
         ("output.name=taken", "exists already"),
     ],
@@ -363,8 +363,8 @@ def test_every_shipped_config_trains(tmp_path, drawn, cache, name):
     path = ROOT / "configs" / f"{name}.yaml"
     weights = ["model.weights=null", "image.size=64"] if load_config(path).model.backbone == "resnet50" else []
     overrides = [f"data.train={drawn}", f"runtime.cache_dir={cache}", f"output.directory={tmp_path / 'runs'}"]
-    run = command_train.train(load_config(path, [*overrides, *weights]), Silent(), name)
-    assert run.name == f"{name}-1"
+    run = command_train.train(load_config(path, [*overrides, *weights, f"output.name={name}"]), Silent())
+    assert run.name == name
     assert run.manifest.views.per_photo > 1
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import runs_fixture
 import trainings
-from finetune_cli.cli.main import app
 from typer.testing import CliRunner
 
 from finetune_cli import files
 from finetune_cli.cli import train as train_command
 from finetune_cli.cli import tuning_output
+from finetune_cli.cli.app import app
 from finetune_cli.cli.console import Console
 from finetune_cli.config.load import load_config
 from finetune_cli.config.schema import Config
