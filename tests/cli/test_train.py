@@ -58,4 +58,4 @@ def test_resume_does_not_take_the_folder_of_a_project_for_a_run(tmp_path):
     assert "remove" not in answer.stderr
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "run.json").write_text("{}")
-    assert f"in {tmp_path}; all that are there are finished\n" in run("train", "--resume", tmp_path).stderr
+    assert f"in {tmp_path}; all runs there are finished\n" in run("train", "--resume", tmp_path).stderr

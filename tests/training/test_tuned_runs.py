@@ -1,6 +1,7 @@
 """`train` with fine-tuning, from photos to a finished run, with a tiny backbone whose frozen features are poor."""
 
 import csv
+import dataclasses
 import errno
 import json
 import os
@@ -30,6 +31,7 @@ from finetune_cli.keras_setup import import_keras
 from finetune_cli.progress import Silent
 from finetune_cli.report import html as command_report
 from finetune_cli.report import refit_data, tuning
+from finetune_cli.runs import manifest
 from finetune_cli.runs.run import Run
 from finetune_cli.training import pipeline as command_train
 from finetune_cli.training import prepare
@@ -276,7 +278,7 @@ def test_fewer_views_are_stored_when_not_all_fit(place, tmp_path):
     run = place.train(tmp_path, f"fine_tuning.scratch_gb={1.1 * one_view}", "fine_tuning.epochs=1", observer=observer)
     assert run.manifest.fine_tuning["trainings"][0]["views"] == 1
     assert any("1 view of 2 fit" in warning for warning in observer.warnings)
-    assert run.manifest.views.a_photo == 2
+    assert run.manifest.views.per_photo == 2
 
 
 def test_a_tuned_run_is_a_backbone_to_start_from(place, tuned, tmp_path):
@@ -291,13 +293,11 @@ def test_a_tuned_run_is_a_backbone_to_start_from(place, tuned, tmp_path):
 
 
 def test_a_start_whose_model_is_another_is_refused(place, tuned, frozen, tmp_path):
-    from finetune_cli.runs import run as runs
-
     forged = tmp_path / "forged"
     files.make_folder(forged)
     (forged / "model.keras").write_bytes(frozen.file("model.keras").read_bytes())
-    manifest = {**tuned.manifest, "files": {"model.keras": files.sha256(forged / "model.keras")}}
-    files.write_json(forged / runs.MANIFEST, runs.sealed({k: v for k, v in manifest.items() if k != "sha256"}))
+    sums = {"model.keras": files.sha256(forged / "model.keras")}
+    files.write_json(forged / manifest.FILE, dataclasses.replace(tuned.manifest, files=sums).to_json())
     with pytest.raises(RunError, match="does not hold the backbone"):
         place.train(tmp_path, f"model.start_from={forged}")
 
@@ -363,8 +363,7 @@ def test_a_plan_without_fine_tuning_has_the_features_alone(place, frozen, tmp_pa
 
 
 def test_inspect_shows_where_the_gradient_stops(place, tuned, frozen):
-    from finetune_cli.cli.tools import _inspected
-
+    from finetune_cli.cli.inspect import _inspected
     from finetune_cli.inspection import graph
 
     model, *_rest = _inspected(tuned.folder, Silent())
@@ -372,14 +371,14 @@ def test_inspect_shows_where_the_gradient_stops(place, tuned, frozen):
     assert not shown["lower_conv"].gradient
     assert shown["upper_conv"].trained == 12 * 12 * 9 + 12
     assert shown["upper_bn"].trained == 24
-    assert shown["lower_conv"].kept == 16 * 16 * 12 * 4
+    assert shown["lower_conv"].activations == 16 * 16 * 12 * 4
     model, *_rest = _inspected(frozen.folder, Silent())
     assert graph.inspect(model).gradient_stops == ("logits",)
 
 
 def test_a_frozen_run_estimates_what_fine_tuning_would_take(frozen, tuned):
     assert frozen.manifest.fine_tuning_seconds > 0
-    assert "fine_tuning_seconds" not in tuned.manifest
+    assert tuned.manifest.fine_tuning_seconds is None
 
 
 def test_the_estimate_is_what_the_passes_and_the_epochs_take(place, frozen, tmp_path):
@@ -393,7 +392,7 @@ def test_the_estimate_is_what_the_passes_and_the_epochs_take(place, frozen, tmp_
 
 def test_the_report_has_a_section_on_it(tuned, frozen, tmp_path):
     def page(run: Run) -> str:
-        result = command_evaluate.evaluate(run, Silent(), name=tmp_path.name)
+        result = command_evaluate.evaluate(run, Silent(), target=command_evaluate.Target(tmp_path.name))
         return command_report.report(result.judged, tmp_path / run.folder.name, Silent()).read_text("utf-8")
 
     (tmp_path / tuned.folder.name).mkdir()
@@ -425,7 +424,7 @@ def test_the_screen_shows_what_was_tried_and_what_to_try(tuned, frozen, capsys):
 def test_a_resumed_run_is_not_planned():
     answer = CliRunner().invoke(app, ["train", "--resume", "--dry-run"])
     assert answer.exit_code == 2
-    assert "--dry-run and --resume exclude each other" in answer.output
+    assert "--dry-run and --resume cannot be combined" in answer.output
 
 
 def test_the_plan_is_a_table(place, frozen, tmp_path, capsys):
@@ -444,15 +443,14 @@ def test_durations_are_told_in_fitting_units(seconds, text):
     assert tuning_output.duration(seconds) == text
 
 
-@pytest.mark.parametrize("facts", [{}, [], "x", {"kept": 1, "trainings": 2, "candidates": [], "compared": {}}])
+@pytest.mark.parametrize("facts", [{}, {"kept": 1, "trainings": 2, "candidates": [], "compared": {}}])
 def test_a_report_survives_a_manifest_that_makes_no_sense(tuned, facts):
-    run = Run(tuned.folder, {**tuned.manifest, "fine_tuning": facts})
+    run = Run(tuned.folder, dataclasses.replace(tuned.manifest, fine_tuning=facts))
     found = tuning.section(run)
     assert found is not None
     assert found["problem"]
-    if facts:
-        with pytest.raises(RunError, match="does not describe its fine-tuning"):
-            comparison.trained_from(Run(tuned.folder, {**tuned.manifest, "fine_tuning": [facts]}))
+    with pytest.raises(RunError, match="does not describe its fine-tuning"):
+        comparison.trained_from(run)
 
 
 @pytest.mark.slow

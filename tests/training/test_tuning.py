@@ -180,6 +180,8 @@ def test_recomputed_activations_are_the_stored_ones(tmp_path):
     assert sum(advanced) == 5
     again = Recomputed(samples, lower)
     assert again.shape == stored.shape == (5, 3, SIZE, SIZE, 3)
+    every_view = np.divmod(np.arange(3, 12), 3)  # as the features of all views are asked for
+    np.testing.assert_array_equal(again.batch(*every_view), stored.batch(*every_view))
     photos, views = np.array([4, 0, 2]), np.array([1, 0, 2])
     np.testing.assert_array_equal(again.batch(photos, views), stored.batch(photos, views))
     other = stored.batch(photos, np.array([2, 1, 0]))

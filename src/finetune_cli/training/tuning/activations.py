@@ -134,12 +134,17 @@ class Recomputed:
         self.shape = (len(samples), lower.request.views, *lower.shape)
 
     def batch(self, photos: NDArray[np.intp], views: NDArray[np.intp]) -> Rows:
-        """``float32 (n, H, W, C)``. Raises `DataError` when a photo has changed since it was indexed."""
+        """``float32 (n, H, W, C)``; no view twice. Raises `DataError` when a photo has changed since it was indexed."""
         rows = np.empty((len(photos), *self._lower.shape), np.float32)
-        wanted = {photo: [view] for photo, view in zip(photos.tolist(), views.tolist(), strict=True)}
-        place = {photo: i for i, photo in enumerate(wanted)}
-        for (photo, _view), row in _computed(self._samples, wanted, self._lower):
-            rows[place[photo]] = row
+        places: dict[tuple[int, int], int] = {}
+        wanted: dict[int, list[int]] = {}
+        for i, (photo, view) in enumerate(zip(photos.tolist(), views.tolist(), strict=True)):
+            places[photo, view] = i
+            wanted.setdefault(photo, []).append(view)
+        if len(places) != len(rows):
+            raise ValueError("a batch names a view of a photo twice")
+        for place, row in _computed(self._samples, wanted, self._lower):
+            rows[places[place]] = row
         return rows
 
 
