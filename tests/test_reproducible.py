@@ -29,7 +29,7 @@ def test_threads_change_no_bit(tmp_path, solver, record_property):
         variables = {"OMP_NUM_THREADS": str(threads)}
         ended = Command(folder, "train", *settings, *SOLVERS[solver], variables=variables).end()
         assert ended.code == 0, ended.errors
-        found.append(contents(folder / "runs" / "run-1"))
+        found.append(contents(folder / "runs" / "photos-1"))
     one, two = found
     different = {name for name in one if one[name] != two[name]}
     assert different == {"config.yaml", "environment.json"}, "these two say how many threads there were"

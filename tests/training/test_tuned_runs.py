@@ -216,7 +216,7 @@ def test_a_resumed_run_ends_with_the_same_bits(place, tuned, tmp_path, moment):
     observer = Silent()
     again = command_train.resume(folder, load_config(folder / "config.yaml"), observer)
     epoch = EPOCHS if moment == "fine-tuning: kept" else int(moment.split()[2].rstrip("/"))
-    assert f"fine-tuning: going on after epoch {epoch}" in observer.notes
+    assert f"fine-tuning: resuming after epoch {epoch}" in observer.notes
     for name in ("inference/model.bin", "predictions.csv", "flipped.csv"):
         assert again.manifest.files[name] == tuned.manifest.files[name], name
     assert without_seconds(rows(again, "tuning.csv")) == without_seconds(rows(tuned, "tuning.csv"))
@@ -233,7 +233,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_one_refused(place, tu
     (newest / "arrays.npz").write_bytes(data)
     observer = Silent()
     again = command_train.resume(folder, load_config(folder / "config.yaml"), observer)
-    assert "fine-tuning: going on after epoch 2" in observer.notes
+    assert "fine-tuning: resuming after epoch 2" in observer.notes
     assert any("epoch-0003 is damaged" in warning for warning in observer.warnings)
     assert again.manifest.files["inference/model.bin"] == tuned.manifest.files["inference/model.bin"]
     with pytest.raises(Interrupted):

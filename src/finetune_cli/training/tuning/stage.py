@@ -280,7 +280,7 @@ class _Stage:
             self.observer.warn(warning)
         if last.state.get("training_id") != self.training_id:
             raise RunError(f"{last.path} belongs to another training", f"remove {last.path}")
-        self.observer.note(f"fine-tuning: going on after epoch {last.epoch}")
+        self.observer.note(f"fine-tuning: resuming after epoch {last.epoch}")
         try:
             return UpperState.restore(last.epoch, last.arrays, last.state["history"])
         except (KeyError, TypeError) as exc:
