@@ -20,7 +20,16 @@ def _watch(event: str, arguments: tuple) -> None:
         path, mode, flags = arguments
         writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if isinstance(path, (str, bytes)) and (writes or (mode and set(mode) & set("wax+"))):
-            _tell(event, [os.path.abspath(os.fsdecode(path))])  # noqa: PTH100 - a link stays a link
+            _tell(event, [_place(os.fsdecode(path))])
+
+
+def _place(path: str) -> str:
+    """Where `path` is: a link stays a link, but an open folder of this process is named."""
+    path = os.path.abspath(path)  # noqa: PTH100
+    parts = path.split("/", 5)
+    if path.startswith("/proc/self/fd/") and len(parts) > 5:
+        return f"{os.readlink('/'.join(parts[:5]))}/{parts[5]}"  # noqa: PTH115
+    return path
 
 
 def _tell(event: str, arguments: list[str]) -> None:
