@@ -119,7 +119,7 @@ def _scores(console: "Console", judged: "Judgement") -> None:
     evaluation, calibration = judged.evaluation, judged.calibration
     shares = [("accuracy", evaluation.accuracy)]
     shares += [(f"top-{k} accuracy", share) for k, share in evaluation.top_k.items()]
-    shares += [(f"baseline: always {shown(evaluation.baseline_class)}", evaluation.baseline)]
+    shares += [(f"majority-class baseline: {shown(evaluation.baseline_class)}", evaluation.baseline)]
     rows = [(name, f"{share.value:.1%}", f"{share.low:.1%} to {share.high:.1%}") for name, share in shares]
     rows += [
         ("balanced accuracy", f"{evaluation.balanced_accuracy:.1%}", ""),
