@@ -419,6 +419,10 @@ def test_the_screen_shows_what_was_tried_and_what_to_try(tuned, frozen, capsys):
     train_command._print_result(Console(), frozen)
     text = capsys.readouterr().out
     assert f"finetune train {frozen.folder / 'config.yaml'} fine_tuning=auto" in text.replace("\n", "")
+    best = dataclasses.replace(frozen.manifest.metrics["val"], accuracy=1.0)
+    perfect = dataclasses.replace(frozen.manifest, metrics={**frozen.manifest.metrics, "val": best})
+    train_command._print_result(Console(), Run(frozen.folder, perfect))
+    assert "fine_tuning=auto" not in capsys.readouterr().out
 
 
 def test_a_resumed_run_is_not_planned():

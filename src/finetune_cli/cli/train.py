@@ -146,7 +146,7 @@ def _print_result(console: "Console", run: "Run") -> None:
     console.print("\ntry next:")
     console.print(f"  finetune predict PHOTO --run {shown(shlex.quote(str(folder)))}")
     console.print(f"  finetune evaluate --run {shown(shlex.quote(str(folder)))}")
-    if manifest.fine_tuning is None:
+    if manifest.fine_tuning is None and manifest.metrics["val"].accuracy < 1:
         seconds = manifest.fine_tuning_seconds
         takes = (
             "add --dry-run to see how long that takes"
