@@ -3,10 +3,11 @@
     python benchmarks/measure.py PHOTOS [part ...]
 
 PHOTOS is a folder with `hymenoptera/{train,val}` and `scenes/{train,test}` (see data/README.md for where such sets
-are). Parts: predict, quickstart, extraction, views, textbook, textbook_resnet50, again, growth, memory; all of them
-without a name. The machine should have nothing else to do; compare ratios, not seconds, between machines.
+are). Parts: predict, quickstart, stages, extraction, views, textbook, textbook_resnet50, again, growth, memory; all of
+them without a name. The machine should have nothing else to do; compare ratios, not seconds, between machines.
 """
 
+import hashlib
 import json
 import os
 import resource
@@ -107,16 +108,12 @@ def quickstart(photos: Path, folder: Path) -> None:  # noqa: ARG001
 
 def extraction(photos: Path, folder: Path) -> None:
     """ResNet50 features from JPEG files against `keras.Model.predict`, and against what the cores allow."""
-    import hashlib
-
     import keras
-    import numpy as np
 
     from finetune_cli.backbones import build
     from finetune_cli.cache.features import FeatureStore
     from finetune_cli.inference import runtimes
     from finetune_cli.parallel import cores
-    from finetune_cli.photos import scan
     from finetune_cli.photos.augment import Augmenter
     from finetune_cli.photos.decode import ImageSettings
     from finetune_cli.photos.scan import Sample
@@ -139,17 +136,7 @@ def extraction(photos: Path, folder: Path) -> None:
             model = runtimes.convert(backbone.model)
             single = runtimes.OpenVinoRuntime(model, precision, 1)
             chosen = samples[:64]
-            decode = core_seconds(lambda s=chosen: [scan.decode_sample(x, settings) for x in s]) / 64
-            decoded = np.stack([scan.decode_sample(x, settings) for x in chosen])
-            augmenter.view(decoded[0], samples[0].digest, 1)
-            warp = (
-                core_seconds(
-                    lambda d=decoded, a=augmenter: [a.view(x, s.digest, 1) for x, s in zip(d, samples, strict=False)]
-                )
-                / 64
-            )
-            single.infer(decoded[:4])
-            infer = core_seconds(lambda d=decoded, r=single: [r.infer(d[i : i + 4]) for i in range(0, 64, 4)]) / 64
+            decode, warp, infer = photo_costs(chosen, settings, augmenter, single)
             rates = []
             for _ in range(3):
                 for label, augment, cost in (
@@ -174,6 +161,90 @@ def extraction(photos: Path, folder: Path) -> None:
                     f"{rate / allowed:.2f} of what the core-seconds allow ({allowed:.1f})",
                     f"decode {decode * 1e3:.1f} ms, warp {warp * 1e3:.2f} ms, infer {infer * 1e3:.1f} ms",
                 )
+
+
+def photo_costs(samples: list, settings: object, augmenter: object, runtime: object) -> tuple[float, float, float]:
+    """Core-seconds a photo for decoding, a view for the warp, and a view for the backbone, over 64 `samples`."""
+    import numpy as np
+
+    from finetune_cli.photos import scan
+
+    decode = core_seconds(lambda: [scan.decode_sample(sample, settings) for sample in samples])
+    decoded = np.stack([scan.decode_sample(sample, settings) for sample in samples])
+    augmenter.view(decoded[0], samples[0].digest, 1)
+    warp = core_seconds(lambda: [augmenter.view(x, s.digest, 1) for x, s in zip(decoded, samples, strict=True)])
+    runtime.infer(decoded[:4])
+    infer = core_seconds(lambda: [runtime.infer(decoded[i : i + 4]) for i in range(0, len(decoded), 4)])
+    return decode / len(samples), warp / len(samples), infer / len(samples)
+
+
+def stages(photos: Path, folder: Path) -> None:
+    """Where the seconds of a first run go, and of one with other head settings, beside what the photos alone take.
+
+    The limit: the core-seconds that decoding, warping and the backbone need, divided by the cores.
+    """
+    imported, _ = seconds([sys.executable, "-c", "import tensorflow"], 5)
+    say("import tensorflow", f"{imported:.2f} s")
+    for backbone, weights in (("efficientnet_lite0", "imagenet"), ("resnet50", "null")):
+        data = [*lite0(photos, folder, "hymenoptera"), f"model.backbone={backbone}", f"model.weights={weights}"]
+        first = [
+            timed_stages(folder / f"{backbone}-{i}", "first", [*data, *AUGMENTATION], "training.l2=auto")
+            for i in range(3)
+        ]
+        second = [
+            timed_stages(
+                folder / f"{backbone}-0", f"second-{i}", [*data, *AUGMENTATION], f"training.label_smoothing=0.{i}"
+            )
+            for i in range(1, 6)
+        ]
+        limit = photo_limit(photos, folder / f"{backbone}-0" / "runs" / "first")
+        for name, found in (("first", first), ("other head settings", second)):
+            taken, used, run = sorted(found, key=lambda each: each[0])[len(found) // 2]
+            rest = taken - sum(run["seconds"].values())
+            say(
+                f"stages, {backbone}, {name}",
+                f"{taken:.2f} s",
+                f"{taken / imported:.2f} x import tensorflow",
+                f"{used:.1f} core-seconds",
+                *(f"{stage} {value:.2f}" for stage, value in run["seconds"].items()),
+                f"start and end {rest:.2f}",
+                f"limit {limit:.2f} s" if name == "first" else "limit 0 s",
+            )
+
+
+def timed_stages(folder: Path, name: str, data: list[str], *overrides: str) -> tuple[float, float, dict]:
+    """Wall-clock seconds and core-seconds, those of its helpers included, of one training, and its run.json."""
+    folder.mkdir(exist_ok=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    taken, run = train(folder, name, data, *overrides)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return taken, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, run
+
+
+def photo_limit(photos: Path, run: Path) -> float:
+    """Seconds that the photos of `run` would take if all cores worked on nothing else."""
+    from finetune_cli.inference import runtimes
+    from finetune_cli.parallel import cores
+    from finetune_cli.photos.augment import Augmenter
+    from finetune_cli.photos.decode import ImageSettings
+    from finetune_cli.photos.scan import Sample
+    from finetune_cli.training.converted import Converted
+
+    manifest = json.loads((run / "run.json").read_text())
+    paths = sorted((photos / "hymenoptera" / "train").glob("*/*.jpg"))[:64]
+    samples = [Sample(path, path.name, 0, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths]
+    augmenter = Augmenter({"horizontal_flip": True, "width_shift_range": 0.2, "height_shift_range": 0.2}, 4, 0, 224)
+    found = next(path for path in (run.parents[1] / "cache" / "backbones").iterdir() if path.is_dir())
+    costs = {}
+    for precision in {"float32", manifest["feature_precision"]}:
+        runtime = runtimes.OpenVinoRuntime(Converted.read(found).openvino_model(), precision, 1)
+        costs[precision] = photo_costs(samples, ImageSettings(), augmenter, runtime)
+    counts, views = manifest["photos"], manifest["views"]["per_photo"]
+    decode, warp, infer = costs[manifest["feature_precision"]]
+    needed = counts["train"] * (decode + (views - 1) * warp + views * infer)
+    decode, _warp, infer = costs["float32"]
+    needed += (counts["val"] + counts.get("test", 0)) * (decode + infer)
+    return needed / cores()
 
 
 def core_seconds(work: Callable[[], object], times: int = 3) -> float:
@@ -353,7 +424,19 @@ def fit_synthetic(folder: Path, solver: str) -> None:
 
 PARTS = {
     part.__name__: part
-    for part in (predict, quickstart, extraction, views, textbook, textbook_resnet50, again, growth, memory, classes)
+    for part in (
+        predict,
+        quickstart,
+        stages,
+        extraction,
+        views,
+        textbook,
+        textbook_resnet50,
+        again,
+        growth,
+        memory,
+        classes,
+    )
 }
 
 

@@ -1,6 +1,6 @@
 """Imports Keras in the one state that every model of this package is built in.
 
-TensorFlow backend, channels last, float32: a user's ``keras.json`` or environment must not change what a model
+One backend, channels last, float32: a user's ``keras.json`` or environment must not change what a model
 computes. Nothing is written: Keras would create ``~/.keras/keras.json`` at import. Nothing is printed: TensorFlow
 writes a page about oneDNN and missing GPU libraries straight to the error stream, whatever its log level.
 """
@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Literal
 
 from finetune_cli.errors import FinetuneError
 
@@ -21,8 +22,19 @@ _UNUSED = ("matplotlib", "sklearn")
 _LOGGER_LINE = re.compile(rb"[IWE]\d{4} \d|WARNING: All log messages before absl|To enable the following instructions")
 
 
+_backend = "tensorflow"
+
+
+def choose_backend(name: Literal["tensorflow", "openvino"]) -> None:
+    """Let `import_keras` import Keras on this backend; for a process of its own, because a process has one Keras."""
+    global _backend  # noqa: PLW0603 - as Keras's own backend
+    _backend = name
+
+
 def import_keras() -> ModuleType:
-    """Import and return `keras` (some seconds the first time), quiet, on TensorFlow, with this package's settings.
+    """Import and return `keras` (some seconds the first time), quiet, with this package's settings.
+
+    The backend is TensorFlow unless `choose_backend` chose another.
 
     Raises `FinetuneError` if Keras was imported before on another backend.
     """
@@ -31,9 +43,9 @@ def import_keras() -> ModuleType:
             _first_import()
     import keras
 
-    if keras.config.backend() != "tensorflow":
+    if keras.config.backend() != _backend:
         raise FinetuneError(
-            f"Keras is already loaded with the {keras.config.backend()} backend", "start with KERAS_BACKEND=tensorflow"
+            f"Keras is already loaded with the {keras.config.backend()} backend", f"start with KERAS_BACKEND={_backend}"
         )
     keras.config.set_floatx("float32")
     keras.config.set_epsilon(1e-7)
@@ -45,8 +57,11 @@ def import_keras() -> ModuleType:
 
 def _first_import() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # 3: nothing below FATAL, once TensorFlow is imported
-    os.environ["KERAS_BACKEND"] = "tensorflow"
+    os.environ["KERAS_BACKEND"] = _backend
     import keras  # noqa: F401  (imported for its effect)
+
+    if _backend != "tensorflow":
+        return
     import tensorflow as tf
 
     # float32 means float32, on newer GPUs, too: the saved model is compared with its numbers to 1e-4.

@@ -131,6 +131,20 @@ def test_a_gpu_that_is_not_there_is_an_error():
         runtimes.choose_device("gpu")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere TensorFlow is always asked")
+def test_tensorflow_is_asked_for_a_gpu_only_where_there_is_a_driver(monkeypatch, tmp_path):
+    import tensorflow as tf
+
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda _kind: ["a GPU"])
+    monkeypatch.setattr(runtimes, "_GPU_DRIVERS", (str(tmp_path / "driver"),))
+    assert runtimes.choose_device("auto") == "cpu"
+    with pytest.raises(UsageError, match="no GPU"):
+        runtimes.choose_device("gpu")
+    (tmp_path / "driver").touch()
+    assert runtimes.choose_device("auto") == runtimes.choose_device("gpu") == "gpu"
+    assert runtimes.choose_device("cpu") == "cpu"
+
+
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "model.xml").write_text("<net>")
     with pytest.raises(RunError, match=r"model\.xml cannot be read"):

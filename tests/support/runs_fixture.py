@@ -149,7 +149,7 @@ def build(folder: Path, classes: tuple[str, ...] = ("ant", "bee", "wasp")) -> Ti
     pixels = np.stack([decode(s.path, ImageSettings(SIZE)) for s in splits["val"][:4]])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # inside Keras
-        parity = outputs.save_models(home, model, pixels, measured["val"][:4])
+        parity = outputs.save_models(home, model, runtimes.convert(model), pixels, measured["val"][:4])
     (home / "config.yaml").write_text(yaml.safe_dump(settings.dump(home)))
     environment.write_environment(home, settings, "cpu", "float32", 1)
     write_csv(

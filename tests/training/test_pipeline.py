@@ -3,11 +3,14 @@
 import csv
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import trainings
+from file_faults import ENVIRONMENT
 from paths import ROOT
 from PIL import Image
 
@@ -180,6 +183,29 @@ def test_other_head_settings_run_no_backbone_pass(tmp_path, drawn, cache, finish
     assert run.manifest.views.cached == views.computed + views.cached
 
 
+def test_other_head_settings_need_neither_keras_nor_tensorflow_here(tmp_path, drawn, cache, finished_small, small):
+    settings = {
+        "data": {"train": str(drawn), "val_split": 0.3},
+        "image": {"size": 64},
+        "model": {"backbone": small[0].partition("=")[2]},
+        "augmentation": {"horizontal_flip": True, "views": 2},
+        "training": {"l2": 0.01},
+        "output": {"directory": str(tmp_path)},
+        "runtime": {"cache_dir": str(cache)},
+    }
+    program = f"""
+import sys
+from finetune_cli import api
+settings = {settings!r}
+run = api.train(settings)
+print(sorted({{"tensorflow", "keras"}} & set(sys.modules)))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert ended.stdout == "[]\n", ended.stderr
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, drawn, cache, small):
     whole = command_train.train(load(tmp_path / "whole", drawn, cache, *small, *FLIP, *ADAM), Silent())
 
@@ -301,10 +327,12 @@ def test_a_bad_photo_stops_before_anything_exists(tmp_path, with_bad_photo, cach
         command_check.check(load(tmp_path, photos, cache, *small), Silent())
 
 
-def test_all_bad_photos_are_reported_at_once_before_anything_is_built(tmp_path, with_bad_photo, cache, monkeypatch):
+def test_all_bad_photos_are_reported_at_once_before_the_backbone_is_needed(
+    tmp_path, with_bad_photo, cache, monkeypatch
+):
     photos, cut = with_bad_photo  # only the decoder finds this one
     (photos / "forest" / "empty.jpg").write_bytes(b"")  # and the header tells this one
-    monkeypatch.setattr(prepare, "build_backbone", None)
+    monkeypatch.setattr(prepare.Conversion, "finish", None)
     for command in (command_train.train, command_check.check):
         with pytest.raises(BadPhotos) as caught:
             command(load(tmp_path, photos, cache), Silent())

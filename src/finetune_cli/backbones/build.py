@@ -55,6 +55,11 @@ class Backbone:
     feature_map: bool
     original: str
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers its weights are."""
+        return int(self.model.count_params())
+
 
 def with_weights_of(backbone: Backbone, name_or_path: str | Path, path: Path) -> Backbone:
     """`backbone`, which `build` made of `name_or_path`, with the weights of the same one inside the classifier `path`.
@@ -91,6 +96,34 @@ def resolve(name_or_path: str | Path) -> BackboneInfo:
     return info
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a backbone is built from: its row of the table, and its weight file with the SHA-256 of that, if any."""
+
+    info: BackboneInfo
+    file: Path | None
+    sha256: str | None
+
+
+def find_source(
+    name_or_path: str | Path,
+    weights: str | Path | None,
+    size: int,
+    weights_sha256: str | None = None,
+    advance: Advance = ignore_progress,
+) -> Source:
+    """Find out, without Keras, what `build` would build from; the arguments and the errors are those of `build`."""
+    info = resolve(name_or_path)
+    if size < info.min_size:
+        raise ConfigError(f"image.size: {info.name} needs at least {info.min_size} pixels, not {size}", "raise it")
+    if info.path is not None and info.name != BUNDLED and weights != "imagenet":
+        raise ConfigError("model.weights has no effect with a .keras file, which brings its own", "delete the key")
+    file = weight_file(name_or_path, weights, size)
+    if weights == "imagenet" and info.path is None:
+        file = download.find_imagenet(info, size, advance)
+    return Source(info, file, _checked_digest(file, weights_sha256))
+
+
 def build(
     name_or_path: str | Path,
     weights: str | Path | None,
@@ -105,15 +138,8 @@ def build(
     random ones drawn from `seed`. `weights_sha256`: what the weight file must be. `advance` counts the
     megabytes of a download. Raises `ConfigError` and `WeightsError`.
     """
-    info = resolve(name_or_path)
-    if size < info.min_size:
-        raise ConfigError(f"image.size: {info.name} needs at least {info.min_size} pixels, not {size}", "raise it")
-    if info.path is not None and info.name != BUNDLED and weights != "imagenet":
-        raise ConfigError("model.weights has no effect with a .keras file, which brings its own", "delete the key")
-    file = weight_file(name_or_path, weights, size)
-    if weights == "imagenet" and info.path is None:
-        file = download.find_imagenet(info, size, advance)
-    digest = _checked_digest(file, weights_sha256)
+    source = find_source(name_or_path, weights, size, weights_sha256, advance)
+    info, file = source.info, source.file
     keras = import_keras()
     with signals.deferred():
         with _drawn_from(seed):
@@ -128,7 +154,7 @@ def build(
             model=model,
             width=int(model.output.shape[-1]),
             fingerprint=fingerprint,
-            weights_sha256=digest,
+            weights_sha256=source.sha256,
             feature_map=feature_map_tensor(model) is not None,
             original=fingerprint,
         )

@@ -1,9 +1,9 @@
-"""`cache info|clear|prune`: how large the cache of features and digests is, and how to make it smaller."""
+"""`cache info|clear|prune`: how large the cache of features, digests and backbones is, and how to make it smaller."""
 
 import re
 from pathlib import Path
 
-from finetune_cli.cache import digests, features, sqlite_file
+from finetune_cli.cache import backbones, digests, features, sqlite_file
 from finetune_cli.errors import UsageError
 from finetune_cli.files import human_bytes
 
@@ -38,12 +38,18 @@ def info(folder: Path) -> list[str]:
         )
     if size := sqlite_file.size(_digest_files(folder)):
         lines.append(f"digest cache {folder / digests.KIND.name}: {human_bytes(size)}")
+    count, size = backbones.size(folder)
+    if count:
+        lines.append(f"converted backbones {folder / backbones.NAME}: {count}, {human_bytes(size)}")
     return lines
 
 
 def clear(folder: Path) -> str:
-    """Remove features and digests in `folder`; a line that says what was freed. Raises `StorageError` or `RunError`."""
-    freed = features.clear(folder) + sqlite_file.remove(_digest_files(folder), folder)
+    """Remove all that the cache in `folder` holds; a line that says what was freed.
+
+    Raises `StorageError` or `RunError`.
+    """
+    freed = features.clear(folder) + sqlite_file.remove(_digest_files(folder), folder) + backbones.clear(folder)
     return f"removed the cache in {folder}: {human_bytes(freed)} freed"
 
 

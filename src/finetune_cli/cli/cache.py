@@ -23,7 +23,7 @@ def info(folder: CacheOption = None, debug: DebugOption = False) -> None:  # noq
 
 
 def clear(folder: CacheOption = None, debug: DebugOption = False) -> None:  # noqa: ARG001
-    """Remove all features and digests; they are computed again when needed."""
+    """Remove all features, digests and converted backbones; they are made again when needed."""
     from finetune_cli.cache import maintenance
 
     new_console().print(maintenance.clear(_cache_folder(folder)))

@@ -66,5 +66,11 @@ def problems(arguments: Mapping[str, Any]) -> dict[str, str]:
 
 def zoom_factors(value: Any) -> tuple[float, float]:
     """The smallest and the largest factor of a `zoom_range`."""
-    low, high = (1 - value, 1 + value) if isinstance(value, int | float) else value
+    low, high = zoom_bounds(value)
     return min(low, high), max(low, high)
+
+
+def zoom_bounds(value: Any) -> tuple[float, float]:
+    """The two factors that a `zoom_range` stands for, in the order in which they were given."""
+    low, high = (1 - value, 1 + value) if isinstance(value, int | float) else value
+    return low, high

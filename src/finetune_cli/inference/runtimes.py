@@ -16,14 +16,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli import signals
+from finetune_cli import files, signals
 from finetune_cli.devices import Device, Precision
-from finetune_cli.errors import FinetuneError, RunError, UsageError
+from finetune_cli.errors import FinetuneError, RunError, StorageError, UsageError
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.untrusted import openvino_ir
 
 if TYPE_CHECKING:
     import openvino
+
+
+# The driver of NVIDIA, that of its boards with an ARM processor, Windows's in its Linux subsystem, and that of AMD.
+_GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
 
 
 class Runtime(Protocol):
@@ -172,17 +176,23 @@ def choose_device(wanted: str) -> Device:
     """
     if wanted == "cpu":
         return "cpu"
-    import_keras()  # which also makes TensorFlow keep quiet
-    import tensorflow as tf
+    if _may_have_gpu():
+        import_keras()  # which also makes TensorFlow keep quiet
+        import tensorflow as tf
 
-    if tf.config.list_physical_devices("GPU"):
-        return "gpu"
+        if tf.config.list_physical_devices("GPU"):
+            return "gpu"
     if wanted == "gpu":
         raise UsageError(
             "runtime.device is gpu, but TensorFlow sees no GPU",
             "install the extra with: pip install 'finetune-cli[gpu]', or set runtime.device: auto",
         )
     return "cpu"
+
+
+def _may_have_gpu() -> bool:
+    """Whether it is worth seconds to ask TensorFlow: on Linux, a GPU is reached through one of a few device files."""
+    return sys.platform != "linux" or any(Path(driver).exists() for driver in _GPU_DRIVERS)
 
 
 def training_precision(device: str, wanted: str) -> Precision:
@@ -240,10 +250,25 @@ def convert(model: Any) -> "openvino.Model":
     return converted
 
 
+def save_ir(model: "openvino.Model", xml: Path, folder: Path, size: int) -> None:
+    """Write an OpenVINO model as `xml` and the `.bin` file beside it.
+
+    `folder`: what the error names, because `xml` may lie in a temporary one; `size`: about how many bytes are written.
+    Raises `StorageError`.
+    """
+    try:
+        import_openvino().save_model(model, xml, compress_to_fp16=False)
+    except RuntimeError as exc:  # of a C++ stream, which does not say why
+        files.free_space_check(folder.parent, size)
+        raise StorageError(
+            f"{folder} cannot be written ({files.human_bytes(size)} are needed)", "see the limit with: ulimit -f"
+        ) from exc
+
+
 def read_ir(xml: Path) -> "openvino.Model":
     """The OpenVINO model in `xml` and the `.bin` file beside it.
 
-    Raises `RunError` when it is damaged, or not such a model as `train` writes (see `ir.py`).
+    Raises `RunError` when it is damaged, or not such a model as `train` writes (see `untrusted/openvino_ir.py`).
     """
     return parse_ir(*openvino_ir.read_files(xml), xml)
 

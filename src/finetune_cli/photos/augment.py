@@ -1,10 +1,10 @@
-"""Views of a photo: Keras draws the transform, OpenCV applies it.
+"""Views of a photo: the transforms that Keras would draw, applied by OpenCV.
 
 In: ``uint8 (size, size, 3)`` RGB as `decode.decode` makes it, the photo's digest and a view number. Out: the same
-shape and type. View 0 is the photo itself. The transform of view i >= 1 comes from `get_random_transform` of a real
-Keras `ImageDataGenerator`, seeded by (seed, digest, i) alone, so that order, threads, batches and machines do not
-matter. `Augmenter.apply` equals the generator's own `apply_transform` within 1 grey level on average, whatever the
-arguments and the fill mode, and takes a tenth of its time (`tests/photos/test_augment.py` compares them).
+shape and type. View 0 is the photo itself. The transform of view i >= 1 is what `get_random_transform` of Keras's
+`ImageDataGenerator` draws, bit for bit, seeded by (seed, digest, i) alone, so that order, threads, batches and machines
+do not matter. `Augmenter.apply` equals the generator's own `apply_transform` within 1 grey level on average, whatever
+the arguments and the fill mode, and takes a tenth of its time (`tests/photos/test_augment.py` compares them).
 
 One bug is fixed: in Keras 3 `width_shift_range` moves the picture down and `height_shift_range` sideways. Here both
 do what their names say.
@@ -13,23 +13,18 @@ do what their names say.
 import functools
 import hashlib
 import json
-import os
-import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli.config.generator import GENERATOR_DEFAULTS, problems, zoom_factors
+from finetune_cli.config.generator import GENERATOR_DEFAULTS, problems, zoom_bounds, zoom_factors
 from finetune_cli.errors import ConfigError
 
 # Part of the cache key of every augmented view: raise it when `draw` or `apply` give other pixels than before.
 _VERSION = 1
-
-# NumPy's global random state, which Keras draws from, is one per process: so is this lock.
-_GLOBAL_STATE = threading.Lock()
 
 Pixels = NDArray[np.uint8] | NDArray[np.float32]
 
@@ -58,7 +53,7 @@ class Augmenter:
 
     `arguments`: augmenting arguments of `ImageDataGenerator` (those left out keep their defaults). `views`: the number
     of views of a photo, view 0 included. `size`: the side of the square photos in pixels, for shifts given as
-    fractions. Keras is imported by the first `draw`. Raises `ConfigError` for refused, unknown or invalid arguments.
+    fractions. Raises `ConfigError` for refused, unknown or invalid arguments.
     """
 
     def __init__(self, arguments: Mapping[str, Any], views: int, seed: int, size: int) -> None:
@@ -86,29 +81,35 @@ class Augmenter:
         return {name: value for name, value in self._arguments.items() if value != GENERATOR_DEFAULTS[name]}
 
     def draw(self, digest: str, view: int) -> Transform:
-        """The transform of view `view` (1 or more) of the photo with this digest."""
+        """The transform of view `view` (1 or more) of the photo with this digest.
+
+        These are the numbers of `ImageDataGenerator.get_random_transform`, drawn in its order from a generator of the
+        same kind and seed. Keras itself would take seconds to import, and draws from NumPy's global state, so that
+        only one thread could draw at a time.
+        """
         text = f"{self._seed}/{digest}/{view}".encode()
-        seed = int.from_bytes(hashlib.sha256(text).digest()[:4], "big")
-        with _GLOBAL_STATE:
-            generator = self._generator  # made by the first thread that comes; the others wait
-            state = np.random.get_state()  # noqa: NPY002 - Keras draws from the legacy global generator
-            try:
-                drawn = generator.get_random_transform((self._size, self._size, 3), seed=seed)
-            finally:
-                np.random.set_state(state)  # noqa: NPY002
-        # Keras 3 takes `tx`, which moves along the width, from height_shift_range, and `ty` from width_shift_range.
-        shift, brightness = drawn["channel_shift_intensity"], drawn["brightness"]
+        rng = np.random.RandomState(int.from_bytes(hashlib.sha256(text).digest()[:4], "big"))
+        given = self._arguments
+        theta = _symmetric(rng, given["rotation_range"])
+        # The height's shift is drawn first. Keras 3 calls it `tx` and then moves the photo along its width: see above.
+        ty = _shift(rng, given["height_shift_range"], self._size)
+        tx = _shift(rng, given["width_shift_range"], self._size)
+        shear = _symmetric(rng, given["shear_range"])
+        low, high = zoom_bounds(given["zoom_range"])
+        zx, zy = (1.0, 1.0) if low == high == 1 else map(float, rng.uniform(low, high, 2))
+        flips = [bool(rng.random_sample() < 0.5 and given[name]) for name in ("horizontal_flip", "vertical_flip")]
+        shifted, brightness = given["channel_shift_range"], given["brightness_range"]
         return Transform(
-            theta=float(drawn["theta"]),
-            tx=float(drawn["ty"]),
-            ty=float(drawn["tx"]),
-            shear=float(drawn["shear"]),
-            zx=float(drawn["zx"]),
-            zy=float(drawn["zy"]),
-            flip_horizontal=bool(drawn["flip_horizontal"]),
-            flip_vertical=bool(drawn["flip_vertical"]),
-            channel_shift_intensity=None if shift is None else float(shift),
-            brightness=None if brightness is None else float(brightness),
+            theta=theta,
+            tx=tx,
+            ty=ty,
+            shear=shear,
+            zx=zx,
+            zy=zy,
+            flip_horizontal=flips[0],
+            flip_vertical=flips[1],
+            channel_shift_intensity=_symmetric(rng, shifted) if shifted else None,
+            brightness=None if brightness is None else float(rng.uniform(*brightness)),
         )
 
     def apply(self, image: NDArray[np.uint8], transform: Transform) -> NDArray[np.uint8]:
@@ -134,12 +135,21 @@ class Augmenter:
         """View `view` of `image`: for 0 the image itself, else a new array."""
         return image if view == 0 else self.apply(image, self.draw(digest, view))
 
-    @functools.cached_property
-    def _generator(self) -> Any:
-        os.environ["KERAS_BACKEND"] = "tensorflow"  # whatever the user's keras.json says
-        from tensorflow.keras.preprocessing.image import ImageDataGenerator
 
-        return ImageDataGenerator(**self._arguments, data_format="channels_last", dtype="float32")
+def _symmetric(rng: np.random.RandomState, limit: float) -> float:
+    """A draw between -`limit` and `limit`; 0, without a draw, when that is 0."""
+    return float(rng.uniform(-limit, limit)) if limit else 0.0
+
+
+def _shift(rng: np.random.RandomState, given: float | Sequence[float], size: int) -> float:
+    """A shift in pixels: a whole number n gives one of 0 to n - 1 and a list one of its own, with either sign.
+
+    A fraction is a limit. What is below 1 is a part of the `size` of the photo.
+    """
+    if not given:
+        return 0.0
+    drawn = rng.uniform(-given, given) if isinstance(given, float) else rng.choice(given) * rng.choice([-1, 1])
+    return float(drawn * size if np.max(given) < 1 else drawn)
 
 
 def _is_active(arguments: Mapping[str, Any]) -> bool:

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from finetune_cli import files
 from finetune_cli.config.schema import Config
 from finetune_cli.drawing import figures
 from finetune_cli.errors import Interrupted
 from finetune_cli.fields import Fields
-from finetune_cli.head import classifier
+from finetune_cli.head import classifier, finished
 from finetune_cli.head.keras_fit import EpochState, fit_epochs
 from finetune_cli.head.lbfgs import Head
+from finetune_cli.inference import runtimes
 from finetune_cli.metrics.calibration import CalibrationScores, cross_fitted_calibration, fit_temperature, softmax32
 from finetune_cli.metrics.folds import group_numbers
 from finetune_cli.metrics.scores import evaluate
@@ -37,10 +37,13 @@ from finetune_cli.tables import write_csv
 from finetune_cli.text import shown
 from finetune_cli.training import fit, head_state, outputs
 from finetune_cli.training import resume as resume_checks
+from finetune_cli.training.converted import Converted
 from finetune_cli.training.extract import Features
 from finetune_cli.training.fit import Fitted, labels_of
 from finetune_cli.training.head_state import HeadState
-from finetune_cli.training.prepare import Prepared, evenly_spread, image_settings, prepare
+from finetune_cli.training.keras_process import KerasProcess
+from finetune_cli.training.prepare import Prepared, changes_backbone, evenly_spread, image_settings, prepare
+from finetune_cli.training.requirements import check_settings
 from finetune_cli.training.tuning import budget, comparison, stage
 
 
@@ -61,12 +64,15 @@ def train(config: Config, observer: Observer) -> Run:
     Raises any `FinetuneError`; whatever happens, no finished run is changed and computed features stay in the cache.
     """
     run.check_target(config.output.directory, config.output.name)
-    prepared = prepare(config, observer, stage.checked(config))
-    start = _start(prepared, observer)
-    folder = run.create(config.output.directory, config.output.name, run.stem(config.data.train))
-    with files.lock(folder), _resumable(folder):
-        resume_checks.record_start(folder, prepared)
-        return _fit_and_finish(folder, prepared, start, observer)
+    check_settings(config)
+    with KerasProcess("openvino") as keras:
+        _start_keras(keras, config)
+        prepared = prepare(config, observer, stage.checked(config))
+        start = _start(prepared, observer)
+        folder = run.create(config.output.directory, config.output.name, run.stem(config.data.train))
+        with files.lock(folder), _resumable(folder):
+            resume_checks.record_start(folder, prepared)
+            return _fit_and_finish(folder, prepared, start, observer, keras)
 
 
 def resume(folder: Path, config: Config, observer: Observer) -> Run:
@@ -75,12 +81,20 @@ def resume(folder: Path, config: Config, observer: Observer) -> Run:
     Raises `RunError` when the run is finished already, or when its photos, classes or settings are not what they were.
     """
     files.check_writable(folder)
-    with files.lock(folder), _resumable(folder):
+    with files.lock(folder), _resumable(folder), KerasProcess("openvino") as keras:
         resume_checks.check_files(folder)
         files.remove_leftovers(folder)
+        check_settings(config)
+        _start_keras(keras, config)
         prepared = prepare(config, observer, stage.checked(config))
         resume_checks.check_inputs(folder, prepared, observer)
-        return _fit_and_finish(folder, prepared, _start(prepared, observer), observer)
+        return _fit_and_finish(folder, prepared, _start(prepared, observer), observer, keras)
+
+
+def _start_keras(keras: KerasProcess, config: Config) -> None:
+    """Start the process that proves the saved model; with a tuned backbone, that is done in this process."""
+    if not changes_backbone(config):
+        keras.start()  # it is needed in the end, and takes a while to be ready
 
 
 @contextlib.contextmanager
@@ -93,7 +107,9 @@ def _resumable(folder: Path) -> Iterator[None]:
         raise
 
 
-def _fit_and_finish(folder: Path, prepared: Prepared, start: Head | None, observer: Observer) -> Run:
+def _fit_and_finish(
+    folder: Path, prepared: Prepared, start: Head | None, observer: Observer, keras: KerasProcess
+) -> Run:
     classes = prepared.data.classes
     with timed(prepared.seconds, "head"):
         fitted = _fit(folder, prepared, start, observer)
@@ -110,13 +126,16 @@ def _fit_and_finish(folder: Path, prepared: Prepared, start: Head | None, observ
         names += comparison.write(folder, classes, before, judged, tuned.history)
     if text := _below_baseline(prepared.config, judged[-1]):
         observer.warn(text)
-    names += outputs.write_tables(folder, classes, judged, tuning)
-    names += _write_history(folder, fitted)
-    names += figures.write_figures(folder, judged[-1].evaluation, fitted.history)
     with timed(prepared.seconds, "saving"), observer.stage("saving and comparing the model", None, "models"):
-        parity = _save_models(folder, prepared, fitted.head, temperature, judged[0].probabilities)
-    names += ["model.keras", "inference/model.xml", "inference/model.bin"]
-    outcome = Outcome(fitted, temperature, parity, tuple(judged))
+        outcome = Outcome(fitted, temperature, None, tuple(judged))
+        proof = _save_models(folder, prepared, outcome, keras)
+        # While Keras loads the model in its own process:
+        names += outputs.write_tables(folder, classes, judged, tuning)
+        names += _write_history(folder, fitted)
+        names += figures.write_figures(folder, judged[-1].evaluation, fitted.history)
+        parity = proof()
+    names += outputs.MODELS
+    outcome = replace(outcome, parity=parity)
     manifest = replace(_manifest(folder, prepared, outcome), fine_tuning=tuning)
     if tuning is None and manifest.views.computed:
         photos, a_view = len(prepared.parts["train"].samples), prepared.seconds["features"] / manifest.views.computed
@@ -234,15 +253,20 @@ def _start(prepared: Prepared, observer: Observer) -> Head | None:
     return grown
 
 
-def _save_models(
-    folder: Path, prepared: Prepared, fitted: Head, temperature: float, measured: NDArray[np.float32]
-) -> Parity | None:
-    model = classifier.build(prepared.backbone.model, fitted, temperature, prepared.data.classes)
+def _save_models(folder: Path, prepared: Prepared, outcome: Outcome, keras: KerasProcess) -> outputs.Proof:
+    head, temperature = outcome.fitted.head, outcome.temperature
     val = prepared.parts["val"].samples
     chosen = evenly_spread(len(val), outputs.PARITY_PHOTOS)
     settings = image_settings(prepared.config)
     photos = np.stack([scan.decode_sample(val[i], settings) for i in chosen])
-    return outputs.save_models(folder, model, photos, measured[chosen])
+    backbone, expected = prepared.backbone, outcome.judged[0].probabilities[chosen]
+    if isinstance(backbone, Converted):
+        parts = outputs.Parts(backbone, head, temperature)
+        return outputs.save_with_proof(folder, parts, photos, expected, keras)
+    model = classifier.build(backbone.model, head, temperature, prepared.data.classes)
+    graph = finished.openvino_model(runtimes.convert(backbone.model), head, temperature)
+    parity = outputs.save_models(folder, model, graph, photos, expected)
+    return lambda: parity
 
 
 def _manifest(folder: Path, prepared: Prepared, outcome: Outcome) -> Manifest:

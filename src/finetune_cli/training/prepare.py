@@ -34,11 +34,15 @@ from finetune_cli.progress import Advance, Observer, ignore_progress, timed
 from finetune_cli.runs.run import Run
 from finetune_cli.text import counted, shown
 from finetune_cli.training import extract
+from finetune_cli.training.converted import Conversion, Converted
 from finetune_cli.training.extract import Features, Request, Resources
-from finetune_cli.training.requirements import cache_folder, check_room, check_settings, start_digest
+from finetune_cli.training.requirements import cache_folder, check_room, start_digest
 
 _SHOWN = 20
 Result = TypeVar("Result")
+
+# As Keras builds it in this process, for fine-tuning, or converted, in the cache.
+AnyBackbone = Backbone | Converted
 
 # How many photos of a split are read to see whether the index is up to date.
 _CHECKED_PHOTOS = 16
@@ -53,7 +57,7 @@ class Prepared:
 
     config: Config
     data: Dataset
-    backbone: Backbone
+    backbone: AnyBackbone
     device: Device
     precision: Precision
     workers: int
@@ -62,22 +66,42 @@ class Prepared:
     start_from: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def keras_backbone(self) -> Backbone:
+        """The backbone of a config for which `changes_backbone` is true."""
+        assert isinstance(self.backbone, Backbone)
+        return self.backbone
+
+
+def changes_backbone(config: Config) -> bool:
+    """Whether fine-tuning changes the weights of the backbone, or has changed those that `model.start_from` brings.
+
+    Keras builds such a backbone in this process; any other is converted once, and kept in the cache.
+    """
+    if config.fine_tuning is not None:
+        return True
+    if config.model.start_from is None:
+        return False
+    old = Run.load(config.model.start_from).manifest.backbone
+    return old.fingerprint != old.original
+
 
 def prepare(
-    config: Config, observer: Observer, check: Callable[[Dataset, Backbone], None] = lambda _data, _backbone: None
+    config: Config, observer: Observer, check: Callable[[Dataset, AnyBackbone], None] | None = None
 ) -> Prepared:
     """Index the photos, build the backbone, and compute (or find in the cache) every feature.
 
-    `check` may raise when it sees the photos and the backbone, before any feature is computed.
+    `config` is one that `check_settings` accepts. `check` may raise when it sees the photos and the backbone, before
+    any feature is computed.
 
     Raises `DataError` when photos are bad and `data.on_bad_image` does not allow skipping them; what was computed until
     then stays in the cache. Raises `StorageError` when there is no room for the features or for the run.
     """
     seconds: dict[str, float] = {}
-    check_settings(config)
     started_from = start_digest(config)
     augmentation = augmenter(config)
     extractor: Extractor | None = None
+    conversion: Conversion | None
 
     def work(data: Dataset) -> Prepared:
         nonlocal extractor
@@ -86,9 +110,10 @@ def prepare(
         class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
         if extractor is None:
             _note_augmentation(config, augmentation, observer)
-            extractor = _extractor(config, observer, seconds)
+            extractor = _extractor(config, observer, seconds, conversion)
         check_room(config, data, augmentation.views, extractor.backbone)
-        check(data, extractor.backbone)
+        if check is not None:
+            check(data, extractor.backbone)
         precision = runtimes.training_precision(extractor.device, config.runtime.feature_precision)
         with timed(seconds, "features"):
             parts, cache_bytes = _all_features(extractor, data, precision, augmentation)
@@ -96,7 +121,10 @@ def prepare(
         backbone, device, workers = extractor.backbone, extractor.device, extractor.workers
         return Prepared(config, data, backbone, device, precision, workers, parts, cache_bytes, started_from, seconds)
 
-    return with_photos(config, observer, work, seconds)
+    with contextlib.nullcontext() if changes_backbone(config) else Conversion(config) as conversion:
+        if conversion is not None and not conversion.downloads:  # a download waits for photos that can be used
+            conversion.begin()
+        return with_photos(config, observer, work, seconds)
 
 
 def with_photos(
@@ -126,12 +154,21 @@ def _note_augmentation(config: Config, augmentation: Augmenter, observer: Observ
         observer.warn("augmentation.views is 1, the photo itself: no transform is applied")
 
 
-def _extractor(config: Config, observer: Observer, seconds: dict[str, float]) -> "Extractor":
+def _extractor(
+    config: Config, observer: Observer, seconds: dict[str, float], conversion: Conversion | None
+) -> "Extractor":
+    """`conversion`: of the backbone; `None` for one that Keras builds here, see `changes_backbone`."""
     with timed(seconds, "backbone"), observer.stage("backbone", None, "MB") as advance:
         device = runtimes.choose_device(config.runtime.device)
+        start = Run.load(config.model.start_from) if config.model.start_from is not None else None
+        if conversion is not None:
+            converted = conversion.finish(advance)
+            if start is not None:
+                check_start(start, converted)
+            return Extractor(config, converted, device, observer)
         backbone = build_backbone(config, advance)
-        if config.model.start_from is not None:
-            backbone = starting_backbone(Run.load(config.model.start_from), config, backbone)
+        if start is not None:
+            backbone = starting_backbone(start, config, backbone)
         return Extractor(config, backbone, device, observer)
 
 
@@ -213,7 +250,7 @@ class Extractor:
     """Computes the features of one split after another with one backbone."""
 
     config: Config
-    backbone: Backbone
+    backbone: AnyBackbone
     device: Device
     observer: Observer
     _compiled: dict[Precision, Runtime] = field(default_factory=dict)
@@ -242,13 +279,19 @@ class Extractor:
         """The backbone, converted once and compiled once per precision."""
         if precision not in self._compiled:
             if self.device == "gpu":
-                self._compiled[precision] = runtimes.TensorFlowRuntime(self.backbone.model, precision)
+                self._compiled[precision] = runtimes.TensorFlowRuntime(self._keras_model, precision)
             else:
                 self._compiled[precision] = runtimes.OpenVinoRuntime(self._converted.clone(), precision, self.workers)
         return self._compiled[precision]
 
     @cached_property
+    def _keras_model(self) -> Any:
+        return build_backbone(self.config).model if isinstance(self.backbone, Converted) else self.backbone.model
+
+    @cached_property
     def _converted(self) -> Any:
+        if isinstance(self.backbone, Converted):
+            return self.backbone.openvino_model()
         return runtimes.convert(self.backbone.model)
 
     @property
@@ -269,19 +312,25 @@ def build_backbone(config: Config, advance: Advance = ignore_progress) -> Backbo
     return build.build(model.backbone, model.weights, size, seed, model.weights_sha256, advance)
 
 
+def check_start(start: Run, backbone: AnyBackbone) -> None:
+    """Raise `RunError` when the run `start` was trained on another backbone than `backbone` or a tuned form of it."""
+    old = start.manifest.backbone
+    if backbone.fingerprint != old.fingerprint and backbone.original != old.original:
+        raise RunError(
+            f"model.start_from: {start.folder} was trained on another backbone ({old.name})",
+            "use the same model.backbone, model.weights and image.size, or drop model.start_from",
+        )
+
+
 def starting_backbone(start: Run, config: Config, backbone: Backbone) -> Backbone:
     """`backbone`, with the weights that fine-tuning gave it if `start` is a run that tuned it; it changes then.
 
     Raises `RunError` when `start` has another backbone.
     """
+    check_start(start, backbone)
     old = start.manifest.backbone
     if old.fingerprint == backbone.fingerprint:
         return backbone
-    if old.original != backbone.original:
-        raise RunError(
-            f"model.start_from: {start.folder} was trained on another backbone ({old.name})",
-            "use the same model.backbone, model.weights and image.size, or drop model.start_from",
-        )
     path = start.file("model.keras")
     tuned = build.with_weights_of(backbone, config.model.backbone, path)
     if tuned.fingerprint != old.fingerprint:

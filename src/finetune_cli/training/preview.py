@@ -54,10 +54,6 @@ def _in_turn(data: Dataset) -> Iterator[Sample]:
 
 
 def _views(augmenter: Augmenter, image: NDArray[np.uint8], digest: str) -> list[NDArray[np.uint8]]:
-    if augmenter.views > 1:
-        from finetune_cli.keras_setup import import_keras
-
-        import_keras()  # quietly, before the augmenter does
     return [augmenter.view(image, digest, view) for view in range(min(augmenter.views, MAX_VIEWS))]
 
 

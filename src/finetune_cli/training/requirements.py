@@ -8,10 +8,10 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from finetune_cli import files
 from finetune_cli.backbones import build
-from finetune_cli.backbones.build import Backbone
 from finetune_cli.cache import folder
 from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.config.schema import Config
@@ -20,6 +20,20 @@ from finetune_cli.photos.dataset import Dataset
 from finetune_cli.runs.run import Run
 
 _TABLES_AND_FIGURES = 1_000_000
+
+
+class Sized(Protocol):
+    """What `check_room` needs to know of a backbone: how many numbers a feature and its weights are."""
+
+    @property
+    def width(self) -> int:
+        """Numbers of a feature."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in its weights."""
+        ...
 
 
 def check_settings(config: Config) -> None:
@@ -76,14 +90,14 @@ def _named(key: str) -> Iterator[None]:
         raise
 
 
-def check_room(config: Config, data: Dataset, views: int, backbone: Backbone) -> None:
+def check_room(config: Config, data: Dataset, views: int, backbone: Sized) -> None:
     """Raise `StorageError` unless there is room for the features and for the run, before hours go into them."""
     rows = views * len(data.train) + len(data.val) + len(data.test)
     with _named("runtime.cache_dir"):
         # The features are in the cache, and in the scratch file.
         files.free_space_check(cache_folder(config).scratch, 2 * 4 * backbone.width * rows)
     head = 4 * (backbone.width + 1) * len(data.classes)
-    model = 4 * backbone.model.count_params() + head
+    model = 4 * backbone.parameters + head
     # The model in two forms; up to four checkpoints, each with the head, the best head and Adam's two moments.
     with _named("output.directory"):
         files.free_space_check(config.output.directory, 2 * model + 4 * 4 * head + _TABLES_AND_FIGURES)

@@ -75,7 +75,7 @@ def load_keras_file(path: Path) -> Any:
     except Exception as exc:
         raise _unreadable(path, exc) from exc
     for weight in model.weights:
-        values = weight.numpy()
+        values = keras.ops.convert_to_numpy(weight)
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise WeightsError(
                 f"{path}: the weights {weight.path} are not finite (NaN or infinity)", "train the model again"

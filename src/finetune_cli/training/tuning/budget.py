@@ -19,13 +19,12 @@ from finetune_cli.devices import Precision
 from finetune_cli.errors import BadImage, DataError
 from finetune_cli.head.classifier import glorot
 from finetune_cli.inference import runtimes
-from finetune_cli.inspection.costs import multiply_adds
-from finetune_cli.inspection.layers import anatomy
 from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import Dataset
 from finetune_cli.photos.scan import Sample, decode_sample
 from finetune_cli.progress import Observer, ignore_progress
 from finetune_cli.runs.run import Run
+from finetune_cli.training.converted import Converted
 from finetune_cli.training.extract import Request
 from finetune_cli.training.prepare import (
     Extractor,
@@ -38,7 +37,7 @@ from finetune_cli.training.prepare import (
 from finetune_cli.training.requirements import cache_folder, check_room, check_settings
 from finetune_cli.training.tuning import activations, plan, stage
 from finetune_cli.training.tuning.activations import Lower
-from finetune_cli.training.tuning.cuts import cut
+from finetune_cli.training.tuning.cuts import LAST_STAGE, cut, share_above
 from finetune_cli.training.tuning.plan import Trial
 from finetune_cli.training.tuning.upper import Labelled, Upper, UpperSettings
 
@@ -208,23 +207,14 @@ def _missing(
         )
 
 
-def rough_seconds(backbone: Backbone, config: Config, photos: int, a_view: float) -> float:
+def rough_seconds(backbone: Backbone | Converted, config: Config, photos: int, a_view: float) -> float:
     """About how much longer than the head alone ``fine_tuning=auto`` would take, without measuring anything.
 
     photos: training photos; a_view: seconds that the feature pass took for a view.
     """
+    share = backbone.last_stage_share if isinstance(backbone, Converted) else share_above(backbone.model, LAST_STAGE)
     views, total = augmenter(config).views, 0.0
     for trial in plan.trials(FineTuningConfig(), photos):
         # Once through the network for the activations and for the head's second fit, which share it between them.
-        total += views + trial.epochs * _FORWARD_AND_BACK * _share(backbone.model, trial.unfreeze)
+        total += views + trial.epochs * _FORWARD_AND_BACK * share
     return photos * a_view * (total + views)  # and once for the features of the tuned backbone
-
-
-def _share(model: Any, unfreeze: str) -> float:
-    """The share of the multiply-adds that is above the cut."""
-
-    def count(of: Any) -> int:
-        parts = anatomy(of)
-        return sum(multiply_adds(step, parts.tensors) or 0 for step in parts.steps)
-
-    return count(cut(model, unfreeze).upper) / max(1, count(model))

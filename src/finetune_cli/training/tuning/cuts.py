@@ -12,7 +12,8 @@ from typing import Any
 
 from finetune_cli import signals
 from finetune_cli.errors import ConfigError
-from finetune_cli.inspection.layers import nodes
+from finetune_cli.inspection.costs import multiply_adds
+from finetune_cli.inspection.layers import anatomy, nodes
 from finetune_cli.keras_setup import import_keras
 
 LAST_STAGE, LAST_TWO_STAGES, ALL = "last_stage", "last_two_stages", "all"
@@ -74,6 +75,16 @@ def cut(model: Any, unfreeze: str) -> Cut:
         keras.Model(flat.input, point.tensor, name="lower") if point.nodes_below else None,
         keras.Model(point.tensor, flat.output, name="upper") if point.nodes_below else flat,
     )
+
+
+def share_above(model: Any, unfreeze: str) -> float:
+    """The share of the multiply-adds of `model` that is above a cut (see `cut`)."""
+
+    def count(of: Any) -> int:
+        parts = anatomy(of)
+        return sum(multiply_adds(step, parts.tensors) or 0 for step in parts.steps)
+
+    return count(cut(model, unfreeze).upper) / max(1, count(model))
 
 
 def unfreeze_above(model: Any, unfreeze: str) -> None:

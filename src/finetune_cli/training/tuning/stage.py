@@ -35,7 +35,7 @@ from finetune_cli.text import counted
 from finetune_cli.training import fit
 from finetune_cli.training.extract import Features, Request, scratch_array
 from finetune_cli.training.fit import Fitted, labels_of
-from finetune_cli.training.prepare import Extractor, Prepared, augmenter, image_settings
+from finetune_cli.training.prepare import AnyBackbone, Extractor, Prepared, augmenter, image_settings
 from finetune_cli.training.requirements import cache_folder
 from finetune_cli.training.tuning import activations, candidates, plan
 from finetune_cli.training.tuning.activations import Lower, Pixels, Recomputed, Source
@@ -77,16 +77,17 @@ class _Trained:
     facts: dict[str, Any]
 
 
-def checked(config: Config) -> Callable[[Dataset, Backbone], None]:
+def checked(config: Config) -> Callable[[Dataset, AnyBackbone], None]:
     """A check for `prepare` to make before hours of work: that the network can be cut, and that the disk has room.
 
     It raises `ConfigError` and `StorageError`.
     """
 
-    def check(data: Dataset, backbone: Backbone) -> None:
+    def check(data: Dataset, backbone: AnyBackbone) -> None:
         section = config.fine_tuning
         if section is None:
             return
+        assert isinstance(backbone, Backbone)  # as `changes_backbone` says
         train, val, views = len(data.train), len(data.val), augmenter(config).views
         # The features of the frozen and of the tuned backbone, each in the cache and at hand; the head's second fit.
         row = 4 * backbone.width
@@ -126,13 +127,13 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
         "candidates": [each.to_json(frozen, each is kept) for each in (frozen, *tuned)],
     }
     history = tuple(row for training in trained for row in training.history)
-    prepared.backbone.model.trainable = False
+    prepared.keras_backbone.model.trainable = False
     if kept.training is None:
         observer.note("fine-tuning: no other model is better than the frozen one by more than chance, so that is kept")
-        return Outcome(prepared.backbone, prepared.parts, fitted, False, document, history)
+        return Outcome(prepared.keras_backbone, prepared.parts, fitted, False, document, history)
     winner = trained[kept.training]
     winner.upper.assign(interpolated(winner.start, winner.end, kept.share))
-    backbone = build.with_changed_weights(prepared.backbone, prepared.config.model.backbone)
+    backbone = build.with_changed_weights(prepared.keras_backbone, prepared.config.model.backbone)
     observer.note(
         f"fine-tuning: kept is {kept.name}; validation log loss {kept.log_loss:.3f}, frozen {frozen.log_loss:.3f}"
     )
@@ -179,7 +180,7 @@ class _Stage:
 
     def attempt(self, number: int, trial: Trial) -> _Trained:
         """One training and its candidates. The backbone has its old weights again afterwards."""
-        part = cut(self.prepared.backbone.model, trial.unfreeze)
+        part = cut(self.prepared.keras_backbone.model, trial.unfreeze)
         with timed(self.prepared.seconds, "activations"):
             train, val, store = self._activations(part)
         model = Upper(part.upper, self.fitted.head)

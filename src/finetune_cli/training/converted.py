@@ -1,0 +1,233 @@
+"""The converted backbone, kept in the cache: a second training with the same backbone needs no TensorFlow.
+
+    backbones/<key>/backbone.xml .bin   photos ``(n, H, W, 3)`` -> features ``(n, D)``, OpenVINO, float32
+                    classifier.keras    the same for Keras, under a head of two classes; see `head/finished.py`
+                    facts.json          `Converted`, the SHA-256 of the other files, and one of its own content
+
+The key names everything that these depend on, and needs neither Keras nor TensorFlow. A folder of which one bit is not
+as it was written is made anew. When it is made, TensorFlow and OpenVINO must agree about the features.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from finetune_cli import files
+from finetune_cli.backbones import build
+from finetune_cli.cache import backbones
+from finetune_cli.config.schema import Config
+from finetune_cli.errors import GateError, RunError, StorageError
+from finetune_cli.head import finished
+from finetune_cli.inference import runtimes
+from finetune_cli.progress import Advance, ignore_progress
+from finetune_cli.runs import manifest
+from finetune_cli.training.keras_process import KerasProcess
+from finetune_cli.training.requirements import cache_folder
+from finetune_cli.training.tuning import cuts
+
+if TYPE_CHECKING:
+    import openvino
+
+_FORMAT = 1  # part of the key: raise it when the same backbone is to be converted otherwise
+_PACKAGES = ("keras", "tensorflow", "openvino")
+_FACTS, _GRAPH, _WEIGHTS, _TEMPLATE = "facts.json", "backbone.xml", "backbone.bin", "classifier.keras"
+_FILES = (_GRAPH, _WEIGHTS, _TEMPLATE)
+# Of the largest feature. Convolutions add up in another order: a few 1e-6 for all families of `keras.applications`.
+_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A backbone in the cache; see `build.Backbone` for what has the same name.
+
+    `last_stage_share`: the part of its multiply-adds that is above the cut below its last stage, see `tuning/cuts.py`.
+    """
+
+    folder: Path
+    name: str
+    width: int
+    fingerprint: str
+    weights_sha256: str | None
+    feature_map: bool
+    parameters: int
+    last_stage_share: float
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """What `make` wrote into `folder`; `None` when it is not there, or not whole."""
+        cache = backbones.cache_of(folder)
+        try:
+            facts = json.loads(files.read_own(folder / _FACTS, cache))
+            hashes = {name: files.sha256_own(folder / name, cache) for name in _FILES}
+            if manifest.seal(facts) != facts or facts["files"] != hashes:
+                return None
+            return cls(folder, **facts["backbone"])
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            return None
+
+    @property
+    def original(self) -> str:
+        """The fingerprint: no fine-tuning changed these weights."""
+        return self.fingerprint
+
+    @property
+    def template(self) -> Path:
+        """The archive that `finished.write_keras` takes."""
+        return self.folder / _TEMPLATE
+
+    def openvino_model(self) -> "openvino.Model":
+        """A new copy of the OpenVINO form. Raises `RunError` when it is not such a file as `make` writes."""
+        try:
+            return runtimes.read_ir(self.folder / _GRAPH)
+        except RunError as exc:
+            exc.remedy = (
+                f"was it put there by somebody else? remove it with: finetune cache clear, or remove {self.folder}"
+            )
+            raise
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The arguments of `build.build`."""
+
+    name: str
+    weights: str | None
+    size: int
+    seed: int
+    weights_sha256: str | None = None
+
+
+class Conversion:
+    """The backbone of a config on its way: out of the cache, or from a process that converts it in the meantime.
+
+    To be used in a `with` block, which ends that process.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._process = KerasProcess("tensorflow")
+        self._folder: Path | None = None
+        self._found: Converted | None = None
+
+    def __enter__(self) -> Self:
+        """Nothing is begun yet."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """End the process."""
+        self._process.__exit__(*exception)
+
+    @property
+    def downloads(self) -> bool:
+        """Whether `begin` would download a weight file."""
+        model = self._config.model
+        file = build.weight_file(model.backbone, model.weights, self._config.image.size)
+        return model.weights == "imagenet" and file is not None and not file.exists()
+
+    def begin(self, advance: Advance = ignore_progress) -> None:
+        """Look into the cache, and start the process if that lacks the backbone; `advance`: see `build.find_source`.
+
+        Raises `ConfigError` and `WeightsError`.
+        """
+        model, size, seed = self._config.model, self._config.image.size, self._config.training.seed
+        source = build.find_source(model.backbone, model.weights, size, model.weights_sha256, advance)
+        key, cache = _key(source, size, seed), cache_folder(self._config)
+        self._found = Converted.read(backbones.entry(cache.path, key))
+        self._folder = backbones.entry(cache.scratch, key)  # another folder, if the cache can only be read
+        if self._found is None and not cache.writable:
+            self._found = Converted.read(self._folder)
+        if self._found is None:
+            weights = None if model.weights is None else str(model.weights)
+            wanted = Wanted(str(model.backbone), weights, size, seed, source.sha256)
+            self._process.start()
+            self._process.request(
+                "convert", {"cache": str(cache.scratch.absolute()), "key": key, "wanted": asdict(wanted)}
+            )
+
+    def finish(self, advance: Advance = ignore_progress) -> Converted:
+        """The converted backbone, when it is ready. Raises what `begin` and `make` raise."""
+        if self._folder is None:
+            self.begin(advance)
+        assert self._folder is not None
+        if self._found is None:
+            self._process.answer()
+            self._found = Converted.read(self._folder)
+        if self._found is None:
+            raise StorageError(f"{self._folder} is not what was just written there", "check that disk for faults")
+        return self._found
+
+
+def _key(source: build.Source, size: int, seed: int) -> str:
+    parts = {
+        "format": _FORMAT,
+        "name": source.info.name,
+        "weights": source.sha256 or f"random {seed}",
+        "size": size,
+        "packages": {name: _version(name) for name in _PACKAGES},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # TensorFlow has builds of other names
+        return None
+
+
+def make(cache: Path, key: str, wanted: Wanted) -> None:
+    """Build the backbone with Keras on TensorFlow, convert it, and put it into `cache` under `key`.
+
+    Raises what `build.build` raises, `FinetuneError` when it cannot be converted, `GateError` when TensorFlow and
+    OpenVINO disagree, `StorageError` when it cannot be written.
+    """
+    folder = backbones.entry(cache, key)
+    backbones.make_parent(cache)
+    with files.lock(folder.parent, wait=backbones.BUSY_SECONDS):
+        files.remove_leftovers(folder.parent, cache)
+        if Converted.read(folder) is not None:  # another training was faster
+            return
+        backbone = build.build(wanted.name, wanted.weights, wanted.size, wanted.seed, wanted.weights_sha256)
+        model = runtimes.convert(backbone.model)
+        parameters = backbone.parameters
+        _compare(backbone.model, model, wanted.size)
+        if os.path.lexists(folder):
+            files.remove_folder(folder, cache)
+        with files.atomic_folder(folder, 2 * 4 * parameters, cache) as temporary:
+            runtimes.save_ir(model, temporary / _GRAPH, folder, 4 * parameters)
+            finished.template(backbone.model).save(temporary / _TEMPLATE)
+            facts = Converted(
+                folder=folder,
+                name=backbone.name,
+                width=backbone.width,
+                fingerprint=backbone.fingerprint,
+                weights_sha256=backbone.weights_sha256,
+                feature_map=backbone.feature_map,
+                parameters=parameters,
+                last_stage_share=cuts.share_above(backbone.model, cuts.LAST_STAGE),
+            )
+            kept = {key: value for key, value in asdict(facts).items() if key != "folder"}
+            hashes = {name: files.sha256_own(temporary / name) for name in _FILES}
+            files.write_json(temporary / _FACTS, manifest.seal({"backbone": kept, "files": hashes}))
+
+
+def _compare(keras_model: Any, model: "openvino.Model", size: int) -> None:
+    """Raise `GateError` unless both forms give the same features for two pictures, of noise and of a ramp."""
+    ramp = np.linspace(0, 255, size * size * 3).reshape(size, size, 3)
+    noise = np.random.default_rng(0).integers(0, 256, (size, size, 3))
+    pictures = np.stack([ramp, noise]).astype(np.uint8)
+    wanted = np.asarray(keras_model(pictures.astype(np.float32), training=False))
+    found = runtimes.OpenVinoRuntime(model.clone(), "float32", latency=True).infer(pictures)
+    apart = float(np.abs(found - wanted).max() / max(float(np.abs(wanted).max()), 1e-12))
+    if not apart <= _TOLERANCE:
+        raise GateError(
+            f"OpenVINO's form of this backbone disagrees with TensorFlow's: features differ by {apart:.2g} of the "
+            f"largest, the limit is {_TOLERANCE:g}",
+            "choose another model.backbone, and please report this one",
+        )
