@@ -48,8 +48,9 @@ def outside(tmp_path):
 
 @pytest.fixture
 def copy(tiny_run, tmp_path):
-    """A copy of the tiny run, to be changed."""
-    return Path(shutil.copytree(tiny_run.run.folder, tmp_path / "runs" / "tiny-1"))
+    """A copy of the tiny run, to be changed, without the evaluations of other tests."""
+    others = shutil.ignore_patterns("evaluations")
+    return Path(shutil.copytree(tiny_run.run.folder, tmp_path / "runs" / "tiny-1", ignore=others))
 
 
 def plain(path: Path) -> bool:

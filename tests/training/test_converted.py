@@ -100,7 +100,7 @@ def test_a_damaged_one_is_not_used(cache, name, fault):
     assert Converted.read(entry(cache)) is None
 
 
-def test_a_damaged_one_is_made_anew(cache, keras_file):
+def test_a_damaged_one_is_written_again(cache, keras_file):
     before = {path.name: path.read_bytes() for path in entry(cache).iterdir()}
     (entry(cache) / "backbone.bin").write_bytes(b"")
     (cache / backbones.NAME / ".left-00000000.tmp").mkdir()  # of a killed process
@@ -111,12 +111,15 @@ def test_a_damaged_one_is_made_anew(cache, keras_file):
     assert not list((cache / backbones.NAME).glob(".*.tmp"))
 
 
-def test_a_training_makes_a_damaged_one_anew_in_another_process(cache, keras_file):
+@pytest.mark.parametrize("solver", ["lbfgs", "adam"])
+def test_a_training_makes_a_damaged_one_anew(cache, keras_file, solver):
+    """In another process, unless this one needs TensorFlow anyway."""
     whole = (entry(cache) / "backbone.bin").read_bytes()
     (entry(cache) / "backbone.bin").write_bytes(whole[:-4])
-    with Conversion(config(cache, keras_file)) as conversion:
+    with Conversion(config(cache, keras_file, f"training.solver={solver}")) as conversion:
         conversion.begin()
         found = conversion.finish()
+        assert (conversion._process._process is not None) == (solver == "lbfgs")
     assert (found.folder / "backbone.bin").read_bytes() == whole
 
 

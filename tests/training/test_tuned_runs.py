@@ -95,7 +95,8 @@ def frozen(place, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tuned(place, tmp_path_factory):
+def tuned(place, frozen, tmp_path_factory):
+    """After `frozen`, whose estimate needs a pass that is computed and not cached."""
     return place.train(tmp_path_factory.mktemp("tuned"))
 
 

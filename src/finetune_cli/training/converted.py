@@ -106,6 +106,7 @@ class Wanted:
 class Conversion:
     """The backbone of a config on its way: out of the cache, or from a process that converts it in the meantime.
 
+    A solver that needs Keras anyway has it converted here: two processes that import TensorFlow would take longer.
     To be used in a `with` block, which ends that process.
     """
 
@@ -113,6 +114,7 @@ class Conversion:
         self._config = config
         self._process = KerasProcess("tensorflow")
         self._folder: Path | None = None
+        self._here: tuple[Path, str, Wanted] | None = None  # the arguments of `make`, if it is to run in this process
         self._found: Converted | None = None
 
     def __enter__(self) -> Self:
@@ -145,6 +147,9 @@ class Conversion:
         if self._found is None:
             weights = None if model.weights is None else str(model.weights)
             wanted = Wanted(str(model.backbone), weights, size, seed, source.sha256)
+            if self._config.training.solver != "lbfgs":
+                self._here = (cache.scratch.absolute(), key, wanted)
+                return
             self._process.start()
             self._process.request(
                 "convert", {"cache": str(cache.scratch.absolute()), "key": key, "wanted": asdict(wanted)}
@@ -156,7 +161,10 @@ class Conversion:
             self.begin(advance)
         assert self._folder is not None
         if self._found is None:
-            self._process.answer()
+            if self._here is not None:
+                make(*self._here)
+            else:
+                self._process.answer()
             self._found = Converted.read(self._folder)
         if self._found is None:
             raise StorageError(f"{self._folder} is not what was just written there", "check that disk for faults")
