@@ -500,7 +500,7 @@ def test_the_command_line_tells_all(tiny, monkeypatch):
     assert answer.exit_code == 3
     for text in (
         "95 % interval",
-        "always bee",
+        "majority-class baseline: bee",
         "recall",
         "true \\ predicted",
         "target accuracy",
