@@ -59,7 +59,8 @@ def started(killed, tmp_path):
 @pytest.mark.parametrize("seed", range(3))
 def test_sigkill_at_random_moments(shop, tmp_path, seed, record_property):
     rng, kills = random.Random(seed), 0
-    for phase in ("preparing", "epochs", "saving", "epochs", "saving", "saving", "epochs", "preparing"):
+    phases = ("preparing", "epochs", "saving", "epochs", "saving", "saving", "epochs", "preparing")
+    for phase in 4 * phases:  # kills that come too late on a noisy machine are tried again
         ended = kill(shop.resume_or_begin(tmp_path), phase, rng, shop.reference)
         kills += ended.code == -signal.SIGKILL
         for run in tmp_path.glob("runs/*"):
