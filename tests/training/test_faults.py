@@ -60,14 +60,15 @@ def started(killed, tmp_path):
 def test_sigkill_at_random_moments(shop, tmp_path, seed, record_property):
     rng, kills = random.Random(seed), 0
     phases = ("preparing", "epochs", "saving", "epochs", "saving", "saving", "epochs", "preparing")
-    for phase in 4 * phases:  # kills that come too late on a noisy machine are tried again
+    for phase in 2 * phases:  # kills that come too late on a noisy machine are tried again
         ended = kill(shop.resume_or_begin(tmp_path), phase, rng, shop.reference)
         kills += ended.code == -signal.SIGKILL
         for run in tmp_path.glob("runs/*"):
             last = checkpoints.load_latest(run / "checkpoints")
             assert last is None or not last.warnings
-        if (tmp_path / "runs" / "x-1" / "run.json").exists():  # the kill came too late
-            shop.assert_equal(tmp_path / "runs" / "x-1", litter=ended.code != 0)
+        # The first kill may leave an empty folder x-1: then the run is x-2.
+        for finished in list(tmp_path.glob("runs/*/run.json")):  # the kill came too late
+            shop.assert_equal(finished.parent, litter=ended.code != 0)
             shutil.rmtree(tmp_path / "runs")
         if kills == 4:
             break
