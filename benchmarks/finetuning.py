@@ -77,7 +77,7 @@ def measured(photos: Path, name: str, way: str, seed: int) -> dict[str, object]:
             "augmentation": {"views": recipe.get("views", VIEWS), **AUGMENTATION[name]},
             "training": {"seed": seed},
             "runtime": {"cache_dir": f"{folder}/cache"},
-            "output": {"directory": f"{folder}/runs"},
+            "output": {"directory": f"{folder}/runs", "name": "run"},
             "fine_tuning": recipe["fine_tuning"],
         }
         if name == "digits":
@@ -86,8 +86,8 @@ def measured(photos: Path, name: str, way: str, seed: int) -> dict[str, object]:
         path.write_text(json.dumps(config))
         run([sys.executable, "-m", "finetune_cli", "train", "--quiet", str(path)])
         seconds = time.perf_counter() - started
-        manifest = json.loads(Path(folder, "runs", "x-1", "run.json").read_text())
-    facts = manifest["fine_tuning"]
+        manifest = json.loads(Path(folder, "runs", "run", "run.json").read_text())
+    facts = manifest.get("fine_tuning")
     return {
         "accuracy": manifest["metrics"]["test"]["accuracy"],
         "log_loss": manifest["metrics"]["test"]["log_loss"],
