@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -46,6 +46,12 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Iterable[object]
     files.write_text(path, text.getvalue())
 
 
+def write_records(path: Path, records: Sequence[Mapping[str, object]]) -> None:
+    """As `write_csv`, of at least one record; the keys of the first are the header. Raises `StorageError`."""
+    header = list(records[0])
+    write_csv(path, header, [[record[key] for key in header] for record in records])
+
+
 def read_csv(path: Path, header: Sequence[str]) -> list[list[str]]:
     """The rows below `header` of a file that `write_csv` wrote. Raises `ValueError` when it is another table."""
     return parse_csv(files.read_own(path), header)
@@ -62,6 +68,12 @@ def parse_csv(data: bytes, header: Sequence[str]) -> list[list[str]]:
     ):
         raise ValueError(f"it is not a table with the columns {', '.join(header)}")
     return [[undo_defuse(cell) for cell in row] for row in rows[1:]]
+
+
+def parse_numbers(data: bytes) -> list[dict[str, float]]:
+    """The rows of a table of numbers, by the names in its header. Raises `ValueError` when a cell is not a number."""
+    text = io.StringIO(data.decode("utf-8"), newline="")
+    return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(text)]
 
 
 def defuse(cell: object) -> object:

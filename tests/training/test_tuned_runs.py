@@ -409,6 +409,20 @@ def test_the_report_has_a_section_on_it(tuned, frozen, tmp_path):
     assert "Fine-tuning</h3>" not in page(frozen)
 
 
+def test_the_report_knows_photos_whose_names_look_like_formulas(place, tmp_path):
+    """Their cells in flipped.csv begin with an apostrophe."""
+    photos = shutil.copytree(place.photos, tmp_path / "drawn")
+    for split in ("train", "val", "test"):
+        (photos / split / "ant").rename(photos / split / "=ant")
+    settings = [f"data.{split}={photos / split}" for split in ("train", "val", "test")]
+    run = place.train(tmp_path, *settings)
+    assert "'=ant/" in run.file("flipped.csv").read_text("utf-8")
+    found = tuning.section(run)
+    assert found["problem"] == ""
+    labels = {figure.lines[0] for figure in (*found["won"], *found["lost"])}
+    assert "labelled =ant" in labels
+
+
 def test_the_screen_shows_what_was_tried_and_what_to_try(tuned, frozen, capsys):
     train_command._print_result(Console(), tuned)
     text = capsys.readouterr().out

@@ -4,8 +4,6 @@ Every list has a limit, and says how much it leaves out; the photos behind the c
 rest leaves. Sections that need the training features take them from the cache; without them, the section says so.
 """
 
-import csv
-import io
 import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -47,6 +45,7 @@ from finetune_cli.report.refit_data import Material
 from finetune_cli.report.refits import FRACTIONS, Judges, LearningCurve, Suspect
 from finetune_cli.report.thumbnails import Figure
 from finetune_cli.runs.run import Run
+from finetune_cli.tables import parse_numbers
 from finetune_cli.text import brief, shown
 
 NAME = "report.html"
@@ -146,8 +145,7 @@ def _classes(judged: Judgement) -> ClassTable:
 def _history(run: Run) -> tuple[charts.Chart, ...]:
     if "history.csv" not in run.manifest.files:
         return ()
-    text = io.StringIO(run.read("history.csv").decode("utf-8"), newline="")
-    rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(text)]
+    rows = parse_numbers(run.read("history.csv"))
     return tuple(charts.learning(rows)) if rows else ()
 
 

@@ -1,6 +1,5 @@
 """The fine-tuning section of the report: what was tried, what was kept, and which photos changed their answer."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +10,9 @@ from finetune_cli.progress import ignore_progress
 from finetune_cli.report import charts, thumbnails
 from finetune_cli.report.thumbnails import Figure
 from finetune_cli.runs.run import Run
+from finetune_cli.tables import parse_csv, parse_numbers
 from finetune_cli.text import brief
+from finetune_cli.training.tuning.comparison import FLIPPED, FLIPPED_HEADER, HISTORY
 
 _MOST_FLIPPED = 12  # photos shown of each kind
 
@@ -44,11 +45,9 @@ def section(run: Run) -> dict[str, Any] | None:
 
 
 def _training(run: Run, number: int, facts: Mapping[str, Any]) -> dict[str, Any]:
-    with run.file("tuning.csv").open(encoding="utf-8", newline="") as file:
-        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-    own = [row for row in rows if row["training"] == number]
+    own = [row for row in parse_numbers(run.read(HISTORY)) if row["training"] == number]
     if not own:
-        raise RunError(f"{run.folder / 'tuning.csv'} lacks training {number}", "restore the run from a copy")
+        raise RunError(f"{run.folder / HISTORY} lacks training {number}", "restore the run from a copy")
     return {
         "above": brief(facts["first_trained"]),
         "below": brief(facts["last_frozen"]),
@@ -75,8 +74,8 @@ def _candidate(facts: Mapping[str, Any], trainings: Sequence[Mapping[str, Any]])
 
 def _flipped(run: Run) -> dict[str, Any]:
     """The photos that only one of the two models gets right, of the test photos if there are any."""
-    with run.file("flipped.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-        rows = list(csv.DictReader(file))
+    cells = parse_csv(run.read(FLIPPED), FLIPPED_HEADER)
+    rows = [dict(zip(FLIPPED_HEADER, row, strict=True)) for row in cells]
     split = "test" if "test" in run.data_roots() else "val"
     own = [row for row in rows if row["split"] == split]
     won = [row for row in own if row["kept"] == row["true"]]

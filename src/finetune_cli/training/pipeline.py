@@ -33,7 +33,7 @@ from finetune_cli.runs import run
 from finetune_cli.runs import start as start_record
 from finetune_cli.runs.manifest import Backbone, Manifest, Parity, SkippedPhoto, Solver, SplitMetrics, Views
 from finetune_cli.runs.run import Run
-from finetune_cli.tables import write_csv
+from finetune_cli.tables import write_records
 from finetune_cli.text import shown
 from finetune_cli.training import fit, head_state, outputs
 from finetune_cli.training import resume as resume_checks
@@ -225,8 +225,7 @@ def _epoch_line(state: EpochState, epochs: int) -> str:
 def _write_history(folder: Path, fitted: Fitted) -> list[str]:
     if not fitted.history:
         return []
-    header = list(fitted.history[0])
-    write_csv(folder / "history.csv", header, [[row[key] for key in header] for row in fitted.history])
+    write_records(folder / "history.csv", fitted.history)
     return ["history.csv"]
 
 

@@ -13,10 +13,11 @@ from finetune_cli.drawing import figures
 from finetune_cli.errors import RunError
 from finetune_cli.metrics import scores
 from finetune_cli.runs.run import MANIFEST, Run
-from finetune_cli.tables import write_csv
+from finetune_cli.tables import write_csv, write_records
 from finetune_cli.training.outputs import Judged
 
 HISTORY, FLIPPED, CURVES = "tuning.csv", "flipped.csv", "tuning_curves.png"
+FLIPPED_HEADER = ("split", "path", "true", "frozen", "kept")
 
 
 def compared(before: Sequence[Judged], after: Sequence[Judged]) -> dict[str, Any]:
@@ -65,13 +66,12 @@ def write(
     history: Sequence[Mapping[str, float]],
 ) -> list[str]:
     """Write the files of the stage into `folder`; returns their names. Raises `StorageError`."""
-    header = list(history[0])
-    write_csv(folder / HISTORY, header, [[row[key] for key in header] for row in history])
+    write_records(folder / HISTORY, history)
     last = history[-1]["training"]
     figures.curves(folder / CURVES, [row for row in history if row["training"] == last])
     write_csv(
         folder / FLIPPED,
-        ("split", "path", "true", "frozen", "kept"),
+        FLIPPED_HEADER,
         (
             (kept.split, sample.name, classes[sample.label], classes[int(first)], classes[int(second)])
             for frozen, kept in zip(before, after, strict=True)
