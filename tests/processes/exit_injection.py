@@ -10,6 +10,7 @@ A write of bytes (`os.write`) counts as two steps: before it, and when half of t
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 STEPS = ("open", "close", "fsync", "replace", "rename", "mkdir", "unlink", "rmdir")
@@ -81,25 +82,30 @@ def save_checkpoint(folder: Path) -> None:
 ACTIONS = {"file": write_file, "folder": write_folder, "checkpoint": save_checkpoint}
 
 
-def main(action: str, start: Path, work: Path) -> int:
-    import numpy as np  # noqa: F401 - before the steps are counted
-
-    from finetune_cli import files  # noqa: F401
-    from finetune_cli.runs import checkpoints  # noqa: F401
-
+def count_steps(start: Path, work: Path, action: Callable[[Path], object]) -> int:
+    """Run `action` in copies of `start` in `work`, ended at its first step, its second, ...; how many there are."""
     for last in range(1, 1000):
         folder = work / str(last)
         shutil.copytree(start, folder)
         child = os.fork()
         if child == 0:
             exit_at(last)
-            ACTIONS[action](folder)
+            action(folder)
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code == 0:
             return last - 1
         assert code == 9, f"step {last} ended with {code}"
     raise AssertionError("the action never ends")
+
+
+def main(action: str, start: Path, work: Path) -> int:
+    import numpy as np  # noqa: F401 - before the steps are counted
+
+    from finetune_cli import files  # noqa: F401
+    from finetune_cli.runs import checkpoints  # noqa: F401
+
+    return count_steps(start, work, ACTIONS[action])
 
 
 if __name__ == "__main__":

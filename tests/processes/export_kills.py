@@ -3,13 +3,11 @@
 python export_kills.py START WORK exchange|renames    prints how many steps there were
 """
 
-import os
-import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from exit_injection import exit_at
+from exit_injection import count_steps
 
 from finetune_cli.exports import manifest, place
 from finetune_cli.exports.openvino import OpenVino
@@ -26,19 +24,7 @@ def export(folder: Path) -> None:
 def main(start: Path, work: Path, way: str) -> int:
     if way == "renames":
         place._exchange = lambda one, other: False
-    for last in range(1, 1000):
-        folder = work / str(last)
-        shutil.copytree(start, folder)
-        child = os.fork()
-        if child == 0:
-            exit_at(last)
-            export(folder)
-            os._exit(0)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        if code == 0:
-            return last - 1
-        assert code == 9, f"step {last} ended with {code}"
-    raise AssertionError("the export never ends")
+    return count_steps(start, work, export)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,8 @@ def prepare(
         class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
         if extractor is None:
             _note_augmentation(config, augmentation, observer)
-            extractor = _extractor(config, observer, seconds, conversion)
+            with timed(seconds, "backbone"):
+                extractor = make_extractor(config, observer, conversion)
         check_room(config, data, augmentation.views, extractor.backbone)
         if check is not None:
             check(data, extractor.backbone)
@@ -154,11 +155,9 @@ def _note_augmentation(config: Config, augmentation: Augmenter, observer: Observ
         observer.warn("augmentation.views is 1, the photo itself: no transform is applied")
 
 
-def _extractor(
-    config: Config, observer: Observer, seconds: dict[str, float], conversion: Conversion | None
-) -> "Extractor":
+def make_extractor(config: Config, observer: Observer, conversion: Conversion | None = None) -> "Extractor":
     """`conversion`: of the backbone; `None` for one that Keras builds here, see `changes_backbone`."""
-    with timed(seconds, "backbone"), observer.stage("backbone", None, "MB") as advance:
+    with observer.stage("backbone", None, "MB") as advance:
         device = runtimes.choose_device(config.runtime.device)
         start = Run.load(config.model.start_from) if config.model.start_from is not None else None
         if conversion is not None:

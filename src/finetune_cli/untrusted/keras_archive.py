@@ -22,7 +22,6 @@ from finetune_cli.text import message_lines
 _MEMBERS = {"config.json", "metadata.json", "model.weights.h5"}
 _MAX_CONFIG_BYTES = 64 << 20
 _MAX_EXPANSION = 100  # Keras stores without compression; ordinary weights shrink by a few per cent
-_MAX_BYTES_PER_NUMBER = 8
 # What a description may take objects from. Everything else of Keras (`keras.utils`, `keras.saving`, ...) is
 # functions that read, write or download.
 _MODULES = (

@@ -23,16 +23,15 @@ from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import Dataset
 from finetune_cli.photos.scan import Sample, decode_sample
 from finetune_cli.progress import Observer, ignore_progress
-from finetune_cli.runs.run import Run
 from finetune_cli.training.converted import Converted
 from finetune_cli.training.extract import Request
 from finetune_cli.training.prepare import (
+    AnyBackbone,
     Extractor,
     augmenter,
-    build_backbone,
     image_settings,
     index,
-    starting_backbone,
+    make_extractor,
 )
 from finetune_cli.training.requirements import cache_folder, check_room, check_settings
 from finetune_cli.training.tuning import activations, plan, stage
@@ -80,19 +79,17 @@ def budget(config: Config, observer: Observer) -> Budget:
     """Look at photos and backbone, and measure. Raises what `train` raises for settings, files and space."""
     check_settings(config)
     data = index(config, observer)
-    with observer.stage("backbone", None):
-        device = runtimes.choose_device(config.runtime.device)
-        precision = runtimes.training_precision(device, config.runtime.feature_precision)
-        backbone = build_backbone(config)
-        if config.model.start_from is not None:
-            backbone = starting_backbone(Run.load(config.model.start_from), config, backbone)
+    extractor = make_extractor(config, observer)
+    precision = runtimes.training_precision(extractor.device, config.runtime.feature_precision)
+    backbone = extractor.backbone
+    assert isinstance(backbone, Backbone)  # Keras has built it
     views = augmenter(config)
     check_room(config, data, views.views, backbone)
     stage.checked(config)(data, backbone)
     few = list(itertools.islice(filter(lambda sample: _can_be_decoded(sample, config), data.train), _MEASURED))
     if not few:
         raise DataError("no training photo can be decoded", "list what is wrong with: finetune check CONFIG")
-    meter = _Meter(config, backbone, Extractor(config, backbone, device, observer), precision, few)
+    meter = _Meter(config, backbone, extractor, precision, few)
     held_out = (*data.val, *data.test)
     new = _missing(config, backbone, data.train, precision, views) + _missing(
         config, backbone, held_out, "float32", None
@@ -207,7 +204,7 @@ def _missing(
         )
 
 
-def rough_seconds(backbone: Backbone | Converted, config: Config, photos: int, a_view: float) -> float:
+def rough_seconds(backbone: AnyBackbone, config: Config, photos: int, a_view: float) -> float:
     """About how much longer than the head alone ``fine_tuning=auto`` would take, without measuring anything.
 
     photos: training photos; a_view: seconds that the feature pass took for a view.

@@ -106,10 +106,6 @@ class Upper:
         for variable, value in zip(self._classifier.trainable_variables, weights, strict=True):
             variable.assign(value)
 
-    def set_head(self, head: Head) -> None:
-        """Put another head on the upper part."""
-        self._dense.set_weights([head.kernel, head.bias])
-
     def head(self) -> Head:
         """The head as it is now."""
         return Head(*self._dense.get_weights())
