@@ -6,6 +6,7 @@ photos were decoded, and `run.json` is written last.
 """
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -140,7 +141,7 @@ def _fit_and_finish(
     if tuning is None and manifest.views.computed:
         photos, a_view = len(prepared.parts["train"].samples), prepared.seconds["features"] / manifest.views.computed
         seconds = budget.rough_seconds(prepared.backbone, prepared.config, photos, a_view)
-        manifest = replace(manifest, fine_tuning_seconds=round(seconds))
+        manifest = replace(manifest, fine_tuning_seconds=math.ceil(seconds))
     finished = run.finish(folder, manifest, names)
     if os.path.lexists(folder / "checkpoints"):
         files.remove_folder(folder / "checkpoints")
