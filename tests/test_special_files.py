@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from built import built
 from manifest_example import export_manifest
 from paths import SOURCE
 
 from finetune_cli import files
-from finetune_cli.backbones import build, download
+from finetune_cli.backbones import download
 from finetune_cli.cache.digests import DigestCache
 from finetune_cli.cache.features import FeatureStore, info
 from finetune_cli.config.load import load_config
@@ -140,7 +141,7 @@ def test_weights_and_models(tmp_path, kind):
     for read in (
         open_weights,
         lambda: keras_archive.load_keras_file(place(tmp_path / "backbone.keras", kind)),
-        lambda: build.build(str(place(tmp_path / "other.keras", kind)), None, 64, 0),
+        lambda: built(place(tmp_path / "other.keras", kind), None, 64),
     ):
         with pytest.raises(FinetuneError):
             read()

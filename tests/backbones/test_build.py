@@ -10,10 +10,11 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from built import built
 from paths import SHARED, TESTS
 from PIL import Image
 
-from finetune_cli.backbones import build, registry
+from finetune_cli.backbones import build, registry, source
 from finetune_cli.errors import ConfigError, WeightsError
 from finetune_cli.files import sha256
 from finetune_cli.inference.runtimes import OpenVinoRuntime, convert
@@ -82,7 +83,7 @@ def spread_out(model: Any, seed: int = 0) -> None:
 @pytest.mark.parametrize("name", some(FAMILIES, QUICK))
 def test_pixels_are_scaled_inside(name: str, keras: Any):
     size = 96
-    backbone = build.build(name, None, size, seed=1)
+    backbone = built(name, None, size, seed=1)
     spread_out(backbone.model)
     info = registry.TABLE[name]
     shape = (size, size, 3)
@@ -98,7 +99,7 @@ def test_pixels_are_scaled_inside(name: str, keras: Any):
 @pytest.mark.parametrize("name", some(KINDS, QUICKEST))
 def test_the_graph_survives_saving_and_conversion(name: str, keras: Any, tmp_path: Path):
     """Stock layers only: the file loads in safe mode without this package, and OpenVINO agrees."""
-    backbone = build.build(name, "imagenet" if name == registry.BUNDLED else None, 96, seed=1)
+    backbone = built(name, "imagenet" if name == registry.BUNDLED else None, 96, seed=1)
     if name != registry.BUNDLED:
         spread_out(backbone.model)
     photos = pixels(96)
@@ -114,7 +115,7 @@ def test_the_graph_survives_saving_and_conversion(name: str, keras: Any, tmp_pat
 
 @pytest.mark.parametrize("name", some(KINDS, QUICKEST))
 def test_feature_map(name: str, keras: Any):
-    backbone = build.build(name, None, 96, seed=1)
+    backbone = built(name, None, 96, seed=1)
     tensor = build.feature_map_tensor(backbone.model)
     assert backbone.feature_map == (name != "convnexttiny") == (tensor is not None)
     if tensor is not None:
@@ -151,7 +152,7 @@ def test_efficientnet_is_built_as_keras_builds_it_for_imagenet(keras: Any, tmp_p
     )
     photos = pixels(64)
     wanted = theirs.predict(photos, verbose=0)
-    ours = build.build("efficientnetb0", file, 64, seed=0)
+    ours = built("efficientnetb0", file, 64, seed=0)
     np.testing.assert_allclose(ours.model.predict(photos, verbose=0), wanted, rtol=1e-5, atol=1e-5)
     # The trap: the graph that Keras builds for a local file is another.
     naive = keras.applications.EfficientNetB0(
@@ -198,7 +199,7 @@ def test_graph_equals_the_one_that_keras_builds_for_imagenet(name: str, keras: A
 
 def test_bundled_backbone_gives_the_reference_features(keras: Any):
     photos = np.stack([np.asarray(Image.open(path)) for path in sorted(REFERENCE.glob("*.png"))])
-    backbone = build.build(registry.BUNDLED, "imagenet", 224, seed=0)
+    backbone = built(registry.BUNDLED, "imagenet", 224, seed=0)
     features = backbone.model.predict(photos.astype(np.float32), verbose=0)
     np.testing.assert_allclose(features, np.load(REFERENCE / "features.npy"), atol=2e-5)
     assert (backbone.width, backbone.feature_map) == (1280, True)
@@ -209,14 +210,14 @@ def test_bundled_backbone_on_real_photos(keras: Any):
     if not SHARED_REFERENCE.is_file():
         pytest.skip(f"no reference: {SHARED_REFERENCE} is absent")
     reference = np.load(SHARED_REFERENCE)
-    backbone = build.build(registry.BUNDLED, "imagenet", 224, seed=0)
+    backbone = built(registry.BUNDLED, "imagenet", 224, seed=0)
     features = backbone.model.predict(reference["images"].astype(np.float32), verbose=0)
     np.testing.assert_allclose(features, reference["features"], atol=2e-5)
 
 
 def test_bundled_backbone_at_another_size(keras: Any):
     """The same weights on more positions: a photo of one colour gives nearly the same features at both sizes."""
-    small, large = (build.build(registry.BUNDLED, "imagenet", size, seed=0) for size in (224, 320))
+    small, large = (built(registry.BUNDLED, "imagenet", size, seed=0) for size in (224, 320))
     assert large.model.input.shape == (None, 320, 320, 3)
     assert small.fingerprint == large.fingerprint
     tensor = build.feature_map_tensor(large.model)
@@ -227,7 +228,7 @@ def test_bundled_backbone_at_another_size(keras: Any):
 
 
 def test_everything_is_frozen_and_called_for_inference(keras: Any):
-    backbone = build.build("mobilenetv3small", None, 64, seed=0)
+    backbone = built("mobilenetv3small", None, 64, seed=0)
     assert backbone.model.trainable_weights == []
     calls = [node for layer in backbone.model.get_config()["layers"] for node in layer["inbound_nodes"]]
     modes = [node["kwargs"]["training"] for node in calls if "training" in node["kwargs"]]
@@ -241,7 +242,7 @@ def test_random_weights_follow_the_seed_and_leave_the_global_generators_alone():
     wanted = (random.random(), np.random.random())  # noqa: NPY002
     random.seed(5)
     np.random.seed(5)  # noqa: NPY002
-    first, again, other = (build.build("mobilenetv3small", None, 64, seed) for seed in (7, 7, 8))
+    first, again, other = (built("mobilenetv3small", None, 64, seed) for seed in (7, 7, 8))
     assert (random.random(), np.random.random()) == wanted  # noqa: NPY002
     assert first.fingerprint == again.fingerprint != other.fingerprint
     assert first.weights_sha256 is None
@@ -249,9 +250,10 @@ def test_random_weights_follow_the_seed_and_leave_the_global_generators_alone():
 
 FINGERPRINTS = """
 from finetune_cli.backbones import build
+from finetune_cli.backbones.source import Wanted
 for size in (64, 96):
-    print(build.build("mobilenetv3small", None, size, seed=7).fingerprint)
-print(build.build("efficientnet_lite0", "imagenet", 224, seed=0).fingerprint)
+    print(build.build(Wanted("mobilenetv3small", None, size, seed=7)).fingerprint)
+print(build.build(Wanted("efficientnet_lite0", "imagenet", 224, seed=0)).fingerprint)
 """
 
 
@@ -261,9 +263,9 @@ def test_fingerprint_is_the_same_in_another_process_and_depends_on_every_weight(
         [sys.executable, "-c", FINGERPRINTS], env=environment, check=True, capture_output=True, text=True
     )
     small, larger, bundled = done.stdout.split()
-    backbone = build.build("mobilenetv3small", None, 64, seed=7)
+    backbone = built("mobilenetv3small", None, 64, seed=7)
     assert backbone.fingerprint == small == larger
-    assert build.build(registry.BUNDLED, "imagenet", 224, seed=0).fingerprint == bundled
+    assert built(registry.BUNDLED, "imagenet", 224, seed=0).fingerprint == bundled
     info = registry.TABLE["mobilenetv3small"]
     for weight in (backbone.model.weights[0], backbone.model.weights[-1]):
         before = weight.numpy()
@@ -289,27 +291,27 @@ class TestKerasFile:
             keras.layers.Dropout(0.5),
             keras.layers.GlobalAveragePooling2D(),
         )
-        backbone = build.build(path, "imagenet", 40, seed=0)
+        backbone = built(path, "imagenet", 40, seed=0)
         assert (backbone.name, backbone.width, backbone.feature_map) == ("mine", 4, True)
         assert backbone.weights_sha256 == sha256(path)
         photos = pixels(40)
         wanted = keras.models.load_model(path).predict(photos, verbose=0)
         np.testing.assert_allclose(backbone.model.predict(photos, verbose=0), wanted, rtol=1e-6)
-        assert build.build(str(path), "imagenet", 64, seed=0).fingerprint == backbone.fingerprint
+        assert built(str(path), "imagenet", 64, seed=0).fingerprint == backbone.fingerprint
 
     def test_a_model_inside_a_model(self, keras: Any, tmp_path: Path):
         inner = keras.Sequential([keras.Input((40, 40, 3)), keras.layers.Conv2D(4, 3)])
         path = self.save(keras, tmp_path / "x.keras", inner, keras.layers.GlobalAveragePooling2D(), size=40)
-        assert build.build(path, "imagenet", 40, seed=0).feature_map
+        assert built(path, "imagenet", 40, seed=0).feature_map
 
     def test_pooling_that_is_not_the_end(self, keras: Any, tmp_path: Path):
         pool, dense = keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(5)
-        backbone = build.build(self.save(keras, tmp_path / "x.keras", pool, dense), "imagenet", 40, seed=0)
+        backbone = built(self.save(keras, tmp_path / "x.keras", pool, dense), "imagenet", 40, seed=0)
         assert (backbone.width, backbone.feature_map) == (5, False)
 
     def test_half_precision_gives_float32_features(self, keras: Any, tmp_path: Path):
         path = self.save(keras, tmp_path / "x.keras", keras.layers.GlobalAveragePooling2D(dtype="float16"))
-        assert build.build(path, "imagenet", 40, seed=0).model.output.dtype == "float32"
+        assert built(path, "imagenet", 40, seed=0).model.output.dtype == "float32"
 
     @pytest.mark.parametrize(
         ("layers", "error", "message"),
@@ -321,62 +323,62 @@ class TestKerasFile:
     def test_models_that_are_not_backbones(self, keras: Any, tmp_path: Path, layers: Any, error: Any, message: str):
         path = self.save(keras, tmp_path / "x.keras", *layers(keras))
         with pytest.raises(error, match=message) as caught:
-            build.build(path, "imagenet", 40, seed=0)
+            built(path, "imagenet", 40, seed=0)
         assert "x.keras" in caught.value.problem
 
     def test_inputs_that_are_not_photos(self, keras: Any, tmp_path: Path):
         keras.Sequential([keras.Input((7,)), keras.layers.Dense(3)]).save(tmp_path / "row.keras")
         with pytest.raises(WeightsError, match=r"takes \(None, 7\), not photos"):
-            build.build(tmp_path / "row.keras", "imagenet", 40, seed=0)
+            built(tmp_path / "row.keras", "imagenet", 40, seed=0)
         first, second = keras.Input((4, 4, 3)), keras.Input((4, 4, 3))
         keras.Model([first, second], keras.layers.Flatten()(first + second)).save(tmp_path / "two.keras")
         with pytest.raises(WeightsError, match="not a model of one input and one output"):
-            build.build(tmp_path / "two.keras", "imagenet", 40, seed=0)
+            built(tmp_path / "two.keras", "imagenet", 40, seed=0)
 
     def test_another_size_is_a_config_error(self, keras: Any, tmp_path: Path):
         path = self.save(keras, tmp_path / "x.keras", keras.layers.GlobalAveragePooling2D(), size=64)
         with pytest.raises(ConfigError, match=r"image.size is 224, but .*x.keras takes photos of 64 x 64 pixels"):
-            build.build(path, "imagenet", 224, seed=0)
+            built(path, "imagenet", 224, seed=0)
 
     def test_weights_have_no_effect(self, tmp_path: Path):
         with pytest.raises(ConfigError, match=r"model.weights has no effect with a .keras file"):
-            build.build(tmp_path / "x.keras", None, 224, seed=0)
+            built(tmp_path / "x.keras", None, 224, seed=0)
 
     def test_an_absent_one(self, tmp_path: Path):
         with pytest.raises(WeightsError, match="no weight file"):
-            build.build(tmp_path / "x.keras", "imagenet", 224, seed=0)
+            built(tmp_path / "x.keras", "imagenet", 224, seed=0)
 
 
 def test_the_error_for_an_unknown_name_says_how_to_list_the_names():
     with pytest.raises(ConfigError, match="there is no backbone") as caught:
-        build.resolve("qqqq")
+        source.resolve("qqqq")
     assert caught.value.remedy == "list them with: finetune backbones; or give the path of a .keras file"
     with pytest.raises(ConfigError) as caught:
-        build.resolve("convnxt_tiny")
+        source.resolve("convnxt_tiny")
     assert caught.value.remedy.startswith("did you mean convnexttiny? ")
 
 
 def test_resolve():
-    info = build.resolve("resnet50")
+    info = source.resolve("resnet50")
     assert (info.width, info.default_size, info.min_size) == (2048, 224, 32)
-    info = build.resolve(Path("models/mine.keras"))
+    info = source.resolve("models/mine.keras")
     assert (info.name, info.path, info.width) == ("mine", Path("models/mine.keras"), None)
 
 
 def test_too_small_a_size():
     with pytest.raises(ConfigError, match=r"image.size: xception needs at least 71 pixels, not 64"):
-        build.build("xception", None, 64, seed=0)
+        built("xception", None, 64, seed=0)
 
 
 def test_pinned_weights(tmp_path: Path):
     digest = sha256(registry.TABLE[registry.BUNDLED].path)
-    assert build.build(registry.BUNDLED, "imagenet", 64, 0, weights_sha256=digest.upper()).weights_sha256 == digest
+    assert built(registry.BUNDLED, "imagenet", 64, 0, weights_sha256=digest.upper()).weights_sha256 == digest
     with pytest.raises(WeightsError, match=f"has SHA-256 {digest}, not {'0' * 64}"):
-        build.build(registry.BUNDLED, "imagenet", 64, 0, weights_sha256="0" * 64)
+        built(registry.BUNDLED, "imagenet", 64, 0, weights_sha256="0" * 64)
     with pytest.raises(ConfigError, match="no effect with random weights"):
-        build.build("resnet50", None, 64, 0, weights_sha256=digest)
+        built("resnet50", None, 64, 0, weights_sha256=digest)
     with pytest.raises(WeightsError, match=r"no weight file .*absent.h5"):
-        build.build("resnet50", tmp_path / "absent.h5", 64, 0)
+        built("resnet50", tmp_path / "absent.h5", 64, 0)
 
 
 def test_the_cache_of_keras_is_used(keras: Any, tmp_path: Path, monkeypatch: Any):
@@ -387,7 +389,7 @@ def test_the_cache_of_keras_is_used(keras: Any, tmp_path: Path, monkeypatch: Any
     (tmp_path / "models").mkdir()
     file = write_h5(tmp_path / "models" / name, source)
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    backbone = build.build("mobilenetv2", "imagenet", 96, seed=0)
+    backbone = built("mobilenetv2", "imagenet", 96, seed=0)
     assert all(map(np.array_equal, backbone.model.get_weights(), source.get_weights()))
     assert backbone.weights_sha256 == sha256(file)
 
@@ -395,8 +397,9 @@ def test_the_cache_of_keras_is_used(keras: Any, tmp_path: Path, monkeypatch: Any
 def test_no_tensorflow_at_import():
     script = """
 import sys
-import finetune_cli.backbones.build as b
-b.resolve("resnet50")
+import finetune_cli.backbones.build
+from finetune_cli.backbones import source
+source.resolve("resnet50")
 print([name for name in ("tensorflow", "keras", "h5py") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)

@@ -46,7 +46,7 @@ class TestImagenet:
     def test_offline_the_error_names_file_and_folder(self, models: Path, monkeypatch: pytest.MonkeyPatch):
         self.serve(monkeypatch, urllib.error.URLError("Name or service not known"))
         with pytest.raises(WeightsError) as caught:
-            download.find_imagenet(self.INFO, 224)
+            download.fetch(self.INFO.published_weights(224))
         assert caught.value.problem == "cannot download the ImageNet weights: Name or service not known"
         assert f"save {self.URL} (hash 4d473c1dd8becc155b73f8504c6f6626) as {models / self.NAME}" in caught.value.remedy
         assert not models.exists()
@@ -55,7 +55,7 @@ class TestImagenet:
         asked = self.serve(monkeypatch, urllib.error.URLError("offline"))
         models.mkdir(parents=True)
         (models / self.NAME).write_bytes(b"kernel")
-        assert download.find_imagenet(info, 224) == models / self.NAME
+        assert download.fetch(info.published_weights(224)) == models / self.NAME
         assert asked == []
 
     def test_without_keras_home_the_cache_is_in_the_home_folder(self, tmp_path: Path, info: Any, monkeypatch: Any):
@@ -64,24 +64,24 @@ class TestImagenet:
         path = tmp_path / ".keras" / "models" / self.NAME
         path.parent.mkdir(parents=True)
         path.write_bytes(b"kernel")
-        assert download.find_imagenet(info, 224) == path
+        assert download.fetch(info.published_weights(224)) == path
 
     def test_another_file_under_that_name_is_an_error_and_stays(self, models: Path, info: Any, monkeypatch: Any):
         asked = self.serve(monkeypatch, b"kernel")
         models.mkdir(parents=True)
         (models / self.NAME).write_bytes(b"the file of 2016")
         with pytest.raises(WeightsError, match="not the file that Keras publishes") as caught:
-            download.find_imagenet(info, 224)
+            download.fetch(info.published_weights(224))
         assert f"model.weights: {models / self.NAME}" in caught.value.remedy
         assert (models / self.NAME).read_bytes() == b"the file of 2016"
         assert asked == []
 
     def test_a_download_is_kept(self, models: Path, info: Any, monkeypatch: Any):
         asked = self.serve(monkeypatch, b"kernel")
-        path = download.find_imagenet(info, 224)
+        path = download.fetch(info.published_weights(224))
         assert path.read_bytes() == b"kernel"
         assert asked == [self.URL]
-        assert download.find_imagenet(info, 224) == path
+        assert download.fetch(info.published_weights(224)) == path
         assert len(asked) == 1
 
     def test_progress_of_a_download_counts_megabytes(self, models: Path, monkeypatch: Any):
@@ -89,13 +89,13 @@ class TestImagenet:
         self.serve(monkeypatch, data)
         info = registry.BackboneInfo("resnet50", "ResNet50", "resnet", 2048, digest=hashlib.md5(data).hexdigest())
         calls: list[tuple[int, int | None]] = []
-        download.find_imagenet(info, 224, lambda n, total=None: calls.append((n, total)))
+        download.fetch(info.published_weights(224), lambda n, total=None: calls.append((n, total)))
         assert calls == [(1, 2), (1, 2), (0, 2)]
 
     def test_a_damaged_download_leaves_nothing(self, models: Path, info: Any, monkeypatch: Any):
         self.serve(monkeypatch, b"kern")
         with pytest.raises(WeightsError, match="is damaged"):
-            download.find_imagenet(info, 224)
+            download.fetch(info.published_weights(224))
         assert list(models.iterdir()) == []
 
     def test_a_connection_that_breaks_leaves_nothing(self, models: Path, info: Any, monkeypatch: Any):
@@ -107,7 +107,7 @@ class TestImagenet:
 
         monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: Breaking())
         with pytest.raises(WeightsError, match=r"cannot download .* timed out"):
-            download.find_imagenet(info, 224)
+            download.fetch(info.published_weights(224))
         assert list(models.iterdir()) == []
 
 

@@ -17,6 +17,7 @@ from finetune_cli.progress import Silent
 from finetune_cli.training import check as command_check
 from finetune_cli.training import pipeline as command_train
 from finetune_cli.training import prepare
+from finetune_cli.training.requirements import check_settings
 
 PHOTOS = 8
 TIME = 1_600_000_000
@@ -117,7 +118,7 @@ def test_replaced_photos_train_to_the_right_number(table, backbone, fixed_ctime,
     loaded = settings(table, backbone)
     write(table.parent / "photos", 0)
     assert accuracy(command_train.train(loaded, Silent())) == 1.0
-    prepare.prepare(loaded, Silent())
+    prepare.prepare(check_settings(loaded), Silent())
     write(table.parent / "photos", 6)
     observer = Silent()
     assert accuracy(command_train.train(loaded, observer)) == 0.25
@@ -126,7 +127,7 @@ def test_replaced_photos_train_to_the_right_number(table, backbone, fixed_ctime,
     assert len(observer.warnings) == 1  # the accuracy is that of wrong labels
     assert "majority class" in observer.warnings[0]
     observer = Silent()
-    prepare.prepare(loaded, observer)
+    prepare.prepare(check_settings(loaded), observer)
     assert not [note for note in observer.notes if "read again" in note], "the wrong rows were replaced"
 
 
@@ -138,9 +139,10 @@ def test_the_cache_is_used_where_ctime_counts(table, backbone, fixed_ctime, kind
     read = []
     examine = scan.examine
     monkeypatch.setattr("finetune_cli.photos.scan.examine", lambda path: read.append(path) or examine(path))
-    first = prepare.index(loaded, Silent())
+    wanted = check_settings(loaded)
+    first = prepare.index(wanted.photos, wanted.cache, Silent())
     assert len(read) == 4 * PHOTOS
-    assert prepare.index(loaded, Silent()) == first
+    assert prepare.index(wanted.photos, wanted.cache, Silent()) == first
     assert len(read) == 4 * PHOTOS * (2 if kind == "vfat" else 1)
 
 

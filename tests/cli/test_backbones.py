@@ -32,7 +32,7 @@ def test_every_backbone_is_listed(monkeypatch, tmp_path):
 
 def test_weights_in_kerass_cache_are_found(monkeypatch, tmp_path):
     monkeypatch.setenv("KERAS_HOME", str(tmp_path))
-    name = registry.TABLE["resnet50"].weights_file(224)[1]
+    name = registry.TABLE["resnet50"].published_weights(224).name
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / name).write_bytes(b"")
     assert [row["name"] for row in rows().values() if row["weights"] == "keras-cache"] == ["resnet50"]

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from photo_files import write_photo
 
+from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.cli import predict as command
-from finetune_cli.config.load import load_config
 from finetune_cli.errors import Interrupted, MissingExtra, UsageError
 from finetune_cli.inference.predict import predict
 from finetune_cli.photos import dataset
+from finetune_cli.photos.dataset import DataSettings
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.progress import Silent
 from finetune_cli.training import prepare
@@ -50,8 +51,9 @@ def test_training_warns_of_a_class_named_unsure(tmp_path, name, warned):
     for i in range(12):
         write_photo(tmp_path / "photos" / ("ant" if i % 2 else name) / f"{i}.png", str(i))
     observer = Silent()
-    settings = [f"data.train={tmp_path / 'photos'}", f"runtime.cache_dir={tmp_path / 'cache'}"]
-    prepare.index(load_config(None, settings), observer)
+    prepare.index(
+        DataSettings(tmp_path / "photos", val_split=0.2), CacheFolder(tmp_path / "cache", tmp_path / "cache"), observer
+    )
     assert any("--min-confidence" in text for text in observer.warnings) == warned
 
 

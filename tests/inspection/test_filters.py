@@ -3,9 +3,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from built import built
 from PIL import Image
 
-from finetune_cli.backbones import build, registry
+from finetune_cli.backbones import registry
 from finetune_cli.errors import FinetuneError
 from finetune_cli.inspection import filters
 from finetune_cli.keras_setup import import_keras
@@ -53,7 +54,7 @@ def grating(down: float, across: float) -> Any:
 
 def test_the_learned_filters_do_what_their_labels_say(tmp_path: Path):
     """Shown lines of both directions, the filters answer those more that their labels name."""
-    model = build.build(registry.BUNDLED, "imagenet", 224, seed=0).model
+    model = built(registry.BUNDLED, "imagenet", 224, seed=0).model
     shown = {"horizontal lines": grating(1, 0), "vertical lines": grating(0, 1)}
     answers = {}
     for lines, photo in shown.items():
@@ -76,7 +77,7 @@ def test_the_learned_filters_do_what_their_labels_say(tmp_path: Path):
 
 def test_order_of_the_channels_is_found_out(keras: Any, tmp_path: Path):
     """ResNet50 takes blue first: a kernel on its last channel is one for red."""
-    model = build.build("resnet50", None, 64, seed=0).model
+    model = built("resnet50", None, 64, seed=0).model
     kernel = np.zeros((7, 7, 3, 64), np.float32)
     kernel[3, 3, 2, 0] = 1  # red
     kernel[3, 3, 0, 1] = 0.5  # blue

@@ -2,8 +2,8 @@ import json
 from typing import Any
 
 import pytest
+from built import built
 
-from finetune_cli.backbones import build
 from finetune_cli.inspection.graph import Graph, Node, inspect
 from finetune_cli.keras_setup import import_keras
 
@@ -17,7 +17,7 @@ def keras() -> Any:
 
 @pytest.fixture(scope="module")
 def resnet() -> Any:
-    return build.build("resnet50", None, 224, seed=0).model
+    return built("resnet50", None, 224, seed=0).model
 
 
 def node(graph: Graph, name: str) -> Node:
@@ -90,7 +90,7 @@ PUBLISHED = {
 )
 def test_other_backbones(name: str, keras: Any):
     size, published = PUBLISHED[name]
-    model = build.build(name, None, size, seed=0).model
+    model = built(name, None, size, seed=0).model
     graph = inspect(model)
     assert graph.parameters == model.count_params()
     assert graph.multiply_adds == pytest.approx(published, rel=0.02)
@@ -114,7 +114,7 @@ def test_a_frozen_backbone_stops_the_gradient_at_the_head(resnet: Any):
 
 def test_a_finished_classifier(keras: Any):
     """As `train` writes it: the backbone as a model inside the model, everything frozen."""
-    inner = build.build("mobilenetv3small", None, 64, seed=0).model
+    inner = built("mobilenetv3small", None, 64, seed=0).model
     pixels = keras.Input((64, 64, 3), name="pixels")
     scores = keras.layers.Dense(4, name="logits")(inner(pixels, training=False))
     model = keras.Model(pixels, keras.layers.Softmax()(keras.layers.Rescaling(0.5)(scores)))
@@ -129,7 +129,7 @@ def test_a_finished_classifier(keras: Any):
 
 
 def test_part_of_a_backbone_learns(keras: Any):
-    model = build.build("resnet50", None, 64, seed=0).model
+    model = built("resnet50", None, 64, seed=0).model
     for layer in model.layers:
         layer.trainable = layer.name.startswith("conv5")
     graph = inspect(model, classes=2)

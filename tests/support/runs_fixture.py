@@ -33,7 +33,8 @@ from finetune_cli.runs import environment, run
 from finetune_cli.runs.manifest import Backbone, Manifest, Solver, SplitMetrics, Views
 from finetune_cli.runs.run import Run, SplitRow
 from finetune_cli.tables import write_csv
-from finetune_cli.training import extract, outputs, prepare
+from finetune_cli.training import extract, outputs
+from finetune_cli.training import settings as training_settings
 
 SIZE = 64
 COUNTS = {"train": 16, "val": 10, "test": 8}
@@ -127,8 +128,8 @@ def build(folder: Path, classes: tuple[str, ...] = ("ant", "bee", "wasp")) -> Ti
     arrays = {}
     with FeatureStore(cache) as store:
         for split, samples in splits.items():
-            augmenter = prepare.augmenter(settings) if split == "train" else None
-            request = extract.Request(prepare.image_settings(settings), "tiny", "float32", augmenter)
+            augmenter = training_settings.augmenter(settings) if split == "train" else None
+            request = extract.Request(training_settings.image_settings(settings), "tiny", "float32", augmenter)
             runtime = runtimes.OpenVinoRuntime(runtimes.convert(backbone), "float32", 1)
             resources = extract.Resources(store, lambda _p, runtime=runtime: runtime, cache, 1, 4)
             arrays[split] = extract.extract(samples, request, 24, resources, lambda _n: None).array

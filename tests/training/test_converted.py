@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,15 +13,15 @@ import runs_fixture
 from file_faults import ENVIRONMENT, posix
 
 from finetune_cli import files
-from finetune_cli.backbones import build
+from finetune_cli.backbones import build, source
+from finetune_cli.backbones.source import Wanted
 from finetune_cli.cache import backbones, maintenance
 from finetune_cli.cache.folder import CacheFolder
-from finetune_cli.config.load import load_config
 from finetune_cli.errors import GateError, RunError, StorageError, WeightsError
 from finetune_cli.inference import runtimes
 from finetune_cli.runs import manifest
 from finetune_cli.training import converted
-from finetune_cli.training.converted import Conversion, Converted, Wanted
+from finetune_cli.training.converted import Conversion, Converted
 from finetune_cli.training.tuning import cuts
 
 SIZE = runs_fixture.SIZE
@@ -46,18 +47,20 @@ def cache(made, tmp_path):
     return shutil.copytree(made, tmp_path / "cache")
 
 
-def config(cache, keras_file, *overrides):
-    settings = [f"data.train={cache}", f"model.backbone={keras_file}", f"image.size={SIZE}"]
-    return load_config(None, [*settings, f"runtime.cache_dir={cache}", *overrides])
+def wanted(keras_file, size=SIZE):
+    return Wanted(str(keras_file), "imagenet", size, 0)
+
+
+def conversion_of(cache, keras_file, here=False):
+    return Conversion(wanted(keras_file), CacheFolder(cache, cache), here)
 
 
 def key(keras_file, size=SIZE, seed=0):
-    return converted._key(build.find_source(str(keras_file), "imagenet", size), size, seed)
+    return converted._key(source.find_source(wanted(keras_file, size)), size, seed)
 
 
 def make(cache, keras_file):
-    wanted = Wanted(str(keras_file), "imagenet", SIZE, 0, files.sha256(keras_file))
-    converted.make(cache, key(keras_file), wanted)
+    converted.make(cache, key(keras_file), replace(wanted(keras_file), weights_sha256=files.sha256(keras_file)))
     return entry(cache)
 
 
@@ -66,7 +69,7 @@ def entry(cache):
 
 
 def test_it_holds_what_the_backbone_is(made, keras_file):
-    found, built = Converted.read(entry(made)), build.build(str(keras_file), "imagenet", SIZE, 0)
+    found, built = Converted.read(entry(made)), build.build(wanted(keras_file))
     assert (found.name, found.width, found.feature_map) == (built.name, 24, True)
     assert found.parameters == built.parameters == built.model.count_params()
     assert found.original == built.original
@@ -74,12 +77,12 @@ def test_it_holds_what_the_backbone_is(made, keras_file):
     assert (found.fingerprint, found.weights_sha256) == (built.fingerprint, files.sha256(keras_file))
     photos = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
     features = runtimes.OpenVinoRuntime(found.openvino_model()).infer(photos)
-    wanted = np.asarray(runs_fixture.tiny_backbone()(photos.astype(np.float32)))
-    np.testing.assert_allclose(features, wanted, atol=1e-4 * np.abs(wanted).max())
+    right = np.asarray(runs_fixture.tiny_backbone()(photos.astype(np.float32)))
+    np.testing.assert_allclose(features, right, atol=1e-4 * np.abs(right).max())
 
 
 def test_what_is_in_the_cache_needs_no_process(made, keras_file):
-    with Conversion(config(made, keras_file)) as conversion:
+    with conversion_of(made, keras_file) as conversion:
         conversion.begin()
         assert conversion._process._process is None
         assert conversion.finish() == Converted.read(entry(made))
@@ -111,15 +114,14 @@ def test_a_damaged_one_is_written_again(cache, keras_file):
     assert not list((cache / backbones.NAME).glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("solver", ["lbfgs", "adam"])
-def test_a_training_makes_a_damaged_one_anew(cache, keras_file, solver):
-    """In another process, unless this one needs TensorFlow anyway."""
+@pytest.mark.parametrize("here", [False, True])
+def test_a_training_makes_a_damaged_one_anew(cache, keras_file, here):
     whole = (entry(cache) / "backbone.bin").read_bytes()
     (entry(cache) / "backbone.bin").write_bytes(whole[:-4])
-    with Conversion(config(cache, keras_file, f"training.solver={solver}")) as conversion:
+    with conversion_of(cache, keras_file, here) as conversion:
         conversion.begin()
         found = conversion.finish()
-        assert (conversion._process._process is not None) == (solver == "lbfgs")
+        assert (conversion._process._process is not None) == (not here)
     assert (found.folder / "backbone.bin").read_bytes() == whole
 
 
@@ -150,10 +152,10 @@ def test_the_key_names_all_that_it_depends_on(keras_file, tmp_path, monkeypatch)
     model.save(other)
     keys = [key(keras_file), key(other)]
     random = [
-        converted._key(build.find_source("resnet50", None, size), size, seed)
+        converted._key(source.find_source(Wanted("resnet50", None, size, seed)), size, seed)
         for size, seed in ((64, 0), (64, 1), (96, 0))
     ]
-    keys += [*random, converted._key(build.find_source("resnet101", None, 64), 64, 0)]
+    keys += [*random, converted._key(source.find_source(Wanted("resnet101", None, 64, 0)), 64, 0)]
     monkeypatch.setattr(converted, "_version", lambda package: f"another {package}")
     keys.append(key(keras_file))
     monkeypatch.setattr(converted, "_FORMAT", 2)
@@ -179,7 +181,7 @@ def test_a_backbone_that_openvino_computes_otherwise_is_refused(tmp_path, keras_
 
 def test_errors_of_the_other_process_are_those_of_this_one(tmp_path):
     (tmp_path / "bad.keras").write_bytes(b"no archive")
-    with Conversion(config(tmp_path, tmp_path / "bad.keras")) as conversion:
+    with conversion_of(tmp_path, tmp_path / "bad.keras") as conversion:
         conversion.begin()
         with pytest.raises(WeightsError, match=r"bad\.keras cannot be read as a \.keras model"):
             conversion.finish()
@@ -211,14 +213,13 @@ def test_a_link_in_the_cache_is_not_followed(cache, tmp_path, keras_file):
     assert sorted(path.name for path in elsewhere.iterdir()) == before
 
 
-def test_a_cache_that_can_only_be_read_is_read_and_the_rest_is_made_elsewhere(made, tmp_path, keras_file, monkeypatch):
+def test_a_cache_that_can_only_be_read_is_read_and_the_rest_is_made_elsewhere(made, tmp_path, keras_file):
     folder = CacheFolder(made, tmp_path / "scratch", "the cache is only read")
-    monkeypatch.setattr(converted, "cache_folder", lambda _config: folder)
-    with Conversion(config(made, keras_file)) as conversion:
+    with Conversion(wanted(keras_file), folder, here=False) as conversion:
         assert conversion.finish().folder == entry(made)
     for cache in (tmp_path / "empty", tmp_path / "scratch"):
         folder = CacheFolder(cache, tmp_path / "scratch", "the cache is only read")
-        with Conversion(config(made, keras_file)) as conversion:
+        with Conversion(wanted(keras_file), folder, here=False) as conversion:
             assert conversion.finish().folder.parent == tmp_path / "scratch" / backbones.NAME
     assert not (tmp_path / "empty").exists()
 
@@ -229,12 +230,13 @@ def test_a_full_disk_leaves_no_half_of_it(tmp_path, keras_file):
 import resource, sys
 from pathlib import Path
 from finetune_cli import keras_setup
+from finetune_cli.backbones.source import Wanted
 from finetune_cli.errors import StorageError
 from finetune_cli.training import converted
 keras_setup.import_keras()
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try:
-    converted.make(Path({str(tmp_path)!r}), "key", converted.Wanted({str(keras_file)!r}, "imagenet", {SIZE}, 0))
+    converted.make(Path({str(tmp_path)!r}), "key", Wanted({str(keras_file)!r}, "imagenet", {SIZE}, 0))
 except StorageError as exc:
     sys.exit(f"told: {{exc}}")
 """

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import runs_fixture
 
+from finetune_cli.backbones.source import Wanted
 from finetune_cli.errors import FinetuneError, GateError, StorageError, WeightsError
 from finetune_cli.head import finished
 from finetune_cli.head.lbfgs import Head
@@ -28,7 +29,7 @@ HEAD = Head(_RNG.normal(size=(24, 3)).astype(np.float32), _RNG.normal(size=3).as
 def backbone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("backbone")
     runs_fixture.tiny_backbone().save(folder / "tiny.keras")
-    converted.make(folder, "key", converted.Wanted(str(folder / "tiny.keras"), "imagenet", SIZE, 0))
+    converted.make(folder, "key", Wanted(str(folder / "tiny.keras"), "imagenet", SIZE, 0))
     return converted.Converted.read(folder / "backbones" / "key")
 
 

@@ -26,6 +26,7 @@ from finetune_cli.runs.run import Run, read_split
 from finetune_cli.training import check as command_check
 from finetune_cli.training import outputs, prepare, resume
 from finetune_cli.training import pipeline as command_train
+from finetune_cli.training.requirements import check_settings
 
 # Everything that a run holds besides pictures; each of these names is promised in the README.
 FILES = {
@@ -121,7 +122,7 @@ def test_the_split_keeps_the_groups_of_a_table_and_of_the_regex(tmp_path, drawn,
     lines = [f"{drawn / name},{name.split('/')[0]},{'roll' * (i < 4)}" for i, name in enumerate(names)]
     (tmp_path / "photos.csv").write_text("\n".join(["image_path,label,group", *lines]))
     loaded = load(tmp_path, tmp_path / "photos.csv", cache, *small, r"data.group_regex=forest-(01)\d")
-    prepared = prepare.prepare(loaded, Silent())
+    prepared = prepare.prepare(check_settings(loaded), Silent())
     resume.record_start(tmp_path / "run", prepared)
     groups = {Path(row.path).stem: row.group for row in read_split(tmp_path / "run" / "split.csv")}
     assert len(groups) == 32
@@ -302,9 +303,8 @@ def test_check_reports_what_would_stop_train(tmp_path, drawn, cache, override, m
 
 def test_one_view_with_transforms_gives_a_warning(tmp_path, drawn, cache, small):
     observer = Silent()
-    prepare.prepare(
-        load(tmp_path, drawn, cache, *small, "augmentation.horizontal_flip=true", "augmentation.views=1"), observer
-    )
+    loaded = load(tmp_path, drawn, cache, *small, "augmentation.horizontal_flip=true", "augmentation.views=1")
+    prepare.prepare(check_settings(loaded), observer)
     assert "augmentation.views is 1, the photo itself: no transform is applied" in observer.warnings
 
 

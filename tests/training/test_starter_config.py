@@ -10,9 +10,11 @@ from PIL import Image
 
 from finetune_cli import files
 from finetune_cli.config.load import load_config
+from finetune_cli.config.schema import Config
 from finetune_cli.errors import DataError
+from finetune_cli.photos.dataset import Dataset
 from finetune_cli.progress import Silent
-from finetune_cli.training import prepare
+from finetune_cli.training import prepare, settings
 from finetune_cli.training.starter_config import starter_config, yaml_text
 
 
@@ -29,6 +31,10 @@ def photos(folder: Path, number: int, size: tuple[int, int] = (40, 30)) -> None:
         Image.fromarray(pixels).save(folder / f"{index}.png")
 
 
+def indexed(config: Config) -> Dataset:
+    return prepare.index(settings.data_settings(config), settings.cache_folder(config), Silent())
+
+
 def test_the_config_loads_and_its_photos_are_found_from_there(tmp_path: Path) -> None:
     photos(tmp_path / "my photos" / "cat", 8)
     photos(tmp_path / "my photos" / "dög", 6)
@@ -41,7 +47,7 @@ def test_the_config_loads_and_its_photos_are_found_from_there(tmp_path: Path) ->
     assert loaded.model.backbone == "efficientnet_lite0"
     assert loaded.augmentation is not None
     assert loaded.augmentation.horizontal_flip
-    data = prepare.index(loaded, Silent())
+    data = indexed(loaded)
     assert data.classes == ("cat", "dög")
     assert len(data.train) + len(data.val) == 14
 
@@ -68,7 +74,7 @@ def test_a_csv_will_do(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("image_path,label\n" + "\n".join(rows) + "\n")
     target = tmp_path / "config.yaml"
     files.write_text(target, starter_config(tmp_path / "labels.csv", target, Silent()))
-    assert prepare.index(load_config(target), Silent()).classes == ("even", "odd")
+    assert indexed(load_config(target)).classes == ("even", "odd")
 
 
 def test_bad_photos_are_reported_and_skipped(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import trainings
 from typer.testing import CliRunner
 
 from finetune_cli import files
+from finetune_cli.backbones import build
 from finetune_cli.cli import train as train_command
 from finetune_cli.cli import tuning_output
 from finetune_cli.cli.app import app
@@ -34,7 +35,7 @@ from finetune_cli.report import refit_data, tuning
 from finetune_cli.runs import manifest
 from finetune_cli.runs.run import Run
 from finetune_cli.training import pipeline as command_train
-from finetune_cli.training import prepare
+from finetune_cli.training.settings import wanted_backbone
 from finetune_cli.training.tuning import budget, comparison
 
 CLASSES = ("ant", "bee", "wasp")
@@ -385,10 +386,10 @@ def test_a_frozen_run_estimates_what_fine_tuning_would_take(place, tuned, tmp_pa
 def test_the_estimate_is_what_the_passes_and_the_epochs_take(place, frozen, tmp_path):
     """49 photos: activations and head again, and the tuned features, of 2 views each; 20 epochs of the upper part."""
     loaded = place.config(tmp_path, "fine_tuning=null")
-    backbone = prepare.build_backbone(loaded)
+    backbone = build.build(wanted_backbone(loaded))
     upper = 8 * 8 * (3 * 3 * 12 * 12 + 12 * 2)
     share = upper / (upper + 16 * 16 * 5 * 5 * 3 * 12)
-    assert budget.rough_seconds(backbone, loaded, 49, 0.01) == pytest.approx(49 * 0.01 * (4 + 20 * 3 * share))
+    assert budget.rough_seconds(backbone, 49, 2, 0.01) == pytest.approx(49 * 0.01 * (4 + 20 * 3 * share))
 
 
 def test_the_report_has_a_section_on_it(tuned, frozen, tmp_path):

@@ -7,9 +7,9 @@ import os
 import numpy as np
 import pytest
 import runs_fixture
+from built import built
 from PIL import Image
 
-from finetune_cli.backbones import build
 from finetune_cli.config.load import load_config
 from finetune_cli.config.schema import FineTuningConfig
 from finetune_cli.errors import ConfigError, FinetuneError, StorageError
@@ -84,7 +84,7 @@ def test_both_parts_together_are_the_network(photos, inside, unfreeze, below, ab
 
 
 def test_the_last_stage_of_the_bundled_backbone_is_cut_where_it_is_narrow():
-    found = cut(build.build("efficientnet_lite0", None, 224, 0).model, "last_stage")
+    found = cut(built("efficientnet_lite0", None, 224, 0).model, "last_stage")
     assert (found.below, found.above, found.shape) == ("block10_add", "block11_expand_conv", (14, 14, 112))
 
 
@@ -100,7 +100,7 @@ def test_the_last_stage_of_the_bundled_backbone_is_cut_where_it_is_narrow():
     ],
 )
 def test_the_stages_of_well_known_networks(name, last, last_two):
-    model = build.build(name, None, 224, 0).model
+    model = built(name, None, 224, 0).model
     for unfreeze, expected in (("last_stage", last), ("last_two_stages", last_two)):
         found = cut(model, unfreeze)
         assert (found.below, found.shape) == expected

@@ -17,9 +17,9 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from built import built
 
 from finetune_cli import files
-from finetune_cli.backbones import build
 from finetune_cli.backbones.weights import load_into
 from finetune_cli.config.load import load_config
 from finetune_cli.errors import FinetuneError
@@ -91,7 +91,7 @@ def lambda_layer_in_a_backbone(stranger: Stranger):
     keras = import_keras()
     model = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Lambda(lambda x: x[:, 0, 0]), keras.layers.ReLU()])
     model.save(stranger.folder / "backbone.keras")
-    return lambda: build.build(stranger.folder / "backbone.keras", "imagenet", 32, 0)
+    return lambda: built(stranger.folder / "backbone.keras", "imagenet", 32)
 
 
 @case

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune_cli import signals
-from finetune_cli.backbones import download
 from finetune_cli.backbones import weights as weight_files
-from finetune_cli.backbones.registry import BUNDLED, BackboneInfo, find, similar
+from finetune_cli.backbones.download import has_digest
+from finetune_cli.backbones.registry import BUNDLED, BackboneInfo
+from finetune_cli.backbones.source import Wanted, find_source
 from finetune_cli.errors import ConfigError, WeightsError
-from finetune_cli.files import sha256
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.progress import Advance, ignore_progress
 from finetune_cli.untrusted.keras_archive import load_keras_file
@@ -41,13 +41,13 @@ _PHOTO_TO_VECTOR = "give a model that turns photos (None, height, width, 3) into
 class Backbone:
     """A frozen model ``float32 (N, size, size, 3)`` pixels -> ``float32 (N, width)`` features, and its identity.
 
-    `fingerprint`: hexadecimal, the same for the same architecture and weights in every process and on every machine
-    (the input size is not part of it). `weights_sha256`: of the weight file, if there was one. `feature_map`: whether
-    the features are the mean over the positions of the last feature map, and nothing else. `original`: the fingerprint
-    that it had as it was built, before any fine-tuning.
+    `info`: its row of the table. `fingerprint`: hexadecimal, the same for the same architecture and weights in every
+    process and on every machine (the input size is not part of it). `weights_sha256`: of the weight file, if there was
+    one. `feature_map`: whether the features are the mean over the positions of the last feature map, and nothing else.
+    `original`: the fingerprint that it had as it was built, before any fine-tuning.
     """
 
-    name: str
+    info: BackboneInfo
     model: "keras.Model"
     width: int
     fingerprint: str
@@ -56,15 +56,20 @@ class Backbone:
     original: str
 
     @property
+    def name(self) -> str:
+        """What the table calls it, or the name of its file without the suffix."""
+        return self.info.name
+
+    @property
     def parameters(self) -> int:
         """How many numbers its weights are."""
         return int(self.model.count_params())
 
 
-def with_weights_of(backbone: Backbone, name_or_path: str | Path, path: Path) -> Backbone:
-    """`backbone`, which `build` made of `name_or_path`, with the weights of the same one inside the classifier `path`.
+def with_weights_of(backbone: Backbone, path: Path) -> Backbone:
+    """`backbone` with the weights of the same one inside the classifier `path`; the model itself changes.
 
-    The model itself changes. Raises `WeightsError` when the file holds no such backbone.
+    Raises `WeightsError` when the file holds no such backbone.
     """
     loaded = load_keras_file(path)
     inner = [layer for layer in loaded.layers if hasattr(layer, "layers")]
@@ -74,83 +79,27 @@ def with_weights_of(backbone: Backbone, name_or_path: str | Path, path: Path) ->
             backbone.model.set_weights(found.get_weights())
         except ValueError as exc:
             raise WeightsError(f"{path} holds no {backbone.name}", "give a run that `finetune train` made") from exc
-        return with_changed_weights(backbone, name_or_path)
+        return with_changed_weights(backbone)
 
 
-def resolve(name_or_path: str | Path) -> BackboneInfo:
-    """The table row of a backbone, in any spelling; a path that ends in ``.keras`` gives a row of its own.
+def build(wanted: Wanted, advance: Advance = ignore_progress) -> Backbone:
+    """Build a backbone; `advance` counts the megabytes of a download.
 
-    Raises `ConfigError` for an unknown name, with the closest known names.
+    Raises `ConfigError` and `WeightsError`.
     """
-    name = str(name_or_path)
-    if name.endswith(".keras"):
-        return BackboneInfo(Path(name).stem, path=Path(name))
-    info = find(name)
-    if info is None:
-        near = similar(name)
-        meant = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ConfigError(
-            f"model.backbone: there is no backbone {name!r}",
-            f"{meant}list them with: finetune backbones; or give the path of a .keras file",
-        )
-    return info
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a backbone is built from: its row of the table, and its weight file with the SHA-256 of that, if any."""
-
-    info: BackboneInfo
-    file: Path | None
-    sha256: str | None
-
-
-def find_source(
-    name_or_path: str | Path,
-    weights: str | Path | None,
-    size: int,
-    weights_sha256: str | None = None,
-    advance: Advance = ignore_progress,
-) -> Source:
-    """Find out, without Keras, what `build` would build from; the arguments and the errors are those of `build`."""
-    info = resolve(name_or_path)
-    if size < info.min_size:
-        raise ConfigError(f"image.size: {info.name} needs at least {info.min_size} pixels, not {size}", "raise it")
-    if info.path is not None and info.name != BUNDLED and weights != "imagenet":
-        raise ConfigError("model.weights has no effect with a .keras file, which brings its own", "delete the key")
-    file = weight_file(name_or_path, weights, size)
-    if weights == "imagenet" and info.path is None:
-        file = download.find_imagenet(info, size, advance)
-    return Source(info, file, _checked_digest(file, weights_sha256))
-
-
-def build(
-    name_or_path: str | Path,
-    weights: str | Path | None,
-    size: int,
-    seed: int,
-    weights_sha256: str | None = None,
-    advance: Advance = ignore_progress,
-) -> Backbone:
-    """Build a backbone for photos of `size` by `size` pixels.
-
-    `weights`: ``"imagenet"`` (for the bundled backbone and for a `.keras` file: its own), a weight file, or `None` for
-    random ones drawn from `seed`. `weights_sha256`: what the weight file must be. `advance` counts the
-    megabytes of a download. Raises `ConfigError` and `WeightsError`.
-    """
-    source = find_source(name_or_path, weights, size, weights_sha256, advance)
+    source = find_source(wanted, advance)
     info, file = source.info, source.file
     keras = import_keras()
     with signals.deferred():
-        with _drawn_from(seed):
-            base = _base(keras, info, size, random_weights=weights is None)
+        with _drawn_from(wanted.seed):
+            base = _base(keras, info, wanted.size, random_weights=wanted.weights is None)
         if file is not None and file != info.path:
-            known = weights == "imagenet" or (info.digest is not None and download.has_digest(file, info.digest))
+            known = wanted.weights == "imagenet" or (info.digest is not None and has_digest(file, info.digest))
             weight_files.load_into(base, file, in_order=known)
-        model = _from_pixels(keras, info, base, size)
+        model = _from_pixels(keras, info, base, wanted.size)
         fingerprint = _fingerprint(info, model)
         return Backbone(
-            name=info.name,
+            info=info,
             model=model,
             width=int(model.output.shape[-1]),
             fingerprint=fingerprint,
@@ -160,17 +109,9 @@ def build(
         )
 
 
-def with_changed_weights(backbone: Backbone, name_or_path: str | Path) -> Backbone:
-    """`backbone`, which `build` made of `name_or_path`, with the fingerprint of the weights that it has now."""
-    return replace(backbone, fingerprint=_fingerprint(resolve(name_or_path), backbone.model))
-
-
-def weight_file(name_or_path: str | Path, weights: str | Path | None, size: int) -> Path | None:
-    """The file that `build` takes the weights from, whether it is there or not; `None` for random ones."""
-    if weights is None:
-        return None
-    info = resolve(name_or_path)
-    return (info.path or download.imagenet_path(info, size)) if weights == "imagenet" else Path(weights)
+def with_changed_weights(backbone: Backbone) -> Backbone:
+    """`backbone` with the fingerprint of the weights that it has now."""
+    return replace(backbone, fingerprint=_fingerprint(backbone.info, backbone.model))
 
 
 def feature_map_tensor(model: "keras.Model") -> "keras.KerasTensor | None":
@@ -180,20 +121,6 @@ def feature_map_tensor(model: "keras.Model") -> "keras.KerasTensor | None":
     if not isinstance(operation, keras.layers.GlobalAveragePooling2D) or operation.keepdims:
         return None
     return operation._inbound_nodes[node].input_tensors[0]
-
-
-def _checked_digest(file: Path | None, wanted: str | None) -> str | None:
-    """SHA-256 of the weight file. Raises `WeightsError` if it is not the wanted one."""
-    if file is None:
-        if wanted is not None:
-            raise ConfigError("model.weights_sha256 has no effect with random weights", "delete the key")
-        return None
-    if not file.is_file():
-        raise WeightsError(f"no weight file {file}", "check model.backbone and model.weights")
-    digest = sha256(file)
-    if wanted is not None and digest != wanted.lower():
-        raise WeightsError(f"{file} has SHA-256 {digest}, not {wanted.lower()}", "check model.weights_sha256")
-    return digest
 
 
 @contextlib.contextmanager

@@ -1,11 +1,10 @@
 """The ImageNet weights that Keras publishes: found in Keras's own cache, or downloaded into it."""
 
 import hashlib
-import os
 import urllib.request
 from pathlib import Path
 
-from finetune_cli.backbones.registry import BackboneInfo
+from finetune_cli.backbones.registry import PublishedWeights
 from finetune_cli.errors import WeightsError
 from finetune_cli.files import atomic_path, open_regular
 from finetune_cli.progress import Advance, ignore_progress
@@ -14,26 +13,19 @@ _TIMEOUT = 20.0  # seconds without an answer before a download is given up
 _MEGABYTE = 10**6
 
 
-def imagenet_path(info: BackboneInfo, size: int) -> Path:
-    """Where Keras stores the ImageNet weights (without top) of a backbone at `size`, whether they exist or not."""
-    (_url, name) = info.weights_file(size)
-    return Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras").expanduser() / "models" / name
+def fetch(weights: PublishedWeights, advance: Advance = ignore_progress) -> Path:
+    """The file of published weights: from Keras's cache, else downloaded into it; `advance` counts megabytes.
 
-
-def find_imagenet(info: BackboneInfo, size: int, advance: Advance = ignore_progress) -> Path:
-    """The ImageNet weights (without top) for a backbone at `size`: from Keras's cache, else downloaded into it.
-
-    `advance` counts megabytes. Raises `WeightsError` naming the exact file and
-    folder when there is no connection, and when the file there is not the one that Keras publishes.
+    Raises `WeightsError` naming the exact file and folder when there is no connection, and when the file there is not
+    the one that Keras publishes.
     """
-    (url, _name), digest = info.weights_file(size), info.digest
-    path = imagenet_path(info, size)
+    path = weights.path
     if not path.exists():
-        _download(url, path, digest, advance)
-    elif not has_digest(path, digest):
+        _download(weights, path, advance)
+    elif not has_digest(path, weights.digest):
         # Keras would overwrite it; but it may be the only copy, and without a connection nothing would replace it.
         raise WeightsError(
-            f"{path} is not the file that Keras publishes (its hash is not {digest})",
+            f"{path} is not the file that Keras publishes (its hash is not {weights.digest})",
             f"delete it to have it downloaded again, or use it as it is with model.weights: {path}",
         )
     return path
@@ -47,11 +39,11 @@ def has_digest(path: Path, digest: str | None) -> bool:
         return hashlib.file_digest(file, "md5" if len(digest) == 32 else "sha256").hexdigest() == digest
 
 
-def _download(url: str, path: Path, digest: str | None, advance: Advance) -> None:
+def _download(weights: PublishedWeights, path: Path, advance: Advance) -> None:
     try:
-        response = urllib.request.urlopen(url, timeout=_TIMEOUT)  # noqa: S310 - an https URL of our own table
+        response = urllib.request.urlopen(weights.url, timeout=_TIMEOUT)  # noqa: S310 - an https URL of our own table
     except OSError as exc:
-        raise _unreachable(url, path, digest, exc) from exc
+        raise _unreachable(weights, path, exc) from exc
     with response, atomic_path(path) as temporary, temporary.open("wb") as file:
         total = int(response.headers.get("Content-Length") or 0) // _MEGABYTE or None
         megabytes = 0
@@ -59,20 +51,22 @@ def _download(url: str, path: Path, digest: str | None, advance: Advance) -> Non
             try:
                 chunk = response.read(_MEGABYTE)
             except OSError as exc:
-                raise _unreachable(url, path, digest, exc) from exc
+                raise _unreachable(weights, path, exc) from exc
             if not chunk:
                 break
             file.write(chunk)
             advance(file.tell() // _MEGABYTE - megabytes, total)
             megabytes = file.tell() // _MEGABYTE
         file.flush()
-        if not has_digest(temporary, digest):
-            raise WeightsError(f"the download of {url} is damaged (its hash is not {digest})", "try again")
+        if not has_digest(temporary, weights.digest):
+            raise WeightsError(
+                f"the download of {weights.url} is damaged (its hash is not {weights.digest})", "try again"
+            )
 
 
-def _unreachable(url: str, path: Path, digest: str | None, exc: OSError) -> WeightsError:
-    known = f" (hash {digest})" if digest else ""
+def _unreachable(weights: PublishedWeights, path: Path, exc: OSError) -> WeightsError:
+    known = f" (hash {weights.digest})" if weights.digest else ""
     return WeightsError(
         f"cannot download the ImageNet weights: {getattr(exc, 'reason', exc)}",
-        f"save {url}{known} as {path}, or set model.backbone: efficientnet_lite0, which is bundled",
+        f"save {weights.url}{known} as {path}, or set model.backbone: efficientnet_lite0, which is bundled",
     )

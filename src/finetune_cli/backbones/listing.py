@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
-from finetune_cli.backbones.download import imagenet_path
 from finetune_cli.backbones.registry import BUNDLED, TABLE
 
 
@@ -37,7 +36,7 @@ def backbones() -> Iterator[Row]:
         assert info.width is not None
         weights = "bundled"
         if info.path is None:
-            weights = "keras-cache" if imagenet_path(info, info.default_size).is_file() else "download"
+            weights = "keras-cache" if info.published_weights(info.default_size).path.is_file() else "download"
         yield Row(
             name,
             info.factory or None,

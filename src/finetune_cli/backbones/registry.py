@@ -5,8 +5,10 @@ imported. `tests/backbones/test_registry.py` compares every row with the install
 """
 
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 BUNDLED = "efficientnet_lite0"
 _SITE = "https://storage.googleapis.com/"
@@ -32,6 +34,19 @@ _SIZES = {"mobilenet": (128, 160, 192, 224), "mobilenet_v2": (96, 128, 160, 192,
 _MIN_SIZES = {"inception_resnet_v2": 75, "inception_v3": 75, "xception": 71}
 
 
+class PublishedWeights(NamedTuple):
+    """A weight file that Keras publishes; `name`: in Keras's cache. `digest`: MD5 or SHA-256, if it is known."""
+
+    url: str
+    name: str
+    digest: str | None
+
+    @property
+    def path(self) -> Path:
+        """Where Keras stores the file, whether it is there or not."""
+        return Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras").expanduser() / "models" / self.name
+
+
 @dataclass(frozen=True, slots=True)
 class BackboneInfo:
     """One backbone.
@@ -52,8 +67,8 @@ class BackboneInfo:
     digest: str | None = None
     path: Path | None = None
 
-    def weights_file(self, size: int) -> tuple[str, str]:
-        """The URL, and the name in Keras's cache, of the ImageNet weights for photos of `size` pixels."""
+    def published_weights(self, size: int) -> PublishedWeights:
+        """The ImageNet weights, without classification top, for photos of `size` pixels."""
         values = {
             "name": self.name,
             "family": self.family,
@@ -62,7 +77,7 @@ class BackboneInfo:
         }
         name = _FILES.get(self.family, _CLASSIC)
         folder, remote = _FOLDERS.get(self.family, _FOLDER), _REMOTE_FILES.get(self.family, name)
-        return f"{_SITE}{folder}/{remote}".format(**values), name.format(**values)
+        return PublishedWeights(f"{_SITE}{folder}/{remote}".format(**values), name.format(**values), self.digest)
 
 
 # Function, module, width, parameters, default size, digest of the weight file (without the classification top).

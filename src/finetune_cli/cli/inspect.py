@@ -57,7 +57,7 @@ def inspect(
 def _inspected(target: Path, console: "Console") -> "tuple[Any, ImageSettings, int | None, float | None]":
     """The model of a run or a config, its image settings, the classes of a head to add, and its views per second."""
     from finetune_cli.runs.run import located
-    from finetune_cli.training import prepare
+    from finetune_cli.training import prepare, settings
     from finetune_cli.training.tuning import comparison, cuts, plan
 
     target = located(target)
@@ -71,12 +71,14 @@ def _inspected(target: Path, console: "Console") -> "tuple[Any, ImageSettings, i
         if (first := comparison.trained_from(run)) is not None:
             cuts.unfreeze_above(model, first)
         return model, run.image_settings, None, rate
+    from finetune_cli.backbones import build
+
     config = load_config(target, None)
-    data = prepare.index(config, console)
-    model = prepare.build_backbone(config).model
+    data = prepare.index(settings.data_settings(config), settings.cache_folder(config), console)
+    model = build.build(settings.wanted_backbone(config)).model
     if config.fine_tuning is not None:
         cuts.unfreeze_above(model, plan.trials(config.fine_tuning, len(data.train))[0].unfreeze)
-    return model, prepare.image_settings(config), len(data.classes), None
+    return model, settings.image_settings(config), len(data.classes), None
 
 
 def _print_graph(

@@ -28,10 +28,9 @@ def preview(
     console = new_console(quiet)
     check_png(output)
     loaded = load_config(config, overrides)
-    from finetune_cli.training import prepare
+    from finetune_cli.training import prepare, settings
     from finetune_cli.training.preview import contact_sheet
 
-    data = prepare.index(loaded, console)
-    augmenter = prepare.augmenter(loaded)
-    contact_sheet(data, augmenter, prepare.image_settings(loaded), output, photos)
+    data = prepare.index(settings.data_settings(loaded), settings.cache_folder(loaded), console)
+    contact_sheet(data, settings.augmenter(loaded), settings.image_settings(loaded), output, photos)
     console.print(f"wrote {output}")

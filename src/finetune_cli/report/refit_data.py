@@ -20,7 +20,7 @@ from finetune_cli.errors import DataError, StorageError
 from finetune_cli.head.data import class_weights
 from finetune_cli.metrics.folds import group_numbers
 from finetune_cli.runs.run import Run, SplitRow
-from finetune_cli.training import prepare
+from finetune_cli.training import settings
 from finetune_cli.training.extract import Request
 
 # Refits must not take longer than the training did: beyond this many numbers (rows x features x classes), fewer
@@ -67,13 +67,13 @@ def load(run: Run, config: Config) -> Material:
             f"{run.folder}/split.csv names {min(unknown)!r}, which is not a class of the run",
             "restore the run from a copy",
         )
-    augmenter = prepare.augmenter(config)
+    augmenter = settings.augmenter(config)
     width = run.manifest.backbone.width
     numbers = augmenter.views * width
     most = max(len(run.classes), min(_MOST_NUMBERS // (numbers * len(run.classes)), _MOST_BYTES // (4 * numbers)))
     rows = _some(everything, most)
     request = Request(
-        prepare.image_settings(config),
+        settings.image_settings(config),
         run.manifest.backbone.fingerprint,
         run.manifest.feature_precision,
         augmenter,

@@ -36,6 +36,11 @@ class Backbone:
     weights_sha256: str | None
     feature_map: bool
 
+    @property
+    def tuned(self) -> bool:
+        """Whether fine-tuning changed its weights."""
+        return self.fingerprint != self.original
+
 
 @dataclass(frozen=True, slots=True)
 class Solver:

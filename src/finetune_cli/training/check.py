@@ -31,14 +31,14 @@ def check(config: Config, observer: Observer) -> Report:
     `StorageError`.
     """
     run.check_target(config.output.directory, config.output.name)
-    check_settings(config)
+    settings = check_settings(config)
 
     def decode(data: Dataset) -> tuple[Dataset, list[BadPhoto]]:
-        warn_of_series(config, data, observer)
+        warn_of_series(data, settings.image.max_pixels, observer)
         class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
-        return data, [*data.bad, *decode_all(config, data, observer)]
+        return data, [*data.bad, *decode_all(data, settings.image, settings.workers, observer)]
 
-    data, bad = with_photos(config, observer, decode, {})
+    data, bad = with_photos(settings, observer, decode, {})
     refuse_bad(bad, data.photos, config.data.on_bad_image)
     refused = {photo.path for photo in bad}
     good = {split: [s for s in samples if s.path not in refused] for split, samples in data.splits.items()}

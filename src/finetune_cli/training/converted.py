@@ -11,7 +11,7 @@ as it was written is made anew. When it is made, TensorFlow and OpenVINO must ag
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -19,16 +19,16 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from finetune_cli import files
-from finetune_cli.backbones import build
+from finetune_cli.backbones import build, source
+from finetune_cli.backbones.source import Source, Wanted
 from finetune_cli.cache import backbones
-from finetune_cli.config.schema import Config
+from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.errors import GateError, RunError, StorageError
 from finetune_cli.head import finished
 from finetune_cli.inference import runtimes
 from finetune_cli.progress import Advance, ignore_progress
 from finetune_cli.runs import manifest
 from finetune_cli.training.keras_process import KerasProcess
-from finetune_cli.training.requirements import cache_folder
 from finetune_cli.training.tuning import cuts
 
 if TYPE_CHECKING:
@@ -92,29 +92,19 @@ class Converted:
             raise
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """The arguments of `build.build`."""
-
-    name: str
-    weights: str | None
-    size: int
-    seed: int
-    weights_sha256: str | None = None
-
-
 class Conversion:
-    """The backbone of a config on its way: out of the cache, or from a process that converts it in the meantime.
+    """A backbone on its way: out of the cache, or from a process that converts it in the meantime.
 
-    A solver that needs Keras anyway has it converted here: two processes that import TensorFlow would take longer.
+    here: convert it in this process, for a solver that needs Keras anyway: two processes that import TensorFlow would
+    take longer.
     To be used in a `with` block, which ends that process.
     """
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, wanted: Wanted, cache: CacheFolder, here: bool) -> None:
+        self._wanted, self._cache = wanted, cache
+        self._here = here
         self._process = KerasProcess("tensorflow")
-        self._folder: Path | None = None
-        self._here: tuple[Path, str, Wanted] | None = None  # the arguments of `make`, if it is to run in this process
+        self._key: str | None = None  # once begun
         self._found: Converted | None = None
 
     def __enter__(self) -> Self:
@@ -128,54 +118,53 @@ class Conversion:
     @property
     def downloads(self) -> bool:
         """Whether `begin` would download a weight file."""
-        model = self._config.model
-        file = build.weight_file(model.backbone, model.weights, self._config.image.size)
-        return model.weights == "imagenet" and file is not None and not file.exists()
+        return source.must_download(self._wanted)
 
     def begin(self, advance: Advance = ignore_progress) -> None:
-        """Look into the cache, and start the process if that lacks the backbone; `advance`: see `build.find_source`.
+        """Look into the cache, and start the process if that lacks the backbone; `advance`: see `source.find_source`.
 
         Raises `ConfigError` and `WeightsError`.
         """
-        model, size, seed = self._config.model, self._config.image.size, self._config.training.seed
-        source = build.find_source(model.backbone, model.weights, size, model.weights_sha256, advance)
-        key, cache = _key(source, size, seed), cache_folder(self._config)
+        found = source.find_source(self._wanted, advance)
+        wanted, cache = replace(self._wanted, weights_sha256=found.sha256), self._cache
+        key = self._key = _key(found, wanted.size, wanted.seed)
         self._found = Converted.read(backbones.entry(cache.path, key))
-        self._folder = backbones.entry(cache.scratch, key)  # another folder, if the cache can only be read
         if self._found is None and not cache.writable:
-            self._found = Converted.read(self._folder)
-        if self._found is None:
-            weights = None if model.weights is None else str(model.weights)
-            wanted = Wanted(str(model.backbone), weights, size, seed, source.sha256)
-            if self._config.training.solver != "lbfgs":
-                self._here = (cache.scratch.absolute(), key, wanted)
-                return
+            self._found = Converted.read(self._folder(key))
+        if self._found is None and not self._here:
             self._process.start()
             self._process.request(
                 "convert", {"cache": str(cache.scratch.absolute()), "key": key, "wanted": asdict(wanted)}
             )
+        self._wanted = wanted
 
     def finish(self, advance: Advance = ignore_progress) -> Converted:
         """The converted backbone, when it is ready. Raises what `begin` and `make` raise."""
-        if self._folder is None:
+        if self._key is None:
             self.begin(advance)
-        assert self._folder is not None
+        assert self._key is not None
         if self._found is None:
-            if self._here is not None:
-                make(*self._here)
+            if self._here:
+                make(self._cache.scratch.absolute(), self._key, self._wanted)
             else:
                 self._process.answer()
-            self._found = Converted.read(self._folder)
+            self._found = Converted.read(self._folder(self._key))
         if self._found is None:
-            raise StorageError(f"{self._folder} is not what was just written there", "check that disk for faults")
+            raise StorageError(
+                f"{self._folder(self._key)} is not what was just written there", "check that disk for faults"
+            )
         return self._found
 
+    def _folder(self, key: str) -> Path:
+        """Where the backbone is written: another folder than where it is read, if the cache can only be read."""
+        return backbones.entry(self._cache.scratch, key)
 
-def _key(source: build.Source, size: int, seed: int) -> str:
+
+def _key(found: Source, size: int, seed: int) -> str:
     parts = {
         "format": _FORMAT,
-        "name": source.info.name,
-        "weights": source.sha256 or f"random {seed}",
+        "name": found.info.name,
+        "weights": found.sha256 or f"random {seed}",
         "size": size,
         "packages": {name: _version(name) for name in _PACKAGES},
     }
@@ -201,7 +190,7 @@ def make(cache: Path, key: str, wanted: Wanted) -> None:
         files.remove_leftovers(folder.parent, cache)
         if Converted.read(folder) is not None:  # another training was faster
             return
-        backbone = build.build(wanted.name, wanted.weights, wanted.size, wanted.seed, wanted.weights_sha256)
+        backbone = build.build(wanted)
         model = runtimes.convert(backbone.model)
         parameters = backbone.parameters
         _compare(backbone.model, model, wanted.size)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli import keras_setup, streams
+from finetune_cli.backbones.source import Wanted
 from finetune_cli.errors import FinetuneError
 from finetune_cli.inference.runtimes import OpenVinoRuntime, import_openvino
 from finetune_cli.training import converted
@@ -58,7 +59,7 @@ def serve(backend: Backend, scratch: str | None = None) -> None:
 
 
 def _convert(cache: str, key: str, wanted: Mapping[str, Any]) -> None:
-    converted.make(Path(cache), key, converted.Wanted(**wanted))
+    converted.make(Path(cache), key, Wanted(**wanted))
 
 
 def _probabilities(model: str, photos: NDArray[np.uint8]) -> NDArray[np.float32]:

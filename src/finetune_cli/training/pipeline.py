@@ -43,8 +43,9 @@ from finetune_cli.training.extract import Features
 from finetune_cli.training.fit import Fitted, labels_of
 from finetune_cli.training.head_state import HeadState
 from finetune_cli.training.keras_process import KerasProcess
-from finetune_cli.training.prepare import Prepared, changes_backbone, evenly_spread, image_settings, prepare
+from finetune_cli.training.prepare import Prepared, evenly_spread, prepare
 from finetune_cli.training.requirements import check_settings
+from finetune_cli.training.settings import Settings
 from finetune_cli.training.tuning import budget, comparison, stage
 
 
@@ -65,10 +66,10 @@ def train(config: Config, observer: Observer) -> Run:
     Raises any `FinetuneError`; whatever happens, no finished run is changed and computed features stay in the cache.
     """
     run.check_target(config.output.directory, config.output.name)
-    check_settings(config)
+    settings = check_settings(config)
     with KerasProcess("openvino") as keras:
-        _start_keras(keras, config)
-        prepared = prepare(config, observer, stage.checked(config))
+        _start_keras(keras, settings)
+        prepared = prepare(settings, observer, stage.checked(settings))
         start = _start(prepared, observer)
         folder = run.create(config.output.directory, config.output.name, run.stem(config.data.train))
         with files.lock(folder), _resumable(folder):
@@ -85,16 +86,16 @@ def resume(folder: Path, config: Config, observer: Observer) -> Run:
     with files.lock(folder), _resumable(folder), KerasProcess("openvino") as keras:
         resume_checks.check_files(folder)
         files.remove_leftovers(folder)
-        check_settings(config)
-        _start_keras(keras, config)
-        prepared = prepare(config, observer, stage.checked(config))
+        settings = check_settings(config)
+        _start_keras(keras, settings)
+        prepared = prepare(settings, observer, stage.checked(settings))
         resume_checks.check_inputs(folder, prepared, observer)
         return _fit_and_finish(folder, prepared, _start(prepared, observer), observer, keras)
 
 
-def _start_keras(keras: KerasProcess, config: Config) -> None:
+def _start_keras(keras: KerasProcess, settings: Settings) -> None:
     """Start the process that proves the saved model; with a tuned backbone, that is done in this process."""
-    if not changes_backbone(config):
+    if not settings.changes_backbone:
         keras.start()  # it is needed in the end, and takes a while to be ready
 
 
@@ -140,7 +141,7 @@ def _fit_and_finish(
     manifest = replace(_manifest(folder, prepared, outcome), fine_tuning=tuning)
     if tuning is None and manifest.views.computed:
         photos, a_view = len(prepared.parts["train"].samples), prepared.seconds["features"] / manifest.views.computed
-        seconds = budget.rough_seconds(prepared.backbone, prepared.config, photos, a_view)
+        seconds = budget.rough_seconds(prepared.backbone, photos, prepared.settings.augmenter.views, a_view)
         manifest = replace(manifest, fine_tuning_seconds=math.ceil(seconds))
     finished = run.finish(folder, manifest, names)
     if os.path.lexists(folder / "checkpoints"):
@@ -232,10 +233,9 @@ def _write_history(folder: Path, fitted: Fitted) -> list[str]:
 
 def _start(prepared: Prepared, observer: Observer) -> Head | None:
     """The head of `model.start_from`, grown to the classes of this run; `None` without one."""
-    source = prepared.config.model.start_from
-    if source is None:
+    old = prepared.settings.start
+    if old is None:
         return None
-    old = Run.load(source)
     old_head = classifier.read(old.file("model.keras"))
     grown, kept, new = classifier.grow(old_head, old.classes, prepared.data.classes, prepared.config.training.seed)
     dropped = [name for name in old.classes if name not in prepared.data.classes]
@@ -257,8 +257,7 @@ def _save_models(folder: Path, prepared: Prepared, outcome: Outcome, keras: Kera
     head, temperature = outcome.fitted.head, outcome.temperature
     val = prepared.parts["val"].samples
     chosen = evenly_spread(len(val), outputs.PARITY_PHOTOS)
-    settings = image_settings(prepared.config)
-    photos = np.stack([scan.decode_sample(val[i], settings) for i in chosen])
+    photos = np.stack([scan.decode_sample(val[i], prepared.settings.image) for i in chosen])
     backbone, expected = prepared.backbone, outcome.judged[0].probabilities[chosen]
     if isinstance(backbone, Converted):
         parts = outputs.Parts(backbone, head, temperature)
@@ -276,7 +275,7 @@ def _manifest(folder: Path, prepared: Prepared, outcome: Outcome) -> Manifest:
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         classes=prepared.data.classes,
-        image=image_settings(config),
+        image=prepared.settings.image,
         backbone=Backbone(
             name=backbone.name if config.is_named_backbone else Path(config.model.backbone).name,
             width=backbone.width,

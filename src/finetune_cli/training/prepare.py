@@ -17,6 +17,7 @@ from finetune_cli.backbones import build
 from finetune_cli.backbones.build import Backbone
 from finetune_cli.cache.digests import DigestCache
 from finetune_cli.cache.features import FeatureStore
+from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.config.schema import Config
 from finetune_cli.devices import Device, Precision
 from finetune_cli.errors import BadImage, ChangedPhoto, Interrupted, RunError
@@ -24,19 +25,20 @@ from finetune_cli.head.data import class_weights
 from finetune_cli.inference import runtimes
 from finetune_cli.inference.predictor import UNSURE
 from finetune_cli.inference.runtimes import Runtime
-from finetune_cli.parallel import ordered_map, worker_count
+from finetune_cli.parallel import ordered_map
 from finetune_cli.photos import dataset, groups, scan
 from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import Dataset, DataSettings
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.scan import BadPhoto, Sample
-from finetune_cli.progress import Advance, Observer, ignore_progress, timed
+from finetune_cli.progress import Observer, timed
 from finetune_cli.runs.run import Run
 from finetune_cli.text import counted, shown
 from finetune_cli.training import extract
 from finetune_cli.training.converted import Conversion, Converted
 from finetune_cli.training.extract import Features, Request, Resources
-from finetune_cli.training.requirements import cache_folder, check_room, start_digest
+from finetune_cli.training.requirements import check_room, start_digest
+from finetune_cli.training.settings import Settings
 
 _SHOWN = 20
 Result = TypeVar("Result")
@@ -55,83 +57,78 @@ class Prepared:
     `start_from`: SHA-256 of the model of `model.start_from`, if there is one.
     """
 
-    config: Config
+    settings: Settings
     data: Dataset
     backbone: AnyBackbone
     device: Device
     precision: Precision
-    workers: int
     parts: dict[str, Features]
     cache_bytes: int
     start_from: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
+    def config(self) -> Config:
+        """The config that all of this was made for."""
+        return self.settings.config
+
+    @property
     def keras_backbone(self) -> Backbone:
-        """The backbone of a config for which `changes_backbone` is true."""
+        """The backbone of settings for which `changes_backbone` is true."""
         assert isinstance(self.backbone, Backbone)
         return self.backbone
 
 
-def changes_backbone(config: Config) -> bool:
-    """Whether fine-tuning changes the weights of the backbone, or has changed those that `model.start_from` brings.
-
-    Keras builds such a backbone in this process; any other is converted once, and kept in the cache.
-    """
-    if config.fine_tuning is not None:
-        return True
-    if config.model.start_from is None:
-        return False
-    old = Run.load(config.model.start_from).manifest.backbone
-    return old.fingerprint != old.original
-
-
 def prepare(
-    config: Config, observer: Observer, check: Callable[[Dataset, AnyBackbone], None] | None = None
+    settings: Settings, observer: Observer, check: Callable[[Dataset, AnyBackbone], None] | None = None
 ) -> Prepared:
     """Index the photos, build the backbone, and compute (or find in the cache) every feature.
 
-    `config` is one that `check_settings` accepts. `check` may raise when it sees the photos and the backbone, before
-    any feature is computed.
+    `check` may raise when it sees the photos and the backbone, before any feature is computed.
 
     Raises `DataError` when photos are bad and `data.on_bad_image` does not allow skipping them; what was computed until
     then stays in the cache. Raises `StorageError` when there is no room for the features or for the run.
     """
-    seconds: dict[str, float] = {}
-    started_from = start_digest(config)
-    augmentation = augmenter(config)
+    config, seconds = settings.config, dict[str, float]()
+    started_from = start_digest(settings.start)
     extractor: Extractor | None = None
     conversion: Conversion | None
 
     def work(data: Dataset) -> Prepared:
         nonlocal extractor
         with timed(seconds, "preflight"):
-            _refuse_bad_headers(config, data, observer)
+            _refuse_bad_headers(settings, data, observer)
         class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
         if extractor is None:
-            _note_augmentation(config, augmentation, observer)
+            _note_augmentation(settings, observer)
             with timed(seconds, "backbone"):
-                extractor = make_extractor(config, observer, conversion)
-        check_room(config, data, augmentation.views, extractor.backbone)
+                extractor = make_extractor(settings, observer, conversion)
+        check_room(settings, data, extractor.backbone)
         if check is not None:
             check(data, extractor.backbone)
         precision = runtimes.training_precision(extractor.device, config.runtime.feature_precision)
         with timed(seconds, "features"):
-            parts, cache_bytes = _all_features(extractor, data, precision, augmentation)
-        _refuse_bad(config, data, parts, observer)
-        backbone, device, workers = extractor.backbone, extractor.device, extractor.workers
-        return Prepared(config, data, backbone, device, precision, workers, parts, cache_bytes, started_from, seconds)
+            parts, cache_bytes = _all_features(extractor, data, precision)
+        _refuse_bad(data, parts, config.data.on_bad_image, observer)
+        return Prepared(
+            settings, data, extractor.backbone, extractor.device, precision, parts, cache_bytes, started_from, seconds
+        )
 
-    with contextlib.nullcontext() if changes_backbone(config) else Conversion(config) as conversion:
+    with contextlib.nullcontext() if settings.changes_backbone else _conversion(settings) as conversion:
         if conversion is not None and not conversion.downloads:  # a download waits for photos that can be used
             conversion.begin()
-        return with_photos(config, observer, work, seconds)
+        return with_photos(settings, observer, work, seconds)
+
+
+def _conversion(settings: Settings) -> Conversion:
+    """A solver of Keras imports it here anyway, so the backbone is converted here, too."""
+    return Conversion(settings.backbone, settings.cache, here=settings.config.training.solver != "lbfgs")
 
 
 def with_photos(
-    config: Config, observer: Observer, work: Callable[[Dataset], Result], seconds: dict[str, float]
+    settings: Settings, observer: Observer, work: Callable[[Dataset], Result], seconds: dict[str, float]
 ) -> Result:
-    """The result of `work` on the indexed photos of `config`; the seconds of indexing go to ``seconds["preflight"]``.
+    """The result of `work` on the indexed photos; the seconds of indexing go to ``seconds["preflight"]``.
 
     When `work` finds a photo that is not the indexed one, it is called once more, after all photos were read again: a
     row of the digest cache can be out of date where the times of a file system cannot be trusted. A photo that differs
@@ -139,46 +136,41 @@ def with_photos(
     """
     try:
         with timed(seconds, "preflight"):
-            data = index(config, observer)
+            data = index(settings.photos, settings.cache, observer)
         return work(data)
     except ChangedPhoto as exc:
         observer.note(f"{shown(exc.path)} is not the photo that was indexed; all photos are read again")
     with timed(seconds, "preflight"):
-        data = index(config, observer, fresh=True)
+        data = index(settings.photos, settings.cache, observer, fresh=True)
     return work(data)
 
 
-def _note_augmentation(config: Config, augmentation: Augmenter, observer: Observer) -> None:
-    if config.augmentation is not None and config.augmentation.views > 1 and not augmentation.active:
+def _note_augmentation(settings: Settings, observer: Observer) -> None:
+    section, augmentation = settings.config.augmentation, settings.augmenter
+    if section is not None and section.views > 1 and not augmentation.active:
         observer.note("augmentation: no transform is active, so each photo has one view")
-    if config.augmentation is not None and config.augmentation.views == 1 and augmentation.changed:
+    if section is not None and section.views == 1 and augmentation.changed:
         observer.warn("augmentation.views is 1, the photo itself: no transform is applied")
 
 
-def make_extractor(config: Config, observer: Observer, conversion: Conversion | None = None) -> "Extractor":
-    """`conversion`: of the backbone; `None` for one that Keras builds here, see `changes_backbone`."""
+def make_extractor(settings: Settings, observer: Observer, conversion: Conversion | None = None) -> "Extractor":
+    """`conversion`: of the backbone; `None` for one that Keras builds here, see `Settings.changes_backbone`."""
     with observer.stage("backbone", None, "MB") as advance:
-        device = runtimes.choose_device(config.runtime.device)
-        start = Run.load(config.model.start_from) if config.model.start_from is not None else None
-        if conversion is not None:
-            converted = conversion.finish(advance)
-            if start is not None:
-                check_start(start, converted)
-            return Extractor(config, converted, device, observer)
-        backbone = build_backbone(config, advance)
-        if start is not None:
-            backbone = starting_backbone(start, config, backbone)
-        return Extractor(config, backbone, device, observer)
+        device = runtimes.choose_device(settings.config.runtime.device)
+        if conversion is None:
+            backbone: AnyBackbone = starting_backbone(settings.start, build.build(settings.backbone, advance))
+        else:
+            backbone = conversion.finish(advance)
+            check_start(settings.start, backbone)
+        return Extractor(settings, backbone, device, observer)
 
 
-def _all_features(
-    extractor: "Extractor", data: Dataset, precision: Precision, augmentation: Augmenter
-) -> tuple[dict[str, Features], int]:
+def _all_features(extractor: "Extractor", data: Dataset, precision: Precision) -> tuple[dict[str, Features], int]:
     """The features of every split of `data`, and how many bytes the cache takes."""
-    observer, folder = extractor.observer, cache_folder(extractor.config)
+    observer, folder = extractor.observer, extractor.settings.cache
     with FeatureStore(folder.path, folder.writable) as store:
         try:
-            parts = {"train": extractor(store, "train", data.train, precision, augmentation)}
+            parts = {"train": extractor(store, "train", data.train, precision, extractor.settings.augmenter)}
             for split, samples in (("val", data.val), ("test", data.test)):
                 if samples:
                     parts[split] = extractor(store, split, samples, "float32", None)
@@ -204,10 +196,10 @@ def _check_unchanged(samples: Sequence[Sample]) -> None:
             scan.read_sample(samples[i])
 
 
-def _refuse_bad(config: Config, data: Dataset, parts: dict[str, Features], observer: Observer) -> None:
+def _refuse_bad(data: Dataset, parts: dict[str, Features], on_bad_image: str, observer: Observer) -> None:
     """Raise `DataError` for the photos that cannot be used, unless they may be skipped; then warn of them."""
     bad = [*data.bad, *(photo for part in parts.values() for photo in part.bad)]
-    scan.refuse_bad(bad, data.photos, config.data.on_bad_image)
+    scan.refuse_bad(bad, data.photos, on_bad_image)
     dataset.refuse_empty(data.classes, {split: part.samples for split, part in parts.items()}, bad)
     for photo in bad[:_SHOWN]:
         observer.warn(f"skipped {photo.path}: {photo.reason}")
@@ -215,21 +207,22 @@ def _refuse_bad(config: Config, data: Dataset, parts: dict[str, Features], obser
         observer.warn(f"skipped {len(bad) - _SHOWN} more photos; run.json will list all")
 
 
-def _refuse_bad_headers(config: Config, data: Dataset, observer: Observer) -> None:
+def _refuse_bad_headers(settings: Settings, data: Dataset, observer: Observer) -> None:
     """Raise `DataError` if the headers alone stop the training: then with what decoding finds, all at once."""
-    if not scan.may_skip(data.bad, data.photos, config.data.on_bad_image):
+    on_bad_image = settings.config.data.on_bad_image
+    if not scan.may_skip(data.bad, data.photos, on_bad_image):
         observer.note(f"{counted(len(data.bad), 'photo')} cannot be used; decoding the others, to find all such photos")
-        scan.refuse_bad([*data.bad, *decode_all(config, data, observer)], data.photos, config.data.on_bad_image)
+        found = decode_all(data, settings.image, settings.workers, observer)
+        scan.refuse_bad([*data.bad, *found], data.photos, on_bad_image)
     dataset.refuse_empty(data.classes, data.splits, data.bad)
 
 
-def decode_all(config: Config, data: Dataset, observer: Observer) -> list[BadPhoto]:
+def decode_all(data: Dataset, image: ImageSettings, workers: int, observer: Observer) -> list[BadPhoto]:
     """Decode every photo of `data` and return those that cannot be."""
-    settings = image_settings(config)
 
     def decode(sample: Sample) -> BadPhoto | None:
         try:
-            scan.decode_sample(sample, settings)
+            scan.decode_sample(sample, image)
         except BadImage as exc:
             return BadPhoto(sample.path, sample.name, exc.reason)
         return None
@@ -237,7 +230,7 @@ def decode_all(config: Config, data: Dataset, observer: Observer) -> list[BadPho
     bad = []
     samples = [sample for part in data.splits.values() for sample in part]
     with observer.stage("decoding", len(samples)) as advance:
-        for fault in ordered_map(decode, samples, worker_count(config.runtime.workers)):
+        for fault in ordered_map(decode, samples, workers):
             advance(1)
             if fault is not None:
                 bad.append(fault)
@@ -248,7 +241,7 @@ def decode_all(config: Config, data: Dataset, observer: Observer) -> list[BadPho
 class Extractor:
     """Computes the features of one split after another with one backbone."""
 
-    config: Config
+    settings: Settings
     backbone: AnyBackbone
     device: Device
     observer: Observer
@@ -257,7 +250,7 @@ class Extractor:
     @property
     def workers(self) -> int:
         """Threads that decode and infer."""
-        return worker_count(self.config.runtime.workers)
+        return self.settings.workers
 
     def __call__(
         self,
@@ -268,9 +261,8 @@ class Extractor:
         augmentation: Augmenter | None,
     ) -> Features:
         """The features of `samples`, `float32 (n, views, D)`, through `store`."""
-        request = Request(image_settings(self.config), self.backbone.fingerprint, precision, augmentation)
-        scratch = cache_folder(self.config).scratch
-        resources = Resources(store, self._runtime, scratch, self.workers, self.batch_size)
+        request = Request(self.settings.image, self.backbone.fingerprint, precision, augmentation)
+        resources = Resources(store, self._runtime, self.settings.cache.scratch, self.workers, self.batch_size)
         with self.observer.stage(f"features of {split}", len(samples)) as advance:
             return extract.extract(samples, request, self.backbone.width, resources, advance)
 
@@ -285,7 +277,9 @@ class Extractor:
 
     @cached_property
     def _keras_model(self) -> Any:
-        return build_backbone(self.config).model if isinstance(self.backbone, Converted) else self.backbone.model
+        return (
+            build.build(self.settings.backbone).model if isinstance(self.backbone, Converted) else self.backbone.model
+        )
 
     @cached_property
     def _converted(self) -> Any:
@@ -296,23 +290,17 @@ class Extractor:
     @property
     def batch_size(self) -> int:
         """Views in a call of the runtime."""
-        if self.config.runtime.batch_size != "auto":
-            return self.config.runtime.batch_size
+        batch_size = self.settings.config.runtime.batch_size
+        if batch_size != "auto":
+            return batch_size
         # On a CPU the activations of a few photos stay in the cache of a core; a GPU needs larger batches.
         return 4 if self.device == "cpu" else 64
 
 
-def build_backbone(config: Config, advance: Advance = ignore_progress) -> Backbone:
-    """The frozen backbone of `config`; `advance` counts the megabytes of a download.
-
-    Raises `ConfigError` and `WeightsError`.
-    """
-    model, size, seed = config.model, config.image.size, config.training.seed
-    return build.build(model.backbone, model.weights, size, seed, model.weights_sha256, advance)
-
-
-def check_start(start: Run, backbone: AnyBackbone) -> None:
+def check_start(start: Run | None, backbone: AnyBackbone) -> None:
     """Raise `RunError` when the run `start` was trained on another backbone than `backbone` or a tuned form of it."""
+    if start is None:
+        return
     old = start.manifest.backbone
     if backbone.fingerprint != old.fingerprint and backbone.original != old.original:
         raise RunError(
@@ -321,33 +309,31 @@ def check_start(start: Run, backbone: AnyBackbone) -> None:
         )
 
 
-def starting_backbone(start: Run, config: Config, backbone: Backbone) -> Backbone:
+def starting_backbone(start: Run | None, backbone: Backbone) -> Backbone:
     """`backbone`, with the weights that fine-tuning gave it if `start` is a run that tuned it; it changes then.
 
     Raises `RunError` when `start` has another backbone.
     """
     check_start(start, backbone)
-    old = start.manifest.backbone
-    if old.fingerprint == backbone.fingerprint:
+    if start is None or start.manifest.backbone.fingerprint == backbone.fingerprint:
         return backbone
     path = start.file("model.keras")
-    tuned = build.with_weights_of(backbone, config.model.backbone, path)
-    if tuned.fingerprint != old.fingerprint:
+    tuned = build.with_weights_of(backbone, path)
+    if tuned.fingerprint != start.manifest.backbone.fingerprint:
         raise RunError(f"{path} does not hold the backbone that run.json names", "restore the run from a copy")
     return tuned
 
 
-def index(config: Config, observer: Observer, fresh: bool = False) -> Dataset:
-    """The photos of `config` after preflight (headers and digests); what the user should know is noted.
+def index(photos: DataSettings, folder: CacheFolder, observer: Observer, fresh: bool = False) -> Dataset:
+    """The photos after preflight (headers and digests); what the user should know is noted.
 
-    `fresh`: all photos are read, whatever the digest cache says.
+    `fresh`: all photos are read, whatever the digest cache in `folder` says.
     """
-    folder = cache_folder(config)
     with (
         observer.stage("preflight", None) as advance,
         DigestCache(folder.path, folder.writable, fresh) as cache,
     ):
-        data = dataset.load(data_settings(config), cache, advance)
+        data = dataset.load(photos, cache, advance)
     for note in data.notes:
         observer.note(note)
     for warning in (folder.warning, *cache.warnings, *data.warnings):
@@ -361,33 +347,13 @@ def index(config: Config, observer: Observer, fresh: bool = False) -> Dataset:
     return data
 
 
-def warn_of_series(config: Config, data: Dataset, observer: Observer) -> None:
+def warn_of_series(data: Dataset, max_pixels: int, observer: Observer) -> None:
     """Warn that photos taken at nearly the same time are in train and in val, if no groups are known or proposed."""
     if data.proposal is not None or any(sample.group for part in data.splits.values() for sample in part):
         return
     paths = {split: [sample.path for sample in part] for split, part in data.splits.items()}
-    if finding := groups.series(paths, config.image.max_pixels):
+    if finding := groups.series(paths, max_pixels):
         observer.warn(f"{finding}; if they show the same thing, name the groups in the column `group` of a table")
-
-
-def data_settings(config: Config) -> DataSettings:
-    """Where the photos of `config` are and how they are split."""
-    section = config.data
-    return DataSettings(
-        section.train, section.val, section.test, section.val_split, section.group_regex, config.image.max_pixels
-    )
-
-
-def image_settings(config: Config) -> ImageSettings:
-    """How the photos of `config` are decoded."""
-    return ImageSettings(config.image.size, config.image.resize, config.image.max_pixels)
-
-
-def augmenter(config: Config) -> Augmenter:
-    """The augmentation of `config`; no section means one view."""
-    section = config.augmentation
-    arguments = section.arguments() if section is not None else {}
-    return Augmenter(arguments, section.views if section is not None else 1, config.training.seed, config.image.size)
 
 
 def evenly_spread(count: int, most: int) -> NDArray[np.intp]:

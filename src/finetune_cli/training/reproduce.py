@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from finetune_cli import files
-from finetune_cli.backbones import build
+from finetune_cli.backbones import source
 from finetune_cli.config.load import load_config
 from finetune_cli.config.schema import Config
 from finetune_cli.errors import DataError, RunError
@@ -14,7 +14,7 @@ from finetune_cli.progress import Observer
 from finetune_cli.runs import environment
 from finetune_cli.runs.environment import Difference
 from finetune_cli.runs.run import Run
-from finetune_cli.training import prepare, requirements
+from finetune_cli.training import prepare, requirements, settings
 
 _SHOWN = 5
 
@@ -52,7 +52,7 @@ def reproduce(run: Run, observer: Observer) -> Reproduction:
     differing = tuple(environment.differences(before.facts, now.facts))
     weights = (*_backbone(run, config), *_start(run, config))
     try:
-        data = prepare.index(config, observer)
+        data = prepare.index(settings.data_settings(config), settings.cache_folder(config), observer)
     except DataError as exc:
         return Reproduction(run, differing, weights, (), exc.problem.splitlines()[0])
     skipped = {photo.path for photo in run.manifest.bad_photos}
@@ -71,7 +71,7 @@ def reproduce(run: Run, observer: Observer) -> Reproduction:
 def _backbone(run: Run, config: Config) -> Iterator[str]:
     """What is wrong with the file that the backbone's weights came from; random ones come from the seed."""
     expected = run.manifest.backbone.weights_sha256
-    path = build.weight_file(config.model.backbone, config.model.weights, config.image.size)
+    path = source.weight_file(settings.wanted_backbone(config))
     if path is None or expected is None:
         return
     if not path.is_file():
@@ -84,7 +84,7 @@ def _backbone(run: Run, config: Config) -> Iterator[str]:
 def _start(run: Run, config: Config) -> Iterator[str]:
     """What is wrong with the run that `model.start_from` names."""
     try:
-        found = requirements.start_digest(config)
+        found = requirements.start_digest(settings.start_run(config))
     except RunError as exc:
         yield f"model.start_from: {exc.problem}"
     else:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Protocol
 
 from finetune_cli import files
-from finetune_cli.backbones import build
-from finetune_cli.cache import folder
-from finetune_cli.cache.folder import CacheFolder
+from finetune_cli.backbones import source
 from finetune_cli.config.schema import Config
 from finetune_cli.errors import ConfigError, StorageError
 from finetune_cli.photos.dataset import Dataset
 from finetune_cli.runs.run import Run
+from finetune_cli.training import settings
+from finetune_cli.training.settings import Settings
 
 _TABLES_AND_FIGURES = 1_000_000
 
@@ -36,15 +36,15 @@ class Sized(Protocol):
         ...
 
 
-def check_settings(config: Config) -> None:
-    """Check everything but the photos, before minutes of work and without TensorFlow.
+def check_settings(config: Config) -> Settings:
+    """Check everything but the photos, before minutes of work and without TensorFlow; return what `config` asks for.
 
     Raises `ConfigError` for an unknown backbone, too small an image, and missing files; `RunError` for a `start_from`
     that is not a finished run; `StorageError` when the output folder cannot be written.
     """
     with _named("output.directory"):
         files.check_writable(config.output.directory)
-    info = build.resolve(config.model.backbone)
+    info = source.resolve(config.model.backbone)
     problems = []
     if config.image.size < info.min_size:
         problems.append(f"image.size: {info.name} needs at least {info.min_size} pixels, not {config.image.size}")
@@ -62,8 +62,15 @@ def check_settings(config: Config) -> None:
             problems.append(f"model.{key}: there is no file {path}{_meant(key, Path(path).name)}")
     if problems:
         raise ConfigError("\n".join(problems), "correct the model section of the config")
-    if config.model.start_from is not None:
-        Run.load(config.model.start_from)
+    return Settings(
+        config=config,
+        photos=settings.data_settings(config),
+        image=settings.image_settings(config),
+        augmenter=settings.augmenter(config),
+        backbone=settings.wanted_backbone(config),
+        start=settings.start_run(config),
+        cache=settings.cache_folder(config),
+    )
 
 
 def _meant(key: str, name: str) -> str:
@@ -74,10 +81,12 @@ def _meant(key: str, name: str) -> str:
     return f"; did you mean {meant}?" if alike else ""
 
 
-def start_digest(config: Config) -> str | None:
-    """SHA-256 of the model of `model.start_from`; `None` without one. Raises `RunError` when it is damaged."""
-    source = config.model.start_from
-    return None if source is None else files.sha256(Run.load(source).file("model.keras"))
+def start_digest(start: Run | None) -> str | None:
+    """SHA-256 of the model of the run to start from. Raises `RunError` when it is damaged."""
+    if start is None:
+        return None
+    start.file("model.keras")
+    return start.manifest.files["model.keras"]
 
 
 @contextmanager
@@ -90,19 +99,14 @@ def _named(key: str) -> Iterator[None]:
         raise
 
 
-def check_room(config: Config, data: Dataset, views: int, backbone: Sized) -> None:
+def check_room(wanted: Settings, data: Dataset, backbone: Sized) -> None:
     """Raise `StorageError` unless there is room for the features and for the run, before hours go into them."""
-    rows = views * len(data.train) + len(data.val) + len(data.test)
+    rows = wanted.augmenter.views * len(data.train) + len(data.val) + len(data.test)
     with _named("runtime.cache_dir"):
         # The features are in the cache, and in the scratch file.
-        files.free_space_check(cache_folder(config).scratch, 2 * 4 * backbone.width * rows)
+        files.free_space_check(wanted.cache.scratch, 2 * 4 * backbone.width * rows)
     head = 4 * (backbone.width + 1) * len(data.classes)
     model = 4 * backbone.parameters + head
     # The model in two forms; up to four checkpoints, each with the head, the best head and Adam's two moments.
     with _named("output.directory"):
-        files.free_space_check(config.output.directory, 2 * model + 4 * 4 * head + _TABLES_AND_FIGURES)
-
-
-def cache_folder(config: Config) -> CacheFolder:
-    """The folder of the caches for `runtime.cache_dir`, by default the user's cache folder."""
-    return folder.locate(config.runtime.cache_dir)
+        files.free_space_check(wanted.config.output.directory, 2 * model + 4 * 4 * head + _TABLES_AND_FIGURES)

@@ -105,7 +105,7 @@ def _write_config(folder: Path, config: Config) -> None:
 
 
 def _environment_arguments(prepared: Prepared) -> tuple[Config, str, str, int]:
-    return prepared.config, prepared.device, prepared.precision, prepared.workers
+    return prepared.config, prepared.device, prepared.precision, prepared.settings.workers
 
 
 def _note_other_environment(folder: Path, prepared: Prepared, record: Start, observer: Observer) -> None:

@@ -6,6 +6,7 @@ import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from finetune_cli.config.schema import Config, DataConfig
@@ -16,7 +17,7 @@ from finetune_cli.photos.groups import Proposal
 from finetune_cli.photos.scan import Sample, refuse_bad
 from finetune_cli.progress import Observer, Silent
 from finetune_cli.text import shown
-from finetune_cli.training import prepare
+from finetune_cli.training import prepare, settings
 
 _MAX_CLASSES, _MAX_HEADERS = 30, 300
 
@@ -53,17 +54,17 @@ def starter_config(data: Path, target: Path, observer: Observer) -> str:
     Raises `DataError` for photos that could not be trained on, with the reason.
     """
     config = Config(data=DataConfig(train=data.absolute(), on_bad_image="skip"))
-    found = prepare.index(config, observer)
+    photos, cache = settings.data_settings(config), settings.cache_folder(config)
+    found = prepare.index(photos, cache, observer)
     refuse_bad(found.bad, found.photos, "skip")
     refuse_empty(found.classes, found.splits, found.bad)
-    prepare.warn_of_series(config, found, observer)
+    prepare.warn_of_series(found, photos.max_pixels, observer)
     proposal = found.proposal
     if proposal is not None:
         observer.note(
             f"{shown(target)} sets data.group_regex to keep such groups together; remove it if they are not groups"
         )
-        grouped = config.data.model_copy(update={"group_regex": proposal.regex})
-        found = prepare.index(config.model_copy(update={"data": grouped}), Silent())
+        found = prepare.index(replace(photos, group_regex=proposal.regex), cache, Silent())
     folder = target.absolute().parent
     return _TEMPLATE.format(
         found="\n".join(f"# {line}".rstrip() for line in _description(data, found, config.image.max_pixels)),

@@ -14,26 +14,21 @@ import numpy as np
 from finetune_cli import files
 from finetune_cli.backbones.build import Backbone
 from finetune_cli.cache.features import KIND, FeatureStore
+from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.config.schema import Config, FineTuningConfig
 from finetune_cli.devices import Precision
 from finetune_cli.errors import BadImage, DataError
 from finetune_cli.head.classifier import glorot
 from finetune_cli.inference import runtimes
-from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import Dataset
+from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.scan import Sample, decode_sample
 from finetune_cli.progress import Observer, ignore_progress
 from finetune_cli.training.converted import Converted
 from finetune_cli.training.extract import Request
-from finetune_cli.training.prepare import (
-    AnyBackbone,
-    Extractor,
-    augmenter,
-    image_settings,
-    index,
-    make_extractor,
-)
-from finetune_cli.training.requirements import cache_folder, check_room, check_settings
+from finetune_cli.training.prepare import AnyBackbone, Extractor, index, make_extractor
+from finetune_cli.training.requirements import check_room, check_settings
+from finetune_cli.training.settings import Settings
 from finetune_cli.training.tuning import activations, plan, stage
 from finetune_cli.training.tuning.activations import Lower
 from finetune_cli.training.tuning.cuts import LAST_STAGE, cut, share_above
@@ -77,23 +72,22 @@ class Budget:
 
 def budget(config: Config, observer: Observer) -> Budget:
     """Look at photos and backbone, and measure. Raises what `train` raises for settings, files and space."""
-    check_settings(config)
-    data = index(config, observer)
-    extractor = make_extractor(config, observer)
+    settings = check_settings(config)
+    data = index(settings.photos, settings.cache, observer)
+    extractor = make_extractor(settings, observer)
     precision = runtimes.training_precision(extractor.device, config.runtime.feature_precision)
     backbone = extractor.backbone
     assert isinstance(backbone, Backbone)  # Keras has built it
-    views = augmenter(config)
-    check_room(config, data, views.views, backbone)
-    stage.checked(config)(data, backbone)
-    few = list(itertools.islice(filter(lambda sample: _can_be_decoded(sample, config), data.train), _MEASURED))
+    views = settings.augmenter
+    check_room(settings, data, backbone)
+    stage.checked(settings)(data, backbone)
+    few = list(itertools.islice(filter(lambda sample: _can_be_decoded(sample, settings.image), data.train), _MEASURED))
     if not few:
         raise DataError("no training photo can be decoded", "list what is wrong with: finetune check CONFIG")
-    meter = _Meter(config, backbone, extractor, precision, few)
+    meter = _Meter(settings, backbone, extractor, precision, few)
     held_out = (*data.val, *data.test)
-    new = _missing(config, backbone, data.train, precision, views) + _missing(
-        config, backbone, held_out, "float32", None
-    )
+    new = _missing(settings.cache, Request(settings.image, backbone.fingerprint, precision, views), data.train)
+    new += _missing(settings.cache, Request(settings.image, backbone.fingerprint, "float32"), held_out)
     everything = len(data.train) * views.views + len(held_out)
     photos = len(data.train) + len(held_out)
     with observer.stage("measuring", None):
@@ -118,9 +112,9 @@ class _Meter:
     """Measures on a few photos."""
 
     def __init__(
-        self, config: Config, backbone: Backbone, extractor: Extractor, precision: Precision, few: Sequence[Sample]
+        self, settings: Settings, backbone: Backbone, extractor: Extractor, precision: Precision, few: Sequence[Sample]
     ) -> None:
-        self.config, self.backbone, self.extractor = config, backbone, extractor
+        self.settings, self.backbone, self.extractor = settings, backbone, extractor
         self.precision, self.few = precision, few
 
     def pass_seconds(self, model: Any | None, shape: tuple[int, ...]) -> float:
@@ -128,10 +122,10 @@ class _Meter:
         return self._stored(model, shape)[1]
 
     def _stored(self, model: Any | None, shape: tuple[int, ...]) -> tuple[activations.ScratchFile, float]:
-        request = Request(image_settings(self.config), self.backbone.fingerprint, self.precision, None)
+        request = Request(self.settings.image, self.backbone.fingerprint, self.precision, None)
         runtime = stage.lower_runtime(model, self.extractor.device, self.precision, self.extractor.workers)
         lower = Lower(request, runtime, shape, self.extractor.workers, self.extractor.batch_size)
-        folder = cache_folder(self.config).scratch
+        folder = self.settings.cache.scratch
         files.make_folder(folder)
         activations.stored(self.few[:8], lower, 1, np.float32, folder, ignore_progress)  # the first calls are slower
         started = time.perf_counter()
@@ -140,10 +134,10 @@ class _Meter:
 
     def trial(self, trial: Trial, data: Dataset) -> list[Row]:
         """The stages of one training of the upper part."""
-        section = self.config.fine_tuning
+        section = self.settings.config.fine_tuning
         assert section is not None
         part = cut(self.backbone.model, trial.unfreeze)
-        views = augmenter(self.config).views
+        views = self.settings.augmenter.views
         store = plan.store(part, len(data.train), views, len(data.val), plan.limit(section))
         file, a_row = self._stored(part.lower, part.shape)
         n, classes = len(self.few), len(data.classes)
@@ -181,21 +175,17 @@ class _Meter:
         return rows
 
 
-def _can_be_decoded(sample: Sample, config: Config) -> bool:
+def _can_be_decoded(sample: Sample, image: ImageSettings) -> bool:
     try:
-        decode_sample(sample, image_settings(config))
+        decode_sample(sample, image)
     except BadImage:
         return False
     return True
 
 
-def _missing(
-    config: Config, backbone: Backbone, samples: Sequence[Sample], precision: Precision, views: Augmenter | None
-) -> int:
-    """How many views of `samples` the feature cache lacks; nothing is created."""
-    request = Request(image_settings(config), backbone.fingerprint, precision, views)
+def _missing(folder: CacheFolder, request: Request, samples: Sequence[Sample]) -> int:
+    """How many views of `samples` the feature cache in `folder` lacks; nothing is created."""
     keys = list({request.key(sample.digest, view) for sample in samples for view in range(request.views)})
-    folder = cache_folder(config)
     if not (folder.path / KIND.name).is_file():
         return len(keys)
     with FeatureStore(folder.path, writable=False) as store:
@@ -204,13 +194,13 @@ def _missing(
         )
 
 
-def rough_seconds(backbone: AnyBackbone, config: Config, photos: int, a_view: float) -> float:
+def rough_seconds(backbone: AnyBackbone, photos: int, views: int, a_view: float) -> float:
     """About how much longer than the head alone ``fine_tuning=auto`` would take, without measuring anything.
 
-    photos: training photos; a_view: seconds that the feature pass took for a view.
+    photos: training photos, of `views` views each; a_view: seconds that the feature pass took for a view.
     """
     share = backbone.last_stage_share if isinstance(backbone, Converted) else share_above(backbone.model, LAST_STAGE)
-    views, total = augmenter(config).views, 0.0
+    total = 0.0
     for trial in plan.trials(FineTuningConfig(), photos):
         # Once through the network for the activations and for the head's second fit, which share it between them.
         total += views + trial.epochs * _FORWARD_AND_BACK * share

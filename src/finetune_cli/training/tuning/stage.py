@@ -18,7 +18,6 @@ from finetune_cli import files
 from finetune_cli.backbones import build
 from finetune_cli.backbones.build import Backbone
 from finetune_cli.cache.features import FeatureStore
-from finetune_cli.config.schema import Config
 from finetune_cli.devices import Device, Precision
 from finetune_cli.errors import CheckpointError, RunError, StorageError
 from finetune_cli.head.data import class_weights
@@ -35,8 +34,8 @@ from finetune_cli.text import counted
 from finetune_cli.training import fit
 from finetune_cli.training.extract import Features, Request, scratch_array
 from finetune_cli.training.fit import Fitted, labels_of
-from finetune_cli.training.prepare import AnyBackbone, Extractor, Prepared, augmenter, image_settings
-from finetune_cli.training.requirements import cache_folder
+from finetune_cli.training.prepare import AnyBackbone, Extractor, Prepared
+from finetune_cli.training.settings import Settings
 from finetune_cli.training.tuning import activations, candidates, plan
 from finetune_cli.training.tuning.activations import Lower, Pixels, Recomputed, Source
 from finetune_cli.training.tuning.candidates import Candidate, candidate
@@ -77,18 +76,18 @@ class _Trained:
     facts: dict[str, Any]
 
 
-def checked(config: Config) -> Callable[[Dataset, AnyBackbone], None]:
+def checked(settings: Settings) -> Callable[[Dataset, AnyBackbone], None]:
     """A check for `prepare` to make before hours of work: that the network can be cut, and that the disk has room.
 
     It raises `ConfigError` and `StorageError`.
     """
 
     def check(data: Dataset, backbone: AnyBackbone) -> None:
-        section = config.fine_tuning
+        config, section = settings.config, settings.config.fine_tuning
         if section is None:
             return
         assert isinstance(backbone, Backbone)  # as `changes_backbone` says
-        train, val, views = len(data.train), len(data.val), augmenter(config).views
+        train, val, views = len(data.train), len(data.val), settings.augmenter.views
         # The features of the frozen and of the tuned backbone, each in the cache and at hand; the head's second fit.
         row = 4 * backbone.width
         needed = 4 * row * (train * views + val + len(data.test)) + row * train * views
@@ -100,7 +99,7 @@ def checked(config: Config) -> Callable[[Dataset, AnyBackbone], None]:
             checkpoints_needed += 3 * 3 * 4 * part.upper.count_params()
         files.free_space_check(config.output.directory, checkpoints_needed)
         try:
-            files.free_space_check(cache_folder(config).scratch, needed)
+            files.free_space_check(settings.cache.scratch, needed)
         except StorageError as exc:
             exc.remedy = f"{exc.remedy} (runtime.cache_dir), or lower fine_tuning.scratch_gb"
             raise
@@ -133,7 +132,7 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
         return Outcome(prepared.keras_backbone, prepared.parts, fitted, False, document, history)
     winner = trained[kept.training]
     winner.upper.assign(interpolated(winner.start, winner.end, kept.share))
-    backbone = build.with_changed_weights(prepared.keras_backbone, prepared.config.model.backbone)
+    backbone = build.with_changed_weights(prepared.keras_backbone)
     observer.note(
         f"fine-tuning: kept is {kept.name}; validation log loss {kept.log_loss:.3f}, frozen {frozen.log_loss:.3f}"
     )
@@ -167,7 +166,7 @@ class _Stage:
         self.val_groups = group_numbers((sample.group, sample.digest) for sample in self.val.samples)
         self.weights = class_weights(self.labels, prepared.config.training.class_weights, prepared.data.classes)
         self.trials = plan.trials(self.section, len(self.train.samples))
-        self.extractor = Extractor(prepared.config, prepared.backbone, prepared.device, observer)
+        self.extractor = Extractor(prepared.settings, prepared.backbone, prepared.device, observer)
         self._sources: dict[str, tuple[Source, Source, Store]] = {}
 
     def scored(
@@ -204,14 +203,14 @@ class _Stage:
         """The activations at `part` of the training photos (all views that fit) and of the validation photos."""
         if part.below in self._sources:
             return self._sources[part.below]
-        config, device = self.prepared.config, self.prepared.device
-        augmentation = augmenter(config)
+        settings, device = self.prepared.settings, self.prepared.device
+        augmentation = settings.augmenter
         store = plan.store(
             part, len(self.train.samples), augmentation.views, len(self.val.samples), plan.limit(self.section)
         )
 
         def lower(precision: Precision, views: Augmenter | None) -> Lower:
-            request = Request(image_settings(config), self.prepared.backbone.fingerprint, precision, views)
+            request = Request(settings.image, self.prepared.backbone.fingerprint, precision, views)
             runtime = lower_runtime(part.lower, device, precision, self.extractor.workers)
             return Lower(request, runtime, part.shape, self.extractor.workers, self.extractor.batch_size)
 
@@ -231,7 +230,7 @@ class _Stage:
                     f"{counted(store.views, 'view')} of {augmentation.views} fit in fine_tuning.scratch_gb; the upper "
                     "part learns from those"
                 )
-            folder = cache_folder(config).scratch
+            folder = settings.cache.scratch
             kind = np.float16 if store.storage == "float16" else np.uint8
             photos = len(self.train.samples) + len(self.val.samples)
             with self.observer.stage(f"activations of {part.below}", photos) as advance:
@@ -291,7 +290,7 @@ class _Stage:
         """The head by the configured solver, on the features of the upper part as it is now."""
         config, classes = self.prepared.config, self.prepared.data.classes
         shape = (len(self.train.samples), views, val_features.shape[1])
-        array = model.features(train, views, scratch_array(cache_folder(config).scratch, shape))
+        array = model.features(train, views, scratch_array(self.prepared.settings.cache.scratch, shape))
         tuned = replace(self.train, array=array)
         if config.training.solver == "lbfgs":
             return fit.lbfgs(config, tuned, classes, None, self.observer)
@@ -317,14 +316,13 @@ class _Stage:
 
     def features_of(self, backbone: Backbone) -> dict[str, Features]:
         """The features of all photos by the tuned `backbone`, as the frozen one's were made."""
-        config = self.prepared.config
-        extractor = Extractor(config, backbone, self.prepared.device, self.observer)
+        settings = self.prepared.settings
+        extractor = Extractor(settings, backbone, self.prepared.device, self.observer)
         parts: dict[str, Features] = {}
-        folder = cache_folder(config)
-        with FeatureStore(folder.path, folder.writable) as store:
+        with FeatureStore(settings.cache.path, settings.cache.writable) as store:
             for split, part in self.prepared.parts.items():
                 precision: Precision = self.prepared.precision if split == "train" else "float32"
-                views = augmenter(config) if split == "train" else None
+                views = settings.augmenter if split == "train" else None
                 parts[split] = extractor(store, split, part.samples, precision, views)
             warnings = list(store.warnings)
         for warning in warnings:
