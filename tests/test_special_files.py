@@ -18,7 +18,6 @@ from manifest_example import export_manifest
 from paths import SOURCE
 
 from finetune_cli import files
-from finetune_cli.backbones import download
 from finetune_cli.cache.digests import DigestCache
 from finetune_cli.cache.features import FeatureStore, info
 from finetune_cli.config.load import load_config
@@ -146,7 +145,7 @@ def test_weights_and_models(tmp_path, kind):
         with pytest.raises(FinetuneError):
             read()
     with pytest.raises(OSError, match=KINDS[kind]):
-        download.has_digest(place(tmp_path / "keras.h5", kind), "00" * 16)
+        files.has_digest(place(tmp_path / "keras.h5", kind), "00" * 16)
     with pytest.raises(RunError, match=KINDS[kind]):
         openvino_ir.read_files(place(tmp_path / "model.xml", kind))
 

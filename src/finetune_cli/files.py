@@ -331,13 +331,15 @@ def sha256_own(path: Path, root: Path | None = None) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def identity(path: Path) -> tuple[int, int] | None:
-    """Device and inode, which change when another file replaces the one at `path`; `None` if there is no file."""
-    try:
-        status = path.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
+def has_digest(path: Path, digest: str | None) -> bool:
+    """Whether a user's file has this MD5 or SHA-256 in hexadecimal; `None`: it is not known, and any file will do.
+
+    Raises `OSError` as `open_regular` does.
+    """
+    if digest is None:
+        return True
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "md5" if len(digest) == 32 else "sha256").hexdigest() == digest
 
 
 def free_space_check(folder: Path, needed_bytes: int) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from finetune_cli import files
 from finetune_cli.backbones import download, registry
 from finetune_cli.errors import WeightsError
 
@@ -114,7 +115,7 @@ class TestImagenet:
 def test_digests_of_both_kinds(tmp_path: Path):
     path = tmp_path / "file"
     path.write_bytes(b"kernel")
-    assert download.has_digest(path, hashlib.md5(b"kernel").hexdigest())
-    assert download.has_digest(path, hashlib.sha256(b"kernel").hexdigest())
-    assert not download.has_digest(path, hashlib.sha256(b"other").hexdigest())
-    assert download.has_digest(path, None)
+    assert files.has_digest(path, hashlib.md5(b"kernel").hexdigest())
+    assert files.has_digest(path, hashlib.sha256(b"kernel").hexdigest())
+    assert not files.has_digest(path, hashlib.sha256(b"other").hexdigest())
+    assert files.has_digest(path, None)

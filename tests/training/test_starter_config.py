@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from finetune_cli import files
+from finetune_cli.cache import folder
 from finetune_cli.config.load import load_config
 from finetune_cli.config.schema import Config
 from finetune_cli.errors import DataError
@@ -32,7 +33,7 @@ def photos(folder: Path, number: int, size: tuple[int, int] = (40, 30)) -> None:
 
 
 def indexed(config: Config) -> Dataset:
-    return prepare.index(settings.data_settings(config), settings.cache_folder(config), Silent())
+    return prepare.index(settings.data_settings(config), folder.locate(config.runtime.cache_dir), Silent())
 
 
 def test_the_config_loads_and_its_photos_are_found_from_there(tmp_path: Path) -> None:

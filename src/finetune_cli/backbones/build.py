@@ -20,10 +20,10 @@ import numpy as np
 
 from finetune_cli import signals
 from finetune_cli.backbones import weights as weight_files
-from finetune_cli.backbones.download import has_digest
 from finetune_cli.backbones.registry import BUNDLED, BackboneInfo
 from finetune_cli.backbones.source import Wanted, find_source
 from finetune_cli.errors import ConfigError, WeightsError
+from finetune_cli.files import has_digest
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.progress import Advance, ignore_progress
 from finetune_cli.untrusted.keras_archive import load_keras_file
@@ -88,14 +88,17 @@ def build(wanted: Wanted, advance: Advance = ignore_progress) -> Backbone:
     Raises `ConfigError` and `WeightsError`.
     """
     source = find_source(wanted, advance)
-    info, file = source.info, source.file
+    info = source.info
+    file = source.file if source.file != info.path else None  # a model file brings its weights itself
+    published = file is not None and (
+        wanted.weights == "imagenet" or (info.digest is not None and has_digest(file, info.digest))
+    )
     keras = import_keras()
     with signals.deferred():
         with _drawn_from(wanted.seed):
             base = _base(keras, info, wanted.size, random_weights=wanted.weights is None)
-        if file is not None and file != info.path:
-            known = wanted.weights == "imagenet" or (info.digest is not None and has_digest(file, info.digest))
-            weight_files.load_into(base, file, in_order=known)
+        if file is not None:
+            weight_files.load_into(base, file, in_order=published)
         model = _from_pixels(keras, info, base, wanted.size)
         fingerprint = _fingerprint(info, model)
         return Backbone(

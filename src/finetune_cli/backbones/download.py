@@ -1,12 +1,11 @@
 """The ImageNet weights that Keras publishes: found in Keras's own cache, or downloaded into it."""
 
-import hashlib
 import urllib.request
 from pathlib import Path
 
 from finetune_cli.backbones.registry import PublishedWeights
 from finetune_cli.errors import WeightsError
-from finetune_cli.files import atomic_path, open_regular
+from finetune_cli.files import atomic_path, has_digest
 from finetune_cli.progress import Advance, ignore_progress
 
 _TIMEOUT = 20.0  # seconds without an answer before a download is given up
@@ -29,14 +28,6 @@ def fetch(weights: PublishedWeights, advance: Advance = ignore_progress) -> Path
             f"delete it to have it downloaded again, or use it as it is with model.weights: {path}",
         )
     return path
-
-
-def has_digest(path: Path, digest: str | None) -> bool:
-    """Whether a file has this MD5 or SHA-256 in hexadecimal; `None`: the digest is not known, and any file will do."""
-    if digest is None:
-        return True
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "md5" if len(digest) == 32 else "sha256").hexdigest() == digest
 
 
 def _download(weights: PublishedWeights, path: Path, advance: Advance) -> None:

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_cli import files
 from finetune_cli.backbones import download
-from finetune_cli.backbones.registry import BUNDLED, BackboneInfo, find, similar
+from finetune_cli.backbones.registry import BUNDLED, BackboneInfo, PublishedWeights, find, similar
 from finetune_cli.errors import ConfigError, WeightsError
-from finetune_cli.files import sha256
 from finetune_cli.progress import Advance, ignore_progress
 
 
@@ -55,18 +55,15 @@ def resolve(name_or_path: str) -> BackboneInfo:
 
 def weight_file(wanted: Wanted) -> Path | None:
     """The file that the weights come from, whether it is there or not; `None` for random ones."""
-    if wanted.weights is None:
-        return None
-    if wanted.weights != "imagenet":
-        return Path(wanted.weights)
     info = resolve(wanted.name)
-    return info.path or info.published_weights(wanted.size).path
+    published = _published(info, wanted)
+    return _own_file(info, wanted) if published is None else published.path
 
 
 def must_download(wanted: Wanted) -> bool:
     """Whether `find_source` would download the weight file."""
-    file = weight_file(wanted)
-    return wanted.weights == "imagenet" and file is not None and not file.exists()
+    published = _published(resolve(wanted.name), wanted)
+    return published is not None and not published.path.exists()
 
 
 def find_source(wanted: Wanted, advance: Advance = ignore_progress) -> Source:
@@ -74,29 +71,33 @@ def find_source(wanted: Wanted, advance: Advance = ignore_progress) -> Source:
 
     Raises `ConfigError`, and `WeightsError` when the weight file is missing or not the wanted one.
     """
-    info = resolve(wanted.name)
+    info, sha256 = resolve(wanted.name), wanted.weights_sha256
     if wanted.size < info.min_size:
-        raise ConfigError(
-            f"image.size: {info.name} needs at least {info.min_size} pixels, not {wanted.size}", "raise it"
-        )
+        problem = f"image.size: {info.name} needs at least {info.min_size} pixels, not {wanted.size}"
+        raise ConfigError(problem, "raise it")
     if info.path is not None and info.name != BUNDLED and wanted.weights != "imagenet":
         raise ConfigError("model.weights has no effect with a .keras file, which brings its own", "delete the key")
-    if wanted.weights == "imagenet" and info.path is None:
-        file: Path | None = download.fetch(info.published_weights(wanted.size), advance)
-    else:
-        file = weight_file(wanted)
-    return Source(info, file, _checked_digest(file, wanted.weights_sha256))
-
-
-def _checked_digest(file: Path | None, wanted: str | None) -> str | None:
-    """SHA-256 of the weight file. Raises `WeightsError` if it is not the wanted one."""
+    published = _published(info, wanted)
+    file = _own_file(info, wanted) if published is None else download.fetch(published, advance)
     if file is None:
-        if wanted is not None:
+        if sha256 is not None:
             raise ConfigError("model.weights_sha256 has no effect with random weights", "delete the key")
-        return None
+        return Source(info, None, None)
     if not file.is_file():
         raise WeightsError(f"no weight file {file}", "check model.backbone and model.weights")
-    digest = sha256(file)
-    if wanted is not None and digest != wanted.lower():
-        raise WeightsError(f"{file} has SHA-256 {digest}, not {wanted.lower()}", "check model.weights_sha256")
-    return digest
+    digest = files.sha256(file)
+    if sha256 is not None and digest != sha256.lower():
+        raise WeightsError(f"{file} has SHA-256 {digest}, not {sha256.lower()}", "check model.weights_sha256")
+    return Source(info, file, digest)
+
+
+def _published(info: BackboneInfo, wanted: Wanted) -> PublishedWeights | None:
+    """The weights that Keras publishes, if those are wanted."""
+    return info.published_weights(wanted.size) if wanted.weights == "imagenet" and info.path is None else None
+
+
+def _own_file(info: BackboneInfo, wanted: Wanted) -> Path | None:
+    """The file of weights that are not published; `None` for random ones."""
+    if wanted.weights is None:
+        return None
+    return info.path if wanted.weights == "imagenet" else Path(wanted.weights)

@@ -69,20 +69,20 @@ def locate(asked: Path | None) -> CacheFolder:
     If it cannot be written, it is only read, or else replaced by a temporary folder until the process ends.
     Raises `StorageError` when there is no room for that either.
     """
+    folder: Path | None = None
     try:
-        folder = own_folder(asked)
-    except StorageError as exc:
-        return _instead(None, exc)
-    try:
-        files.make_folder(folder, 0o755)
-        folder = own_folder(asked)  # where a file system has no modes (FAT), the new folder, too, is open to others
-        files.make_folder(folder, 0o755)
+        # Twice: where a file system has no modes (FAT), the new folder, too, is open to others.
+        for _ in range(2):
+            folder = own_folder(asked)
+            files.make_folder(folder, 0o755)
+        assert folder is not None
         if not _is_ours(folder):
             raise StorageError(f"{folder} belongs to another user", _CHOOSE)
         files.check_writable(folder)
     except StorageError as exc:
         return _instead(folder, exc)
     except OSError as exc:
+        assert folder is not None
         return _instead(folder, files.storage_error(exc, folder))
     return CacheFolder(folder, folder)
 

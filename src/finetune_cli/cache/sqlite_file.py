@@ -149,14 +149,14 @@ class SqliteFile:
 
     def _connect(self) -> None:
         self._connection = connect(self.path, self.kind)
-        self._identity = files.identity(self.path)
+        self._identity = _identity_of(self.path)
 
     def _failed(self, exc: Exception, size: int) -> bool:
         """Continue after a fault, without writing or with a new file; returns whether to retry with a new file.
 
         `size`: how many bytes were to be written, 0 for a fault in reading.
         """
-        gone = files.identity(self.path) != self._identity  # another process has set it aside, or cleared the cache
+        gone = _identity_of(self.path) != self._identity  # another process has set it aside, or cleared the cache
         if (is_damage(exc) or gone) and self.writable and not self._rebuilt:
             self._rebuild()
             return self.writable
@@ -180,7 +180,7 @@ class SqliteFile:
         self.close()
         try:
             with files.lock(self.path.parent, wait=BUSY_SECONDS):
-                if files.identity(self.path) == self._identity:  # else another process has already set it aside
+                if _identity_of(self.path) == self._identity:  # else another process has already set it aside
                     self._set_aside("is damaged")
         except (FinetuneError, OSError) as exc:
             self._only_read(exc)
@@ -310,6 +310,15 @@ def remove(paths: Sequence[Path], folder: Path) -> int:
                 raise files.storage_error(exc, path) from exc
             freed += bytes_here
     return freed
+
+
+def _identity_of(path: Path) -> tuple[int, int] | None:
+    """Device and inode, which change when another file replaces the one at `path`; `None` if there is no file."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _execute(connection: sqlite3.Connection, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:

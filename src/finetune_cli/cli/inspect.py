@@ -56,6 +56,7 @@ def inspect(
 
 def _inspected(target: Path, console: "Console") -> "tuple[Any, ImageSettings, int | None, float | None]":
     """The model of a run or a config, its image settings, the classes of a head to add, and its views per second."""
+    from finetune_cli.cache import folder
     from finetune_cli.runs.run import located
     from finetune_cli.training import prepare, settings
     from finetune_cli.training.tuning import comparison, cuts, plan
@@ -74,7 +75,7 @@ def _inspected(target: Path, console: "Console") -> "tuple[Any, ImageSettings, i
     from finetune_cli.backbones import build
 
     config = load_config(target, None)
-    data = prepare.index(settings.data_settings(config), settings.cache_folder(config), console)
+    data = prepare.index(settings.data_settings(config), folder.locate(config.runtime.cache_dir), console)
     model = build.build(settings.wanted_backbone(config)).model
     if config.fine_tuning is not None:
         cuts.unfreeze_above(model, plan.trials(config.fine_tuning, len(data.train))[0].unfreeze)

@@ -28,9 +28,10 @@ def preview(
     console = new_console(quiet)
     check_png(output)
     loaded = load_config(config, overrides)
+    from finetune_cli.cache import folder
     from finetune_cli.training import prepare, settings
     from finetune_cli.training.preview import contact_sheet
 
-    data = prepare.index(settings.data_settings(loaded), settings.cache_folder(loaded), console)
+    data = prepare.index(settings.data_settings(loaded), folder.locate(loaded.runtime.cache_dir), console)
     contact_sheet(data, settings.augmenter(loaded), settings.image_settings(loaded), output, photos)
     console.print(f"wrote {output}")

@@ -64,6 +64,18 @@ def problems(arguments: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def is_active(arguments: Mapping[str, Any]) -> bool:
+    """Whether any transform would be drawn by all the `arguments`; filling alone does nothing."""
+    plain = ("horizontal_flip", "vertical_flip", "rotation_range", "shear_range", "channel_shift_range")
+    shifts = (arguments[name] for name in ("width_shift_range", "height_shift_range"))
+    return (
+        any(arguments[name] for name in plain)
+        or any(any(shift) if isinstance(shift, list | tuple) else shift for shift in shifts)
+        or zoom_factors(arguments["zoom_range"]) != (1, 1)
+        or arguments["brightness_range"] is not None
+    )
+
+
 def zoom_factors(value: Any) -> tuple[float, float]:
     """The smallest and the largest factor of a `zoom_range`."""
     low, high = zoom_bounds(value)

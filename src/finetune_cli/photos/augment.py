@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli.config.generator import GENERATOR_DEFAULTS, problems, zoom_bounds, zoom_factors
+from finetune_cli.config.generator import GENERATOR_DEFAULTS, is_active, problems, zoom_bounds
 from finetune_cli.errors import ConfigError
 
 # Part of the cache key of every augmented view: raise it when `draw` or `apply` give other pixels than before.
@@ -64,7 +64,7 @@ class Augmenter:
         self._arguments = {**GENERATOR_DEFAULTS, **arguments}
         self._seed = seed
         self._size = size
-        self.active = _is_active(self._arguments)
+        self.active = is_active(self._arguments)
         self.views = views if self.active else 1
 
     def key(self, view: int) -> str:
@@ -150,17 +150,6 @@ def _shift(rng: np.random.RandomState, given: float | Sequence[float], size: int
         return 0.0
     drawn = rng.uniform(-given, given) if isinstance(given, float) else rng.choice(given) * rng.choice([-1, 1])
     return float(drawn * size if np.max(given) < 1 else drawn)
-
-
-def _is_active(arguments: Mapping[str, Any]) -> bool:
-    """Whether any transform would be drawn; filling alone does nothing."""
-    plain = ("horizontal_flip", "vertical_flip", "rotation_range", "shear_range", "channel_shift_range")
-    return (
-        any(arguments[name] for name in plain)
-        or any(np.any(arguments[name]) for name in ("width_shift_range", "height_shift_range"))
-        or zoom_factors(arguments["zoom_range"]) != (1, 1)
-        or arguments["brightness_range"] is not None
-    )
 
 
 @functools.cache

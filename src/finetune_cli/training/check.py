@@ -10,7 +10,6 @@ from finetune_cli.head.data import class_weights
 from finetune_cli.photos.dataset import Dataset, refuse_empty
 from finetune_cli.photos.scan import BadPhoto, refuse_bad
 from finetune_cli.progress import Observer
-from finetune_cli.runs import run
 from finetune_cli.training.prepare import decode_all, warn_of_series, with_photos
 from finetune_cli.training.requirements import check_settings
 
@@ -30,7 +29,6 @@ def check(config: Config, observer: Observer) -> Report:
     Raises the errors that would stop `train`: `DataError` that lists the photos, `ConfigError`, `RunError`,
     `StorageError`.
     """
-    run.check_target(config.output.directory, config.output.name)
     settings = check_settings(config)
 
     def decode(data: Dataset) -> tuple[Dataset, list[BadPhoto]]:

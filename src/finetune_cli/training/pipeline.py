@@ -36,7 +36,7 @@ from finetune_cli.runs.manifest import Backbone, Manifest, Parity, SkippedPhoto,
 from finetune_cli.runs.run import Run
 from finetune_cli.tables import write_records
 from finetune_cli.text import shown
-from finetune_cli.training import fit, head_state, outputs
+from finetune_cli.training import fit, head_state, outputs, start_from
 from finetune_cli.training import resume as resume_checks
 from finetune_cli.training.converted import Converted
 from finetune_cli.training.extract import Features
@@ -65,7 +65,6 @@ def train(config: Config, observer: Observer) -> Run:
 
     Raises any `FinetuneError`; whatever happens, no finished run is changed and computed features stay in the cache.
     """
-    run.check_target(config.output.directory, config.output.name)
     settings = check_settings(config)
     with KerasProcess("openvino") as keras:
         _start_keras(keras, settings)
@@ -233,24 +232,8 @@ def _write_history(folder: Path, fitted: Fitted) -> list[str]:
 
 def _start(prepared: Prepared, observer: Observer) -> Head | None:
     """The head of `model.start_from`, grown to the classes of this run; `None` without one."""
-    old = prepared.settings.start
-    if old is None:
-        return None
-    old_head = classifier.read(old.file("model.keras"))
-    grown, kept, new = classifier.grow(old_head, old.classes, prepared.data.classes, prepared.config.training.seed)
-    dropped = [name for name in old.classes if name not in prepared.data.classes]
-    report = observer.note if kept else observer.warn
-    report(
-        f"start from {old.name}: kept {', '.join(kept) or 'nothing'}; new {', '.join(new) or 'nothing'}"
-        + (f"; dropped {', '.join(dropped)}" if dropped else "")
-    )
-    if prepared.config.training.solver == "lbfgs":
-        observer.note(
-            "solver lbfgs ends at the same optimum with and without model.start_from; the kept columns only save "
-            "iterations. It is useful with training.solver=adam or sgd: these continue from the old head, for example "
-            "to add a class"
-        )
-    return grown
+    training = prepared.config.training
+    return start_from.head_of(prepared.settings.start, prepared.data.classes, training.solver, training.seed, observer)
 
 
 def _save_models(folder: Path, prepared: Prepared, outcome: Outcome, keras: KerasProcess) -> outputs.Proof:

@@ -20,31 +20,27 @@ from finetune_cli.cache.features import FeatureStore
 from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.config.schema import Config
 from finetune_cli.devices import Device, Precision
-from finetune_cli.errors import BadImage, ChangedPhoto, Interrupted, RunError
+from finetune_cli.errors import BadImage, ChangedPhoto, Interrupted
 from finetune_cli.head.data import class_weights
 from finetune_cli.inference import runtimes
 from finetune_cli.inference.predictor import UNSURE
 from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.parallel import ordered_map
 from finetune_cli.photos import dataset, groups, scan
-from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import Dataset, DataSettings
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.scan import BadPhoto, Sample
 from finetune_cli.progress import Observer, timed
-from finetune_cli.runs.run import Run
 from finetune_cli.text import counted, shown
-from finetune_cli.training import extract
+from finetune_cli.training import extract, start_from
 from finetune_cli.training.converted import Conversion, Converted
 from finetune_cli.training.extract import Features, Request, Resources
-from finetune_cli.training.requirements import check_room, start_digest
+from finetune_cli.training.requirements import check_room
 from finetune_cli.training.settings import Settings
+from finetune_cli.training.start_from import AnyBackbone
 
 _SHOWN = 20
 Result = TypeVar("Result")
-
-# As Keras builds it in this process, for fine-tuning, or converted, in the cache.
-AnyBackbone = Backbone | Converted
 
 # How many photos of a split are read to see whether the index is up to date.
 _CHECKED_PHOTOS = 16
@@ -90,15 +86,15 @@ def prepare(
     then stays in the cache. Raises `StorageError` when there is no room for the features or for the run.
     """
     config, seconds = settings.config, dict[str, float]()
-    started_from = start_digest(settings.start)
+    start_digest = start_from.digest_of(settings.start)
     extractor: Extractor | None = None
     conversion: Conversion | None
 
     def work(data: Dataset) -> Prepared:
         nonlocal extractor
+        class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
         with timed(seconds, "preflight"):
             _refuse_bad_headers(settings, data, observer)
-        class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
         if extractor is None:
             _note_augmentation(settings, observer)
             with timed(seconds, "backbone"):
@@ -106,12 +102,19 @@ def prepare(
         check_room(settings, data, extractor.backbone)
         if check is not None:
             check(data, extractor.backbone)
-        precision = runtimes.training_precision(extractor.device, config.runtime.feature_precision)
         with timed(seconds, "features"):
-            parts, cache_bytes = _all_features(extractor, data, precision)
+            parts, cache_bytes = _all_features(extractor, data)
         _refuse_bad(data, parts, config.data.on_bad_image, observer)
         return Prepared(
-            settings, data, extractor.backbone, extractor.device, precision, parts, cache_bytes, started_from, seconds
+            settings=settings,
+            data=data,
+            backbone=extractor.backbone,
+            device=extractor.device,
+            precision=extractor.precision,
+            parts=parts,
+            cache_bytes=cache_bytes,
+            start_from=start_digest,
+            seconds=seconds,
         )
 
     with contextlib.nullcontext() if settings.changes_backbone else _conversion(settings) as conversion:
@@ -157,23 +160,20 @@ def make_extractor(settings: Settings, observer: Observer, conversion: Conversio
     """`conversion`: of the backbone; `None` for one that Keras builds here, see `Settings.changes_backbone`."""
     with observer.stage("backbone", None, "MB") as advance:
         device = runtimes.choose_device(settings.config.runtime.device)
-        if conversion is None:
-            backbone: AnyBackbone = starting_backbone(settings.start, build.build(settings.backbone, advance))
-        else:
-            backbone = conversion.finish(advance)
-            check_start(settings.start, backbone)
-        return Extractor(settings, backbone, device, observer)
+        precision = runtimes.training_precision(device, settings.config.runtime.feature_precision)
+        built = build.build(settings.backbone, advance) if conversion is None else conversion.finish(advance)
+        return Extractor(settings, start_from.backbone_of(settings.start, built), device, precision, observer)
 
 
-def _all_features(extractor: "Extractor", data: Dataset, precision: Precision) -> tuple[dict[str, Features], int]:
+def _all_features(extractor: "Extractor", data: Dataset) -> tuple[dict[str, Features], int]:
     """The features of every split of `data`, and how many bytes the cache takes."""
     observer, folder = extractor.observer, extractor.settings.cache
     with FeatureStore(folder.path, folder.writable) as store:
         try:
-            parts = {"train": extractor(store, "train", data.train, precision, extractor.settings.augmenter)}
+            parts = {"train": extractor(store, "train", data.train)}
             for split, samples in (("val", data.val), ("test", data.test)):
                 if samples:
-                    parts[split] = extractor(store, split, samples, "float32", None)
+                    parts[split] = extractor(store, split, samples)
             for part in parts.values():
                 _check_unchanged(part.samples)
             return parts, store.size()
@@ -239,29 +239,30 @@ def decode_all(data: Dataset, image: ImageSettings, workers: int, observer: Obse
 
 @dataclass
 class Extractor:
-    """Computes the features of one split after another with one backbone."""
+    """Computes the features of one split after another with one backbone.
+
+    Training photos get all views, in `precision`; the others are float32 and as they are.
+    """
 
     settings: Settings
     backbone: AnyBackbone
     device: Device
+    precision: Precision
     observer: Observer
-    _compiled: dict[Precision, Runtime] = field(default_factory=dict)
+    _compiled: dict[Precision, Runtime] = field(default_factory=dict, init=False)
 
     @property
     def workers(self) -> int:
         """Threads that decode and infer."""
         return self.settings.workers
 
-    def __call__(
-        self,
-        store: FeatureStore,
-        split: str,
-        samples: Sequence[Sample],
-        precision: Precision,
-        augmentation: Augmenter | None,
-    ) -> Features:
+    def __call__(self, store: FeatureStore, split: str, samples: Sequence[Sample]) -> Features:
         """The features of `samples`, `float32 (n, views, D)`, through `store`."""
-        request = Request(self.settings.image, self.backbone.fingerprint, precision, augmentation)
+        image, fingerprint = self.settings.image, self.backbone.fingerprint
+        if split == "train":
+            request = Request(image, fingerprint, self.precision, self.settings.augmenter)
+        else:
+            request = Request(image, fingerprint, "float32")
         resources = Resources(store, self._runtime, self.settings.cache.scratch, self.workers, self.batch_size)
         with self.observer.stage(f"features of {split}", len(samples)) as advance:
             return extract.extract(samples, request, self.backbone.width, resources, advance)
@@ -295,33 +296,6 @@ class Extractor:
             return batch_size
         # On a CPU the activations of a few photos stay in the cache of a core; a GPU needs larger batches.
         return 4 if self.device == "cpu" else 64
-
-
-def check_start(start: Run | None, backbone: AnyBackbone) -> None:
-    """Raise `RunError` when the run `start` was trained on another backbone than `backbone` or a tuned form of it."""
-    if start is None:
-        return
-    old = start.manifest.backbone
-    if backbone.fingerprint != old.fingerprint and backbone.original != old.original:
-        raise RunError(
-            f"model.start_from: {start.folder} was trained on another backbone ({old.name})",
-            "use the same model.backbone, model.weights and image.size, or drop model.start_from",
-        )
-
-
-def starting_backbone(start: Run | None, backbone: Backbone) -> Backbone:
-    """`backbone`, with the weights that fine-tuning gave it if `start` is a run that tuned it; it changes then.
-
-    Raises `RunError` when `start` has another backbone.
-    """
-    check_start(start, backbone)
-    if start is None or start.manifest.backbone.fingerprint == backbone.fingerprint:
-        return backbone
-    path = start.file("model.keras")
-    tuned = build.with_weights_of(backbone, path)
-    if tuned.fingerprint != start.manifest.backbone.fingerprint:
-        raise RunError(f"{path} does not hold the backbone that run.json names", "restore the run from a copy")
-    return tuned
 
 
 def index(photos: DataSettings, folder: CacheFolder, observer: Observer, fresh: bool = False) -> Dataset:

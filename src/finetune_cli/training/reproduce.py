@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from finetune_cli import files
 from finetune_cli.backbones import source
+from finetune_cli.cache import folder
 from finetune_cli.config.load import load_config
 from finetune_cli.config.schema import Config
 from finetune_cli.errors import DataError, RunError
@@ -14,7 +15,7 @@ from finetune_cli.progress import Observer
 from finetune_cli.runs import environment
 from finetune_cli.runs.environment import Difference
 from finetune_cli.runs.run import Run
-from finetune_cli.training import prepare, requirements, settings
+from finetune_cli.training import prepare, settings, start_from
 
 _SHOWN = 5
 
@@ -52,7 +53,7 @@ def reproduce(run: Run, observer: Observer) -> Reproduction:
     differing = tuple(environment.differences(before.facts, now.facts))
     weights = (*_backbone(run, config), *_start(run, config))
     try:
-        data = prepare.index(settings.data_settings(config), settings.cache_folder(config), observer)
+        data = prepare.index(settings.data_settings(config), folder.locate(config.runtime.cache_dir), observer)
     except DataError as exc:
         return Reproduction(run, differing, weights, (), exc.problem.splitlines()[0])
     skipped = {photo.path for photo in run.manifest.bad_photos}
@@ -83,13 +84,14 @@ def _backbone(run: Run, config: Config) -> Iterator[str]:
 
 def _start(run: Run, config: Config) -> Iterator[str]:
     """What is wrong with the run that `model.start_from` names."""
+    path = config.model.start_from
     try:
-        found = requirements.start_digest(settings.start_run(config))
+        found = start_from.digest_of(None if path is None else Run.load(path))
     except RunError as exc:
         yield f"model.start_from: {exc.problem}"
     else:
         if found != run.manifest.start_from:
-            yield f"model.start_from: {config.model.start_from} is another run than it was; its model.keras differs"
+            yield f"model.start_from: {path} is another run than it was; its model.keras differs"
 
 
 def _listed(what: str, rows: set[tuple[str, str, str, str]]) -> list[str]:

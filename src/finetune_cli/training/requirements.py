@@ -12,9 +12,11 @@ from typing import Protocol
 
 from finetune_cli import files
 from finetune_cli.backbones import source
+from finetune_cli.cache import folder
 from finetune_cli.config.schema import Config
 from finetune_cli.errors import ConfigError, StorageError
 from finetune_cli.photos.dataset import Dataset
+from finetune_cli.runs import run
 from finetune_cli.runs.run import Run
 from finetune_cli.training import settings
 from finetune_cli.training.settings import Settings
@@ -40,15 +42,19 @@ def check_settings(config: Config) -> Settings:
     """Check everything but the photos, before minutes of work and without TensorFlow; return what `config` asks for.
 
     Raises `ConfigError` for an unknown backbone, too small an image, and missing files; `RunError` for a `start_from`
-    that is not a finished run; `StorageError` when the output folder cannot be written.
+    that is not a finished run; `UsageError` when the run's name is taken; `StorageError` when the output folder cannot
+    be written.
     """
-    with _named("output.directory"):
-        files.check_writable(config.output.directory)
-    info = source.resolve(config.model.backbone)
+    images, backbone = settings.image_settings(config), settings.wanted_backbone(config)
+    photos, augmenter = settings.data_settings(config), settings.augmenter(config)
+    run.check_target(config.output.directory, config.output.name)
+    start_from = config.model.start_from
+    start = Run.load(start_from) if start_from is not None else None
+    info = source.resolve(backbone.name)
     problems = []
-    if config.image.size < info.min_size:
-        problems.append(f"image.size: {info.name} needs at least {info.min_size} pixels, not {config.image.size}")
-    for key, path in (("backbone", info.path), ("weights", config.model.weights)):
+    if images.size < info.min_size:
+        problems.append(f"image.size: {info.name} needs at least {info.min_size} pixels, not {images.size}")
+    for key, path in (("backbone", info.path), ("weights", backbone.weights)):
         if path is None or path == "imagenet":
             continue
         try:
@@ -62,15 +68,10 @@ def check_settings(config: Config) -> Settings:
             problems.append(f"model.{key}: there is no file {path}{_meant(key, Path(path).name)}")
     if problems:
         raise ConfigError("\n".join(problems), "correct the model section of the config")
-    return Settings(
-        config=config,
-        photos=settings.data_settings(config),
-        image=settings.image_settings(config),
-        augmenter=settings.augmenter(config),
-        backbone=settings.wanted_backbone(config),
-        start=settings.start_run(config),
-        cache=settings.cache_folder(config),
-    )
+    cache = folder.locate(config.runtime.cache_dir)
+    with _named("output.directory"):
+        files.check_writable(config.output.directory)
+    return Settings(config, photos, images, augmenter, backbone, start, cache)
 
 
 def _meant(key: str, name: str) -> str:
@@ -79,14 +80,6 @@ def _meant(key: str, name: str) -> str:
     meant = "null" if name.lower() in {"none", "random"} else "imagenet"
     alike = meant == "null" or difflib.get_close_matches(name.lower(), [meant], cutoff=0.7)
     return f"; did you mean {meant}?" if alike else ""
-
-
-def start_digest(start: Run | None) -> str | None:
-    """SHA-256 of the model of the run to start from. Raises `RunError` when it is damaged."""
-    if start is None:
-        return None
-    start.file("model.keras")
-    return start.manifest.files["model.keras"]
 
 
 @contextmanager

@@ -6,7 +6,6 @@
 from dataclasses import dataclass
 
 from finetune_cli.backbones.source import Wanted
-from finetune_cli.cache import folder
 from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.config.schema import Config
 from finetune_cli.parallel import worker_count
@@ -47,12 +46,6 @@ class Settings:
         return self.start is not None and self.start.manifest.backbone.tuned
 
 
-def start_run(config: Config) -> Run | None:
-    """The run that `model.start_from` names; `None` without one. Raises `RunError` when it is not a finished run."""
-    source = config.model.start_from
-    return None if source is None else Run.load(source)
-
-
 def data_settings(config: Config) -> DataSettings:
     """Where the photos of `config` are and how they are split."""
     section = config.data
@@ -78,8 +71,3 @@ def wanted_backbone(config: Config) -> Wanted:
     model = config.model
     weights = None if model.weights is None else str(model.weights)
     return Wanted(model.backbone, weights, config.image.size, config.training.seed, model.weights_sha256)
-
-
-def cache_folder(config: Config) -> CacheFolder:
-    """The folder of the caches for `runtime.cache_dir`, by default the user's cache folder."""
-    return folder.locate(config.runtime.cache_dir)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from finetune_cli.cache import folder as cache_folder
 from finetune_cli.config.schema import Config, DataConfig
 from finetune_cli.errors import BadImage
 from finetune_cli.photos.dataset import Dataset, refuse_empty
@@ -54,7 +55,7 @@ def starter_config(data: Path, target: Path, observer: Observer) -> str:
     Raises `DataError` for photos that could not be trained on, with the reason.
     """
     config = Config(data=DataConfig(train=data.absolute(), on_bad_image="skip"))
-    photos, cache = settings.data_settings(config), settings.cache_folder(config)
+    photos, cache = settings.data_settings(config), cache_folder.locate(config.runtime.cache_dir)
     found = prepare.index(photos, cache, observer)
     refuse_bad(found.bad, found.photos, "skip")
     refuse_empty(found.classes, found.splits, found.bad)

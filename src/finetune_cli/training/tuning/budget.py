@@ -19,16 +19,16 @@ from finetune_cli.config.schema import Config, FineTuningConfig
 from finetune_cli.devices import Precision
 from finetune_cli.errors import BadImage, DataError
 from finetune_cli.head.classifier import glorot
-from finetune_cli.inference import runtimes
 from finetune_cli.photos.dataset import Dataset
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.scan import Sample, decode_sample
 from finetune_cli.progress import Observer, ignore_progress
 from finetune_cli.training.converted import Converted
 from finetune_cli.training.extract import Request
-from finetune_cli.training.prepare import AnyBackbone, Extractor, index, make_extractor
+from finetune_cli.training.prepare import Extractor, index, make_extractor
 from finetune_cli.training.requirements import check_room, check_settings
 from finetune_cli.training.settings import Settings
+from finetune_cli.training.start_from import AnyBackbone
 from finetune_cli.training.tuning import activations, plan, stage
 from finetune_cli.training.tuning.activations import Lower
 from finetune_cli.training.tuning.cuts import LAST_STAGE, cut, share_above
@@ -75,8 +75,7 @@ def budget(config: Config, observer: Observer) -> Budget:
     settings = check_settings(config)
     data = index(settings.photos, settings.cache, observer)
     extractor = make_extractor(settings, observer)
-    precision = runtimes.training_precision(extractor.device, config.runtime.feature_precision)
-    backbone = extractor.backbone
+    precision, backbone = extractor.precision, extractor.backbone
     assert isinstance(backbone, Backbone)  # Keras has built it
     views = settings.augmenter
     check_room(settings, data, backbone)

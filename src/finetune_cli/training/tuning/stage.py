@@ -34,8 +34,9 @@ from finetune_cli.text import counted
 from finetune_cli.training import fit
 from finetune_cli.training.extract import Features, Request, scratch_array
 from finetune_cli.training.fit import Fitted, labels_of
-from finetune_cli.training.prepare import AnyBackbone, Extractor, Prepared
+from finetune_cli.training.prepare import Extractor, Prepared
 from finetune_cli.training.settings import Settings
+from finetune_cli.training.start_from import AnyBackbone
 from finetune_cli.training.tuning import activations, candidates, plan
 from finetune_cli.training.tuning.activations import Lower, Pixels, Recomputed, Source
 from finetune_cli.training.tuning.candidates import Candidate, candidate
@@ -166,7 +167,7 @@ class _Stage:
         self.val_groups = group_numbers((sample.group, sample.digest) for sample in self.val.samples)
         self.weights = class_weights(self.labels, prepared.config.training.class_weights, prepared.data.classes)
         self.trials = plan.trials(self.section, len(self.train.samples))
-        self.extractor = Extractor(prepared.settings, prepared.backbone, prepared.device, observer)
+        self.extractor = Extractor(prepared.settings, prepared.backbone, prepared.device, prepared.precision, observer)
         self._sources: dict[str, tuple[Source, Source, Store]] = {}
 
     def scored(
@@ -317,13 +318,11 @@ class _Stage:
     def features_of(self, backbone: Backbone) -> dict[str, Features]:
         """The features of all photos by the tuned `backbone`, as the frozen one's were made."""
         settings = self.prepared.settings
-        extractor = Extractor(settings, backbone, self.prepared.device, self.observer)
+        extractor = replace(self.extractor, backbone=backbone)
         parts: dict[str, Features] = {}
         with FeatureStore(settings.cache.path, settings.cache.writable) as store:
             for split, part in self.prepared.parts.items():
-                precision: Precision = self.prepared.precision if split == "train" else "float32"
-                views = settings.augmenter if split == "train" else None
-                parts[split] = extractor(store, split, part.samples, precision, views)
+                parts[split] = extractor(store, split, part.samples)
             warnings = list(store.warnings)
         for warning in warnings:
             self.observer.warn(warning)
