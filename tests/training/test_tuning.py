@@ -19,7 +19,7 @@ from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.training.extract import Request
 from finetune_cli.training.tuning import activations, candidates, plan
-from finetune_cli.training.tuning.activations import Lower, Pixels, Recomputed, ScratchFile
+from finetune_cli.training.tuning.activations import Lower, Pixels, Recomputed, Scratch, ScratchFile
 from finetune_cli.training.tuning.cuts import cut
 from finetune_cli.training.tuning.upper import Labelled, Upper, UpperSettings, UpperState, interpolated
 
@@ -176,7 +176,7 @@ def test_recomputed_activations_are_the_stored_ones(tmp_path):
     augmenter = Augmenter({"horizontal_flip": True, "rotation_range": 30}, 3, 0, SIZE)
     lower = Lower(Request(ImageSettings(SIZE), "x", "float32", augmenter), Pixels(), (SIZE, SIZE, 3), 2, 4)
     advanced = []
-    stored = activations.stored(samples, lower, 3, np.uint8, tmp_path, advanced.append)
+    stored = activations.stored(samples, lower, Scratch(tmp_path, 3, np.uint8), advanced.append)
     assert sum(advanced) == 5
     again = Recomputed(samples, lower)
     assert again.shape == stored.shape == (5, 3, SIZE, SIZE, 3)
@@ -350,9 +350,10 @@ def test_a_photo_takes_no_part_in_its_own_temperature():
     features = np.where(labels == 1, 1.0, -1.0)[:, None] * 50
     features[:6] *= -1
     head = Head(np.array([[-1.0, 1.0]], np.float32), np.zeros(2, np.float32))
-    arguments = head, features.astype(np.float32), labels, np.arange(60)
-    with_temperature = candidates.candidate(*arguments, calibrated=True)
-    without = candidates.candidate(*arguments, calibrated=False)
+    with_temperature, without = (
+        candidates.Validation(labels, np.arange(60), calibrated).candidate(head, features.astype(np.float32))
+        for calibrated in (True, False)
+    )
     least = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))  # of a model that is right nine times in ten, and knows it
     assert without.log_loss > 3 > 0.6 > with_temperature.log_loss > least
     assert with_temperature.temperature > 10

@@ -20,7 +20,7 @@ from finetune_cli.errors import DataError
 from finetune_cli.photos import folders, split
 from finetune_cli.photos.groups import Proposal, propose
 from finetune_cli.photos.listing import SPLITS, Listing
-from finetune_cli.photos.scan import BadPhoto, Sample, listed, preflight
+from finetune_cli.photos.scan import BadPhoto, Rules, Sample, listed, preflight
 from finetune_cli.progress import Advance
 from finetune_cli.text import counted, shown
 
@@ -95,7 +95,8 @@ def load(settings: DataSettings, cache: DigestCache, advance: Advance) -> Datase
     listings = _listings(sources)
     classes = listings["train"].classes
     _check_classes(listings)
-    parts, bad = preflight(listings, classes, grouping(settings.group_regex), settings.max_pixels, cache, advance)
+    rules = Rules(classes, settings.max_pixels, grouping(settings.group_regex))
+    parts, bad = preflight(listings, rules, cache, advance)
     _raise(_contradictions(parts, classes), "give each photo one label")
     for name, samples in parts.items():
         if not samples:
@@ -141,7 +142,7 @@ def load_labelled(
     if splits := [name for name in listing.classes if name.lower() in SPLITS and name not in classes]:
         remedy = f"these are splits; name one of them, such as {path / splits[0]}"
     _raise(problems, remedy)
-    parts, bad = preflight({"test": listing}, classes, lambda _name: None, max_pixels, cache, advance)
+    parts, bad = preflight({"test": listing}, Rules(classes, max_pixels), cache, advance)
     _raise(_contradictions(parts, classes), "give each photo one label")
     samples = tuple(parts["test"])
     return Labelled(samples, tuple(bad), (*listing.notes, *_copies(samples, "photo")), listing.root)

@@ -76,20 +76,31 @@ def listed(bad: Sequence[BadPhoto]) -> str:
     return lines + (f"\n  and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else "")
 
 
-def preflight(
-    listings: Mapping[str, Listing],
-    classes: Sequence[str],
-    group: Callable[[str], str | None],
-    max_pixels: int,
-    cache: DigestCache,
-    advance: Advance,
-) -> tuple[dict[str, list[Sample]], list[BadPhoto]]:
-    """The samples of each listing, labelled by position in `classes`, and all bad photos.
+def _no_group(_name: str) -> None:
+    return None
 
-    Header and digest of a photo come from `cache`, or are read in a few threads. `group` gives the group of a name that
-    has none from its table; `advance` counts photos and learns their total.
+
+@dataclass(frozen=True)
+class Rules:
+    """How a listed photo becomes a sample: its label is the position of its class in `classes`.
+
+    `max_pixels`: a photo with more is bad. `group`: gives the group of a name that has none from its table.
     """
-    labels = {name: i for i, name in enumerate(classes)}
+
+    classes: Sequence[str]
+    max_pixels: int
+    group: Callable[[str], str | None] = _no_group
+
+
+def preflight(
+    listings: Mapping[str, Listing], rules: Rules, cache: DigestCache, advance: Advance
+) -> tuple[dict[str, list[Sample]], list[BadPhoto]]:
+    """The samples of each listing, and all bad photos.
+
+    Header and digest of a photo come from `cache`, or are read in a few threads. `advance` counts photos and learns
+    their total.
+    """
+    labels, max_pixels = {name: i for i, name in enumerate(rules.classes)}, rules.max_pixels
     total = sum(len(listing.photos) for listing in listings.values())
     bad: list[BadPhoto] = []
     parts: dict[str, list[Sample]] = {}
@@ -103,7 +114,7 @@ def preflight(
                 reason = codecs.too_large(facts.width, facts.height, max_pixels)
                 bad.append(BadPhoto(Path(photo.path), photo.name, reason))
             else:
-                own_group = photo.group or group(photo.name) or None
+                own_group = photo.group or rules.group(photo.name) or None
                 samples.append(Sample(Path(photo.path), photo.name, labels[photo.label], facts.digest, own_group))
     return parts, bad
 

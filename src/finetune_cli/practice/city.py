@@ -34,14 +34,14 @@ def _skyline(c: Canvas) -> None:
             width = c.u * rng.uniform(5, 15) * (1.2 - 0.5 * distance)
             middle = 1 - abs((x + width / 2) / c.w - 0.5)
             top = horizon - tallest * share * rng.uniform(0.25, 1) * middle
-            _building(c, x, x + width, top, horizon, distance)
+            _building(c, (x, top, x + width, horizon), distance)
             x += width * rng.uniform(0.85, 1.25)
     rng.choice((_water, _park, _near_roofs))(c, horizon)
 
 
-def _building(c: Canvas, x0: float, x1: float, top: float, base: float, distance: float) -> None:
+def _building(c: Canvas, box: tuple[float, float, float, float], distance: float) -> None:
     """A block with a shaded side, windows and something on its roof."""
-    rng = c.rng
+    rng, (x0, top, x1, base) = c.rng, box
     glass = rng.random() < 0.35
     wall = c.vary(rng.choice(GLASS if glass else WALLS), 12)
     c.box(x0, top, x1, base, c.tone(wall, distance))
@@ -127,7 +127,7 @@ def _houses(c: Canvas) -> None:
     x, floor = -c.u * rng.uniform(0, 20), c.u * rng.uniform(12, 16)
     while x < c.w:
         width, floors = c.u * rng.uniform(24, 42), rng.randint(3, 5)
-        _house(c, x, width, kerb, floor * rng.uniform(0.9, 1.1), floors)
+        _house(c, (x, kerb), width, floor * rng.uniform(0.9, 1.1), floors)
         x += width
     for _ in range(rng.randint(0, 3)):
         _car_aside(c, rng.uniform(0, c.w), kerb + c.u * rng.uniform(6, 9))
@@ -135,9 +135,10 @@ def _houses(c: Canvas) -> None:
         c.broadleaf(rng.uniform(0, c.w), kerb + c.u * 3, c.h * rng.uniform(0.35, 0.55), c.vary((84, 124, 62), 20))
 
 
-def _house(c: Canvas, x: float, width: float, base: float, floor: float, floors: int) -> None:
-    """One front: windows with frames and sills, a door or a shop, a gable, a pitched or a flat roof."""
-    rng, top = c.rng, base - floor * floors
+def _house(c: Canvas, corner: tuple[float, float], width: float, floor: float, floors: int) -> None:
+    """One front from its lower left `corner` on: windows with frames and sills, a door or a shop, and a roof."""
+    rng, (x, base) = c.rng, corner
+    top = base - floor * floors
     wall = c.vary(rng.choice(WALLS), 16)
     trim, roof = mix(wall, (250, 248, 240), 0.55), c.tone(c.vary(rng.choice(((132, 70, 54), (84, 84, 92))), 12))
     kind = rng.random()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from finetune_cli.practice.scenery import DAY, FOG, GOLDEN, NIGHT, Canvas, Colour, Points, mix
+from finetune_cli.practice.scenery import DAY, FOG, GOLDEN, NIGHT, Canvas, Colour, Foot, Points, mix
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _inside(c: Canvas, season: Season) -> None:
                 )
         for _ in range(number):
             base = horizon + (c.h - horizon) * depth * rng.uniform(0.5, 1.0)
-            _trunk(c, rng.uniform(0, c.w), base, c.u * (0.9 + 5.5 * depth**1.5), layer, birch, pine)
+            _trunk(c, Foot(rng.uniform(0, c.w), base, layer), c.u * (0.9 + 5.5 * depth**1.5), birch, pine)
         for _ in range(4):
             y = horizon + (c.h - horizon) * depth
             plant = season.grass if season.snow else rng.choice((*season.leaves, (72, 106, 52)))
@@ -73,9 +73,9 @@ def _inside(c: Canvas, season: Season) -> None:
             c.veil(shaft, (255, 246, 206), 0.24, 3 * c.u)
 
 
-def _trunk(c: Canvas, x: float, base: float, width: float, distance: float, birch: bool, pine: bool) -> None:
+def _trunk(c: Canvas, foot: Foot, width: float, birch: bool, pine: bool) -> None:
     """A trunk up to the upper edge of the picture, with a lit and a dark side, and branches."""
-    rng = c.rng
+    rng, (x, base, distance) = c.rng, foot
     bark = c.vary((216, 214, 206) if birch else (158, 98, 66) if pine else rng.choice(BARK), 12)
     lean, top = rng.uniform(-0.04, 0.04) * c.h, -c.h * 0.02
     tip = x + lean
@@ -128,7 +128,7 @@ def _edge(c: Canvas, season: Season) -> None:
         for _ in range(round(26 * (0.45 + distance) * c.w / c.h)):
             x, height = rng.uniform(-0.03, 1.03) * c.w, c.h * size * rng.uniform(0.6, 1.2)
             if needles and rng.random() < 0.93:
-                c.conifer(x, foot, height, rng.choice(NEEDLES), distance, season.snow)
+                c.conifer(Foot(x, foot, distance), height, rng.choice(NEEDLES), season.snow)
             else:
                 c.broadleaf(x, foot, height, rng.choice(season.leaves) if season.leaves else None, distance)
     foot = horizon + c.h * 0.034
@@ -143,7 +143,7 @@ def _edge(c: Canvas, season: Season) -> None:
     for _ in range(rng.randint(0, 3)):
         x, base = rng.choice((rng.uniform(-0.02, 0.2), rng.uniform(0.8, 1.02))) * c.w, c.h * rng.uniform(0.85, 1.05)
         if needles:
-            c.conifer(x, base, c.h * rng.uniform(0.55, 0.95), rng.choice(NEEDLES), 0, season.snow)
+            c.conifer(Foot(x, base), c.h * rng.uniform(0.55, 0.95), rng.choice(NEEDLES), season.snow)
         else:
             c.broadleaf(x, base, c.h * rng.uniform(0.55, 0.9), rng.choice(season.leaves))
 
@@ -188,7 +188,9 @@ def _avenue(c: Canvas, season: Season) -> None:
             x = c.w / 2 + side * c.w * rng.uniform(0.5, 0.75) / depth * 1.1
             base, height = horizon + (c.h - horizon) / depth, c.h * 1.25 / depth * rng.uniform(0.8, 1.1)
             if season.snow and step % 2:
-                c.conifer(x + side * c.w * 0.1 / depth, base, height * 0.9, rng.choice(NEEDLES), distance, True)
+                c.conifer(
+                    Foot(x + side * c.w * 0.1 / depth, base, distance), height * 0.9, rng.choice(NEEDLES), snow=True
+                )
             else:
                 c.broadleaf(x, base, height, c.vary(rng.choice(season.leaves), 12) if season.leaves else None, distance)
     if c.light is not NIGHT and rng.random() < 0.4:

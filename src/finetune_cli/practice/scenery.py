@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,14 @@ def _gradient(width: int, shares: NDArray[np.float64], first: Colour, second: Co
     rows = shares[:, None, None]
     colours = (np.array(first) * (1 - rows) + np.array(second) * rows).astype(np.uint8)
     return Image.fromarray(colours).resize((width, len(shares)), Image.Resampling.NEAREST)
+
+
+class Foot(NamedTuple):
+    """Where something stands: the pixel of its foot, and how far away that is, from 0 to 1."""
+
+    x: float
+    base: float
+    distance: float = 0.0
 
 
 class Canvas:
@@ -115,8 +124,9 @@ class Canvas:
             x, y = self.rng.uniform(0, self.w), horizon + depth * height
             self.disc(x, y, radius * 1.6, radius * 0.6, tones[int(depth * 10)])
 
-    def conifer(self, x: float, base: float, height: float, colour: Colour, distance: float, snow: bool) -> None:
-        """A spruce or fir with its foot at (x, base)."""
+    def conifer(self, foot: Foot, height: float, colour: Colour, snow: bool) -> None:
+        """A spruce or fir."""
+        x, base, distance = foot
         tiers = 5 if distance > 0.5 else 9
         width = height * self.rng.uniform(0.15, 0.24)
         self.box(x - width * 0.07, base - height * 0.12, x + width * 0.07, base, self.tone((74, 54, 40), distance))
@@ -160,17 +170,17 @@ class Canvas:
             fill=wood,
         )
         if colour is None:
-            self._twigs(x, base - height * 0.45, -math.pi / 2, height * 0.26, thick, wood)
+            self._twigs((x, base - height * 0.45), -math.pi / 2, height * 0.26, thick, wood)
         else:
             self.crown(x, base - height * 0.68, height * 0.32, colour, distance)
 
-    def _twigs(self, x: float, y: float, angle: float, length: float, thick: float, colour: Colour) -> None:
-        end = (x + math.cos(angle) * length, y + math.sin(angle) * length)
-        self.draw.line((x, y, *end), fill=colour, width=max(round(thick), 1))
+    def _twigs(self, start: tuple[float, float], angle: float, length: float, thick: float, colour: Colour) -> None:
+        end = (start[0] + math.cos(angle) * length, start[1] + math.sin(angle) * length)
+        self.draw.line((*start, *end), fill=colour, width=max(round(thick), 1))
         if length > 3 * self.u:
             for turn in (-0.55, 0.05, 0.6):
                 side = angle + turn + self.rng.uniform(-0.2, 0.2)
-                self._twigs(*end, side, length * self.rng.uniform(0.6, 0.75), thick * 0.55, colour)
+                self._twigs(end, side, length * self.rng.uniform(0.6, 0.75), thick * 0.55, colour)
 
     def far_wood(self, foot: float, height: float, colours: Sequence[Colour], distance: float, pointed: bool) -> None:
         """A closed row of distant trees along the whole picture, standing at `foot`; `pointed` for conifers."""

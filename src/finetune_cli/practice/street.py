@@ -60,7 +60,7 @@ def street(c: Canvas) -> None:
         depth = 14.0
         while depth > 0.7:
             nearer = depth * rng.uniform(0.6, 0.78)
-            _facade(c, view, side * 1.3, nearer, depth, rng.uniform(1.8, 4.5))
+            _facade(c, view, side * 1.3, (nearer, depth), rng.uniform(1.8, 4.5))
             depth = nearer
     for step in range(12):
         depth = 0.9 * 1.35**step
@@ -73,8 +73,9 @@ def street(c: Canvas) -> None:
         rng.choice((_car, _car, _lamp, _person))(c, view, depth)
 
 
-def _facade(c: Canvas, view: _View, side: float, near: float, far: float, height: float) -> None:
+def _facade(c: Canvas, view: _View, side: float, depths: tuple[float, float], height: float) -> None:
     """The front of a house along the street between two depths, and its wall across."""
+    near, far = depths
     distance = min(far / 16, 0.9)
     wall = c.vary(c.rng.choice(WALLS + GLASS[:1]), 14)
     away = side * 3

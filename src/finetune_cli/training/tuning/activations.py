@@ -126,6 +126,15 @@ class Lower:
     batch_size: int
 
 
+@dataclass(frozen=True)
+class Scratch:
+    """Where and how activations are kept: of the first `views` views of each photo, as `dtype`; see `ScratchFile`."""
+
+    folder: Path
+    views: int
+    dtype: type[np.generic]
+
+
 class Recomputed:
     """The lower part again for every batch: for sets whose activations do not fit in the scratch file."""
 
@@ -148,14 +157,13 @@ class Recomputed:
         return rows
 
 
-def stored(
-    samples: Sequence[Sample], lower: Lower, views: int, dtype: type[np.generic], scratch: Path, advance: Advance
-) -> ScratchFile:
-    """The activations of the first `views` views of `samples`, in a scratch file in the folder `scratch`.
+def stored(samples: Sequence[Sample], lower: Lower, scratch: Scratch, advance: Advance) -> ScratchFile:
+    """The activations of `samples` in a scratch file.
 
     `advance` counts photos. Raises `StorageError` when the disk is full, `DataError` when a photo has changed.
     """
-    file = ScratchFile(scratch, (len(samples), views, *lower.shape), dtype)
+    views = scratch.views
+    file = ScratchFile(scratch.folder, (len(samples), views, *lower.shape), scratch.dtype)
     everything = dict.fromkeys(range(len(samples)), range(views))
     for (photo, view), row in _computed(samples, everything, lower):
         file.write(photo, view, row)

@@ -30,7 +30,7 @@ from finetune_cli.training.requirements import check_room, check_settings
 from finetune_cli.training.settings import Settings
 from finetune_cli.training.start_from import AnyBackbone
 from finetune_cli.training.tuning import activations, plan, stage
-from finetune_cli.training.tuning.activations import Lower
+from finetune_cli.training.tuning.activations import Lower, Scratch
 from finetune_cli.training.tuning.cuts import LAST_STAGE, cut, share_above
 from finetune_cli.training.tuning.plan import Trial
 from finetune_cli.training.tuning.upper import Labelled, Upper, UpperSettings
@@ -126,9 +126,10 @@ class _Meter:
         lower = Lower(request, runtime, shape, self.extractor.workers, self.extractor.batch_size)
         folder = self.settings.cache.scratch
         files.make_folder(folder)
-        activations.stored(self.few[:8], lower, 1, np.float32, folder, ignore_progress)  # the first calls are slower
+        scratch = Scratch(folder, 1, np.float32)
+        activations.stored(self.few[:8], lower, scratch, ignore_progress)  # the first calls are slower
         started = time.perf_counter()
-        file = activations.stored(self.few, lower, 1, np.float32, folder, ignore_progress)
+        file = activations.stored(self.few, lower, scratch, ignore_progress)
         return file, (time.perf_counter() - started) / len(self.few)
 
     def trial(self, trial: Trial, data: Dataset) -> list[Row]:

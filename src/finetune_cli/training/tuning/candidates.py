@@ -73,31 +73,37 @@ class Candidate:
         }
 
 
-def candidate(
-    head: Head,
-    features: NDArray[np.float32],
-    labels: Ints,
-    groups: Ints,
-    calibrated: bool,
-    training: int | None = None,
-    share: float = 0.0,
-    refitted: bool = False,
-) -> Candidate:
-    """Score a head on validation features (n, D) with labels and groups (n,).
+@dataclass(frozen=True, eq=False)
+class Validation:
+    """What candidates are scored on: the labels and groups (n,) of the validation photos.
 
     calibrated: whether the finished model gets a temperature.
     """
-    logits = head.logits(features)
-    probabilities = cross_fitted(logits, labels, groups) if calibrated else softmax(logits)
-    return Candidate(
-        training,
-        share,
-        refitted,
-        head,
-        -np.log(np.maximum(probabilities[np.arange(len(labels)), labels], _SMALLEST)),
-        float((logits.argmax(axis=1) == labels).mean()),
-        fit_temperature(logits, labels) if calibrated else 1.0,
-    )
+
+    labels: Ints
+    groups: Ints
+    calibrated: bool
+
+    def candidate(
+        self,
+        head: Head,
+        features: NDArray[np.float32],
+        training: int | None = None,
+        share: float = 0.0,
+        refitted: bool = False,
+    ) -> Candidate:
+        """Score a head on the features (n, D) of the validation photos; the other arguments: see `Candidate`."""
+        logits, labels = head.logits(features), self.labels
+        probabilities = cross_fitted(logits, labels, self.groups) if self.calibrated else softmax(logits)
+        return Candidate(
+            training,
+            share,
+            refitted,
+            head,
+            -np.log(np.maximum(probabilities[np.arange(len(labels)), labels], _SMALLEST)),
+            float((logits.argmax(axis=1) == labels).mean()),
+            fit_temperature(logits, labels) if self.calibrated else 1.0,
+        )
 
 
 def choose(frozen: Candidate, others: Sequence[Candidate]) -> Candidate:

@@ -22,7 +22,6 @@ from finetune_cli.devices import Device, Precision
 from finetune_cli.errors import CheckpointError, RunError, StorageError
 from finetune_cli.head.data import class_weights
 from finetune_cli.head.keras_fit import fit_epochs
-from finetune_cli.head.lbfgs import Head
 from finetune_cli.inference import runtimes
 from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.metrics.folds import group_numbers
@@ -38,8 +37,8 @@ from finetune_cli.training.prepare import Extractor, Prepared
 from finetune_cli.training.settings import Settings
 from finetune_cli.training.start_from import AnyBackbone
 from finetune_cli.training.tuning import activations, candidates, plan
-from finetune_cli.training.tuning.activations import Lower, Pixels, Recomputed, Source
-from finetune_cli.training.tuning.candidates import Candidate, candidate
+from finetune_cli.training.tuning.activations import Lower, Pixels, Recomputed, Scratch, Source
+from finetune_cli.training.tuning.candidates import Candidate, Validation
 from finetune_cli.training.tuning.cuts import Cut, cut
 from finetune_cli.training.tuning.plan import Store, Trial
 from finetune_cli.training.tuning.upper import Labelled, Upper, UpperSettings, UpperState, Weights, interpolated
@@ -117,7 +116,7 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
     `FinetuneError` when the loss is no longer a number, `Interrupted` after a signal.
     """
     stage = _Stage(prepared, fitted, checkpoint_folder, training_id, observer)
-    frozen = stage.scored(fitted.head, prepared.parts["val"].array[:, 0])
+    frozen = stage.validation.candidate(fitted.head, prepared.parts["val"].array[:, 0])
     trained = [stage.attempt(number, trial) for number, trial in enumerate(stage.trials)]
     tuned = [each for training in trained for each in training.candidates]
     kept = candidates.choose(frozen, tuned)
@@ -164,19 +163,12 @@ class _Stage:
         self.checkpoint_folder, self.training_id = checkpoint_folder, training_id
         self.train, self.val = prepared.parts["train"], prepared.parts["val"]
         self.labels, self.val_labels = labels_of(self.train.samples), labels_of(self.val.samples)
-        self.val_groups = group_numbers((sample.group, sample.digest) for sample in self.val.samples)
+        groups = group_numbers((sample.group, sample.digest) for sample in self.val.samples)
+        self.validation = Validation(self.val_labels, groups, prepared.config.calibration == "temperature")
         self.weights = class_weights(self.labels, prepared.config.training.class_weights, prepared.data.classes)
         self.trials = plan.trials(self.section, len(self.train.samples))
         self.extractor = Extractor(prepared.settings, prepared.backbone, prepared.device, prepared.precision, observer)
         self._sources: dict[str, tuple[Source, Source, Store]] = {}
-
-    def scored(
-        self, head: Head, features: NDArray[np.float32], training: int | None = None, share: float = 0.0,
-        refitted: bool = False,
-    ) -> Candidate:  # fmt: skip
-        """The candidate of a head on validation features."""
-        calibrated = self.prepared.config.calibration == "temperature"
-        return candidate(head, features, self.val_labels, self.val_groups, calibrated, training, share, refitted)
 
     def attempt(self, number: int, trial: Trial) -> _Trained:
         """One training and its candidates. The backbone has its old weights again afterwards."""
@@ -191,10 +183,10 @@ class _Stage:
         for share in (*candidates.SHARES, 1.0):
             model.assign(interpolated(start, state.weights, share))
             features = model.features(val, 1)[:, 0]
-            scored.append(self.scored(model.head(), features, number, share))
+            scored.append(self.validation.candidate(model.head(), features, number, share))
         with timed(self.prepared.seconds, "head again"):
             again = self._head_again(model, train, store.views, features)
-        scored.append(self.scored(again.head, features, number, 1.0, refitted=True))
+        scored.append(self.validation.candidate(again.head, features, number, 1.0, refitted=True))
         model.assign(start)
         rows = tuple({"training": number, **row} for row in state.history)
         facts = self._facts(trial, part, store, start)
@@ -231,13 +223,13 @@ class _Stage:
                     f"{counted(store.views, 'view')} of {augmentation.views} fit in fine_tuning.scratch_gb; the upper "
                     "part learns from those"
                 )
-            folder = settings.cache.scratch
+            scratch = settings.cache.scratch
             kind = np.float16 if store.storage == "float16" else np.uint8
             photos = len(self.train.samples) + len(self.val.samples)
             with self.observer.stage(f"activations of {part.below}", photos) as advance:
                 found = (
-                    activations.stored(self.train.samples, of_train, store.views, kind, folder, advance),
-                    activations.stored(self.val.samples, of_val, 1, np.float32, folder, advance),
+                    activations.stored(self.train.samples, of_train, Scratch(scratch, store.views, kind), advance),
+                    activations.stored(self.val.samples, of_val, Scratch(scratch, 1, np.float32), advance),
                 )
         self._sources[part.below] = (*found, store)
         return self._sources[part.below]
