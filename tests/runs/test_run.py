@@ -50,11 +50,39 @@ def test_a_split_comes_back_also_from_before_there_were_groups(tmp_path):
             run.read_split(tmp_path / "split.csv")
 
 
-def test_names_are_numbered_and_never_reused(tmp_path):
-    assert [run.create(tmp_path, None, "pets").name for _ in range(3)] == ["pets-1", "pets-2", "pets-3"]
-    assert run.create(tmp_path, "mine", "pets").name == "mine"
+def fill(temporary, folder):
+    assert not folder.exists()
+    (temporary / "config.yaml").write_text("of " + folder.name)
+
+
+def test_a_run_is_there_with_its_first_files_or_not_at_all(tmp_path):
+    def fail(temporary, folder):
+        fill(temporary, folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.create(tmp_path / "runs", None, "pets", fail)
+    assert list((tmp_path / "runs").iterdir()) == []
+    made = run.create(tmp_path / "runs", None, "pets", fill)
+    assert (made / "config.yaml").read_text() == "of pets-1"
+
+
+def test_two_trainings_that_begin_at_once_take_different_numbers(tmp_path):
+    def write(temporary, folder):
+        fill(temporary, folder)
+        if folder.name == "pets-1":
+            folder.mkdir()  # by the other training, a moment before
+
+    assert run.create(tmp_path, None, "pets", write).name == "pets-2"
     with pytest.raises(UsageError, match="never overwritten"):
-        run.create(tmp_path, "mine", "pets")
+        run.create(tmp_path, "pets-3", "pets", lambda temporary, folder: folder.mkdir())
+
+
+def test_names_are_numbered_and_never_reused(tmp_path):
+    assert [run.create(tmp_path, None, "pets", fill).name for _ in range(3)] == ["pets-1", "pets-2", "pets-3"]
+    assert run.create(tmp_path, "mine", "pets", fill).name == "mine"
+    with pytest.raises(UsageError, match="never overwritten"):
+        run.create(tmp_path, "mine", "pets", fill)
     with pytest.raises(UsageError, match="never overwritten"):
         run.check_target(tmp_path, "mine")
 

@@ -142,11 +142,8 @@ def build(folder: Path, classes: tuple[str, ...] = ("ant", "bee", "wasp")) -> Ti
     evaluations = {
         split: evaluate(p, np.array([s.label for s in splits[split]]), classes) for split, p in measured.items()
     }
-    names = outputs.write_tables(
-        home,
-        classes,
-        [outputs.Judged(split, splits[split], measured[split], evaluations[split]) for split in measured],
-    )
+    scored = [outputs.ScoredSplit(split, splits[split], measured[split], evaluations[split]) for split in measured]
+    names = outputs.write_metrics(home, scored) + outputs.write_tables(home, classes, scored)
     pixels = np.stack([decode(s.path, ImageSettings(SIZE)) for s in splits["val"][:4]])
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # inside Keras

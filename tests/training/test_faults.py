@@ -66,7 +66,6 @@ def test_sigkill_at_random_moments(shop, tmp_path, seed, record_property):
         for run in tmp_path.glob("runs/*"):
             last = checkpoints.load_latest(run / "checkpoints")
             assert last is None or not last.warnings
-        # The first kill may leave an empty folder x-1: then the run is x-2.
         for finished in list(tmp_path.glob("runs/*/run.json")):  # the kill came too late
             shop.assert_equal(finished.parent, litter=ended.code != 0)
             shutil.rmtree(tmp_path / "runs")

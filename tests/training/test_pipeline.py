@@ -123,7 +123,8 @@ def test_the_split_keeps_the_groups_of_a_table_and_of_the_regex(tmp_path, drawn,
     (tmp_path / "photos.csv").write_text("\n".join(["image_path,label,group", *lines]))
     loaded = load(tmp_path, tmp_path / "photos.csv", cache, *small, r"data.group_regex=forest-(01)\d")
     prepared = prepare.prepare(check_settings(loaded), Silent())
-    resume.record_start(tmp_path / "run", prepared)
+    (tmp_path / "run").mkdir()
+    resume.record_start(tmp_path / "run", tmp_path / "run", prepared)
     groups = {Path(row.path).stem: row.group for row in read_split(tmp_path / "run" / "split.csv")}
     assert len(groups) == 32
     assert {name for name, group in groups.items() if group == "roll"} == {f"city-00{i}" for i in (1, 2, 3, 4)}
@@ -431,4 +432,4 @@ def judged_as(accuracy, baseline):
     labels = np.arange(100) >= 100 * baseline
     answers = labels ^ (np.arange(100) >= 100 * accuracy)
     probabilities = np.eye(2, dtype=np.float32)[answers.astype(int)]
-    return outputs.Judged("val", (), probabilities, evaluate(probabilities, labels.astype(int), ("a", "b")))
+    return outputs.ScoredSplit("val", (), probabilities, evaluate(probabilities, labels.astype(int), ("a", "b")))

@@ -31,7 +31,7 @@ def prepared(config, **changes):
         "backbone": SimpleNamespace(fingerprint="f"),
         "device": "cpu",
         "precision": "float32",
-        "workers": 2,
+        "settings": SimpleNamespace(workers=2),
         "parts": {"train": SimpleNamespace(samples=samples)},
         "start_from": "a" * 64,
     }
@@ -45,7 +45,7 @@ def started(request, tmp_path):
     settings = [f"data.train={tmp_path / 'photos'}", f"training.solver={request.param}", "runtime.device=cpu"]
     (tmp_path / "run").mkdir()
     config = load_config(None, settings)
-    resume.record_start(tmp_path / "run", prepared(config))
+    resume.record_start(tmp_path / "run", tmp_path / "run", prepared(config))
     return tmp_path / "run", config
 
 
@@ -127,7 +127,7 @@ def test_another_environment_is_reported_and_recorded(started):
     folder, _config = started
     observer = Listening()
     for workers, precision in ((3, "float32"), (3, "float32"), (4, "bfloat16")):
-        check(folder, observer=observer, workers=workers, precision=precision)
+        check(folder, observer=observer, settings=SimpleNamespace(workers=workers), precision=precision)
         assert len(observer.warnings) == 1
         assert ("(threads)" if workers == 3 else "(feature_precision, threads)") in observer.warnings.pop()
     found = environment.read_environment(folder / "environment.json")
@@ -141,9 +141,9 @@ def test_another_environment_is_reported_and_recorded(started):
 def test_a_kill_between_the_record_of_another_environment_and_the_file(started, monkeypatch):
     folder, _config = started
     before = (folder / "environment.json").read_bytes()
-    check(folder, workers=3)
+    check(folder, settings=SimpleNamespace(workers=3))
     (folder / "environment.json").write_bytes(before)
-    check(folder, workers=3)
+    check(folder, settings=SimpleNamespace(workers=3))
     (folder / "environment.json").write_bytes(before[:-2])
     with pytest.raises(RunError, match=r"environment\.json is damaged"):
         check(folder)

@@ -231,7 +231,7 @@ def _write_files(folder: Path, found: Judgement, write_report: ReportWriter | No
     root = found.run.folder if folder.is_relative_to(found.run.folder) else None
     with files.atomic_folder(folder, root=root) as temporary:
         try:
-            table = outputs.Judged(part, answers.samples, answers.probabilities, found.evaluation)
+            table = outputs.ScoredSplit(part, answers.samples, answers.probabilities, found.evaluation)
             outputs.write_tables(temporary, found.run.classes, [table])
             files.write_json(temporary / "metrics.json", {part: metrics_json(found)})
             if found.compared is not None:

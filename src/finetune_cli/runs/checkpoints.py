@@ -25,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli import files
-from finetune_cli.errors import CheckpointError, StorageError
-from finetune_cli.fields import Fields
+from finetune_cli.errors import CheckpointError, RunError, StorageError
+from finetune_cli.fields import FieldError, Fields
+from finetune_cli.progress import Observer
 from finetune_cli.runs import formats
 from finetune_cli.runs.formats import NewerFormat
 
@@ -123,6 +124,25 @@ def load_latest(folder: Path) -> Checkpoint | None:
             f"remove {folder} to train this run from its first epoch",
         )
     return None
+
+
+def latest_of(folder: Path, training_id: str, observer: Observer) -> Checkpoint | None:
+    """`load_latest`, and warn of what is damaged. `training_id`: see `runs/start.py`; it is in the state.
+
+    Raises `RunError` when the checkpoint belongs to another training, and what `load_latest` raises.
+    """
+    last = load_latest(folder)
+    if last is None:
+        return None
+    for warning in last.warnings:
+        observer.warn(warning)
+    try:
+        owner = Fields(last.state).sha256("training_id")
+    except FieldError as exc:
+        raise CheckpointError(f"{last.path} is damaged: {exc}", f"remove {last.path}") from exc
+    if owner != training_id:
+        raise RunError(f"{last.path} belongs to another training", f"remove {last.path}")
+    return last
 
 
 def load_best(folder: Path) -> Checkpoint | None:

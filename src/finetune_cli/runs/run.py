@@ -7,6 +7,7 @@ absolute path.
 
 import csv
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune_cli import files
-from finetune_cli.errors import RunError, UsageError
+from finetune_cli.errors import RunError, StorageError, UsageError
 from finetune_cli.photos import listing, table
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.runs import manifest as manifests
@@ -136,7 +137,7 @@ class Run:
 
 def check_target(directory: Path, name: str | None) -> None:
     """Raise `UsageError` when `name` exists in `directory`: before minutes of work."""
-    if name is not None and (directory / name).exists():
+    if name is not None and os.path.lexists(directory / name):
         raise UsageError(
             f"{directory / name} exists already, and runs are never overwritten",
             "choose another --name, or remove that folder",
@@ -155,27 +156,25 @@ def stem(photos: Path) -> str:
     return re.sub(r"[^\w.-]+", "-", name)[:_LONGEST_STEM].strip("-.") or "run"
 
 
-def create(directory: Path, name: str | None, stem: str) -> Path:
+def create(directory: Path, name: str | None, stem: str, write: Callable[[Path, Path], None]) -> Path:
     """Make a new run directory and return it: `name`, or `stem` with the next free number.
 
-    Raises `UsageError` when `name` exists; a run is never overwritten.
+    ``write(temporary, folder)`` fills it while it has a temporary name, so that a kill leaves no run that cannot be
+    resumed. Raises `UsageError` when `name` exists, because a run is never overwritten; `StorageError`.
     """
-    check_target(directory, name)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if name is not None:
-            (directory / name).mkdir()
-            return directory / name
-        number = 1
-        while True:
-            try:
-                (directory / f"{stem}-{number}").mkdir()
-            except FileExistsError:
-                number += 1
-            else:
-                return directory / f"{stem}-{number}"
-    except OSError as exc:
-        raise files.storage_error(exc, directory) from exc
+    numbers = itertools.count(1)
+    while True:
+        check_target(directory, name)
+        folder = directory / (name or f"{stem}-{next(numbers)}")
+        if os.path.lexists(folder):
+            continue
+        try:
+            with files.atomic_folder(folder) as temporary:
+                write(temporary, folder)
+            return folder
+        except StorageError:
+            if not os.path.lexists(folder):
+                raise
 
 
 def located(named: Path) -> Path:

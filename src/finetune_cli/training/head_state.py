@@ -53,15 +53,11 @@ def load_latest(folder: Path, classes: tuple[str, ...], training_id: str, observ
 
     Raises `CheckpointError` when no checkpoint is whole, `RunError` when the last belongs to another training.
     """
-    last = checkpoints.load_latest(folder / FOLDER)
+    last = checkpoints.latest_of(folder / FOLDER, training_id, observer)
     if last is None:
         return None
-    for warning in last.warnings:
-        observer.warn(warning)
     state = HeadState.from_checkpoint(last)
     if state.classes != classes:
         raise RunError(f"{last.path} has other classes: {', '.join(state.classes)}", "train a new run")
-    if state.training_id != training_id:
-        raise RunError(f"{last.path} belongs to another training", f"remove {last.path}")
     observer.note(f"resuming after epoch {last.epoch}")
     return state.epoch

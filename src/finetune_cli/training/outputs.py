@@ -138,7 +138,7 @@ def _apart(one: NDArray[Any] | None, other: NDArray[Any] | None) -> float:
     return apart if math.isfinite(apart) else math.inf
 
 
-class Judged(NamedTuple):
+class ScoredSplit(NamedTuple):
     """A split, its photos, their predicted probabilities ``float32 (n, C)``, and the metrics."""
 
     split: str
@@ -147,20 +147,22 @@ class Judged(NamedTuple):
     evaluation: Evaluation
 
 
-def write_tables(
-    folder: Path,
-    classes: Sequence[str],
-    parts: Sequence[tuple[str, Sequence[Sample], NDArray[np.float32], Evaluation]],
-    fine_tuning: Mapping[str, Any] | None = None,
+def write_metrics(
+    folder: Path, parts: Sequence[ScoredSplit], fine_tuning: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Write metrics.json, per_class.csv and predictions.csv into `folder`; returns their names.
+    """Write metrics.json into `folder`; returns its name.
 
-    `fine_tuning`: what was tried and kept, for metrics.json; None for a training without that stage.
+    `fine_tuning`: what was tried and kept; None for a training without that stage.
     """
-    metrics: dict[str, Any] = {split: evaluation.to_json() for split, _s, _p, evaluation in parts}
-    files.write_json(
-        folder / "metrics.json", metrics | ({"fine_tuning": fine_tuning} if fine_tuning is not None else {})
-    )
+    metrics: dict[str, Any] = {part.split: part.evaluation.to_json() for part in parts}
+    if fine_tuning is not None:
+        metrics["fine_tuning"] = fine_tuning
+    files.write_json(folder / "metrics.json", metrics)
+    return ["metrics.json"]
+
+
+def write_tables(folder: Path, classes: Sequence[str], parts: Sequence[ScoredSplit]) -> list[str]:
+    """Write per_class.csv and predictions.csv into `folder`; returns their names."""
     write_csv(
         folder / "per_class.csv",
         ("split", "class", "precision", "recall", "f1", "support"),
@@ -179,7 +181,7 @@ def write_tables(
             for sample, row in zip(samples, probabilities, strict=True)
         ),
     )
-    return ["metrics.json", "per_class.csv", "predictions.csv"]
+    return ["per_class.csv", "predictions.csv"]
 
 
 def _number(value: float | None) -> str:

@@ -56,7 +56,7 @@ class Outcome:
     fitted: Fitted
     temperature: float
     parity: Parity | None
-    judged: tuple[outputs.Judged, ...]
+    judged: tuple[outputs.ScoredSplit, ...]
 
 
 def train(config: Config, observer: Observer) -> Run:
@@ -70,9 +70,13 @@ def train(config: Config, observer: Observer) -> Run:
         _start_keras(keras, settings)
         prepared = prepare(settings, observer, stage.checked(settings))
         start = _start(prepared, observer)
-        folder = run.create(config.output.directory, config.output.name, run.stem(config.data.train))
+        folder = run.create(
+            config.output.directory,
+            config.output.name,
+            run.stem(config.data.train),
+            lambda temporary, folder: resume_checks.record_start(temporary, folder, prepared),
+        )
         with files.lock(folder), _resumable(folder):
-            resume_checks.record_start(folder, prepared)
             return _fit_and_finish(folder, prepared, start, observer, keras)
 
 
@@ -131,7 +135,8 @@ def _fit_and_finish(
         outcome = Outcome(fitted, temperature, None, tuple(judged))
         proof = _save_models(folder, prepared, outcome, keras)
         # While Keras loads the model in its own process:
-        names += outputs.write_tables(folder, classes, judged, tuning)
+        names += outputs.write_metrics(folder, judged, tuning)
+        names += outputs.write_tables(folder, classes, judged)
         names += _write_history(folder, fitted)
         names += figures.write_figures(folder, judged[-1].evaluation, fitted.history)
         parity = proof()
@@ -148,24 +153,24 @@ def _fit_and_finish(
     return finished
 
 
-def _judge(prepared: Prepared, fitted: Head) -> tuple[float, list[outputs.Judged]]:
+def _judge(prepared: Prepared, fitted: Head) -> tuple[float, list[outputs.ScoredSplit]]:
     """The temperature of a head, and what the model with both says of the validation and the test photos."""
     parts, classes = prepared.parts, prepared.data.classes
     calibrated = prepared.config.calibration == "temperature"
     val = parts["val"]
     temperature = fit_temperature(fitted.logits(val.array[:, 0]), labels_of(val.samples)) if calibrated else 1.0
-    judged: list[outputs.Judged] = []
+    judged: list[outputs.ScoredSplit] = []
     for split in ("val", "test"):
         if split in parts:
             probabilities = softmax32(fitted.logits(parts[split].array[:, 0]), temperature)
             evaluation = evaluate(probabilities, labels_of(parts[split].samples), classes)
             if split == "val" and calibrated:
                 evaluation = replace(evaluation, calibration=_cross_fitted(fitted, parts[split]))
-            judged.append(outputs.Judged(split, parts[split].samples, probabilities, evaluation))
+            judged.append(outputs.ScoredSplit(split, parts[split].samples, probabilities, evaluation))
     return temperature, judged
 
 
-def _below_baseline(config: Config, part: outputs.Judged) -> str | None:
+def _below_baseline(config: Config, part: outputs.ScoredSplit) -> str | None:
     """Why the model may not beat the majority-class baseline on `part`; `None` if it does, or if it has no errors.
 
     With random weights, accuracy by chance is to be expected, so the whole 95 % interval must be above it.

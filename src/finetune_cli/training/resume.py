@@ -30,18 +30,19 @@ _MAY_CHANGE = ("training.epochs", "training.early_stopping_patience", "data.", "
 _NEW_RUN = "put them back, or train a new run"
 
 
-def record_start(folder: Path, prepared: Prepared) -> None:
-    """Write what a resumed training must find. Raises `StorageError`."""
-    _write_config(folder, prepared.config)
-    environment.write_environment(folder, *_environment_arguments(prepared))
+def record_start(temporary: Path, folder: Path, prepared: Prepared) -> None:
+    """Write what a resumed training must find into `temporary`, which becomes `folder`. Raises `StorageError`."""
+    config = prepared.config.dump(folder)
+    _write_config(temporary, config)
+    environment.write_environment(temporary, *_environment_arguments(prepared))
     record = Start(
-        configs=(prepared.config.dump(folder),),
+        configs=(config,),
         backbone=prepared.backbone.fingerprint,
         start_from=prepared.start_from,
-        environments=(files.sha256_own(folder / environment.FILE),),
+        environments=(files.sha256_own(temporary / environment.FILE),),
     )
-    start.write(folder, record)
-    run.write_split(folder / "split.csv", _split_rows(prepared))
+    start.write(temporary, record)
+    run.write_split(temporary / "split.csv", _split_rows(prepared))
 
 
 def check_files(folder: Path) -> None:
@@ -86,7 +87,7 @@ def check_inputs(folder: Path, prepared: Prepared, observer: Observer) -> None:
     if changed:
         record = replace(record, configs=(*record.configs, config))
         start.write(folder, record)
-    _write_config(folder, prepared.config)
+    _write_config(folder, config)
     _note_other_environment(folder, prepared, record, observer)
 
 
@@ -99,8 +100,8 @@ def _as_dumped_now(folder: Path, values: Mapping[str, Any]) -> dict[str, Any]:
         raise RunError(problem, "train a new run") from exc
 
 
-def _write_config(folder: Path, config: Config) -> None:
-    text = yaml.safe_dump(config.dump(folder), sort_keys=False, allow_unicode=True)
+def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    text = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
     files.write_text(folder / "config.yaml", text)
 
 

@@ -14,13 +14,13 @@ from finetune_cli.errors import RunError
 from finetune_cli.metrics import scores
 from finetune_cli.runs.run import MANIFEST, Run
 from finetune_cli.tables import write_csv, write_records
-from finetune_cli.training.outputs import Judged
+from finetune_cli.training.outputs import ScoredSplit
 
 HISTORY, FLIPPED, CURVES = "tuning.csv", "flipped.csv", "tuning_curves.png"
 FLIPPED_HEADER = ("split", "path", "true", "frozen", "kept")
 
 
-def compared(before: Sequence[Judged], after: Sequence[Judged]) -> dict[str, Any]:
+def compared(before: Sequence[ScoredSplit], after: Sequence[ScoredSplit]) -> dict[str, Any]:
     """By split: accuracy and log loss of the frozen and the kept model, and McNemar's exact test between them."""
     found = {}
     for frozen, kept in zip(before, after, strict=True):
@@ -54,15 +54,15 @@ def trained_from(run: Run) -> str | None:
         ) from exc
 
 
-def _scores(judged: Judged) -> dict[str, float]:
+def _scores(judged: ScoredSplit) -> dict[str, float]:
     return {"accuracy": judged.evaluation.accuracy.value, "log_loss": judged.evaluation.log_loss}
 
 
 def write(
     folder: Path,
     classes: Sequence[str],
-    before: Sequence[Judged],
-    after: Sequence[Judged],
+    before: Sequence[ScoredSplit],
+    after: Sequence[ScoredSplit],
     history: Sequence[Mapping[str, float]],
 ) -> list[str]:
     """Write the files of the stage into `folder`; returns their names. Raises `StorageError`."""

@@ -19,7 +19,7 @@ from finetune_cli.backbones import build
 from finetune_cli.backbones.build import Backbone
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.devices import Device, Precision
-from finetune_cli.errors import CheckpointError, RunError, StorageError
+from finetune_cli.errors import CheckpointError, StorageError
 from finetune_cli.head.data import class_weights
 from finetune_cli.head.keras_fit import fit_epochs
 from finetune_cli.inference import runtimes
@@ -266,13 +266,9 @@ class _Stage:
         return state
 
     def _resumed(self, folder: Path) -> UpperState | None:
-        last = checkpoints.load_latest(folder)
+        last = checkpoints.latest_of(folder, self.training_id, self.observer)
         if last is None:
             return None
-        for warning in last.warnings:
-            self.observer.warn(warning)
-        if last.state.get("training_id") != self.training_id:
-            raise RunError(f"{last.path} belongs to another training", f"remove {last.path}")
         self.observer.note(f"fine-tuning: resuming after epoch {last.epoch}")
         try:
             return UpperState.restore(last.epoch, last.arrays, last.state["history"])
