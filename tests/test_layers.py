@@ -1,11 +1,13 @@
 """The house: imports only go downwards, and nothing imports itself in a circle, inside a package neither."""
 
 import ast
+import re
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from paths import SOURCE
+from paths import ROOT, SOURCE
 
 PACKAGE = SOURCE / "finetune_cli"
 # From the ground up: a package or module may import those before it, and modules of its own package.
@@ -60,3 +62,21 @@ def test_nothing_imports_itself_in_a_circle():
         TopologicalSorter(graph).prepare()
     except CycleError as exc:
         pytest.fail(f"a circle of imports: {' -> '.join(exc.args[1])}")
+
+
+def walks():
+    """The walks that the documentation shows, each a list of modules."""
+    text = " ".join((ROOT / "docs" / "architecture.md").read_text("utf-8").split())
+    step = r"`([a-z_/]+)\.py`"
+    return [re.findall(step, walk[0]) for walk in re.finditer(f"{step}(?: → {step})+", text)]
+
+
+def test_the_documented_walks_only_go_down():
+    assert len(walks()) > 15
+    for walk in walks():
+        names = [module.replace("/", ".") for module in walk]
+        assert set(names) <= set(MODULES), walk
+        floors = [FLOORS.index(name.partition(".")[0]) for name in names]
+        assert floors == sorted(floors, reverse=True), walk
+        for name, below in pairwise(names):
+            assert below in imported(MODULES[name]), f"{name} does not import {below}"
