@@ -9,7 +9,8 @@ _ADDRESS = re.compile(r"(?:^|/)(https?|ftp|s3|gs)(:/+)(?=[^/])", re.IGNORECASE)
 
 def shown(text: object) -> str:
     """`text` on one line with every control, bidirectional or undecodable character as a visible escape."""
-    return "".join(map(_visible, str(text)))
+    whole = str(text)
+    return whole if whole.isprintable() else "".join(map(_visible, whole))
 
 
 def brief(text: object, most: int = 100) -> str:

@@ -7,6 +7,7 @@ Neither TensorFlow nor SciPy is imported.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,12 +37,12 @@ class Answers:
     stride: int
     bad: tuple[BadPhoto, ...]
 
-    @property
+    @cached_property
     def labels(self) -> NDArray[np.int64]:
         """``int64 (n,)``: the true class of every photo."""
         return np.array([sample.label for sample in self.samples], np.int64)
 
-    @property
+    @cached_property
     def predicted(self) -> NDArray[np.int64]:
         """``int64 (n,)``: the most probable class of every photo, the first of equals."""
         return np.asarray(self.probabilities.argmax(axis=1), np.int64)
