@@ -143,7 +143,7 @@ def extraction(photos: Path, folder: Path) -> None:
                     ("view 0", None, decode + infer),
                     ("2 views", augmenter, decode + warp + 2 * infer),
                 ):
-                    request = extract.Request(settings, backbone.fingerprint, precision, augment)
+                    request = extract.FeatureRequest(settings, backbone.fingerprint, precision, augment)
                     with tempfile.TemporaryDirectory(dir=folder) as cache, FeatureStore(Path(cache)) as store:
                         compiled = runtimes.OpenVinoRuntime(runtimes.convert(backbone.model), precision, cores())
                         started = time.perf_counter()

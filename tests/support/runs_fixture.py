@@ -129,7 +129,7 @@ def build(folder: Path, classes: tuple[str, ...] = ("ant", "bee", "wasp")) -> Ti
     with FeatureStore(cache) as store:
         for split, samples in splits.items():
             augmenter = training_settings.augmenter(settings) if split == "train" else None
-            request = extract.Request(training_settings.image_settings(settings), "tiny", "float32", augmenter)
+            request = extract.FeatureRequest(training_settings.image_settings(settings), "tiny", "float32", augmenter)
             runtime = runtimes.OpenVinoRuntime(runtimes.convert(backbone), "float32", 1)
             resources = extract.Resources(store, lambda _p, runtime=runtime: runtime, cache, 1, 4)
             arrays[split] = extract.extract(samples, request, 24, resources, lambda _n: None).array

@@ -17,7 +17,7 @@ from finetune_cli.head.lbfgs import Head
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.decode import ImageSettings
-from finetune_cli.training.extract import Request
+from finetune_cli.training.extract import FeatureRequest
 from finetune_cli.training.tuning import activations, candidates, plan
 from finetune_cli.training.tuning.activations import Lower, Pixels, Recomputed, Scratch, ScratchFile
 from finetune_cli.training.tuning.cuts import cut
@@ -174,7 +174,7 @@ def test_recomputed_activations_are_the_stored_ones(tmp_path):
         Image.fromarray(pixels).save(tmp_path / "photos" / "a" / f"{i}.png")
     samples = runs_fixture.samples_of(tmp_path / "photos", ("a",))
     augmenter = Augmenter({"horizontal_flip": True, "rotation_range": 30}, 3, 0, SIZE)
-    lower = Lower(Request(ImageSettings(SIZE), "x", "float32", augmenter), Pixels(), (SIZE, SIZE, 3), 2, 4)
+    lower = Lower(FeatureRequest(ImageSettings(SIZE), "x", "float32", augmenter), Pixels(), (SIZE, SIZE, 3), 2, 4)
     advanced = []
     stored = activations.stored(samples, lower, Scratch(tmp_path, 3, np.uint8), advanced.append)
     assert sum(advanced) == 5

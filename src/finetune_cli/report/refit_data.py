@@ -21,7 +21,7 @@ from finetune_cli.head.data import class_weights
 from finetune_cli.metrics.folds import group_numbers
 from finetune_cli.runs.run import Run, SplitRow
 from finetune_cli.training import settings
-from finetune_cli.training.extract import Request
+from finetune_cli.training.extract import FeatureRequest
 
 # Refits must not take longer than the training did: beyond this many numbers (rows x features x classes), fewer
 # photos are taken. The bytes allow 6,100 photos x 4 views of ResNet50; what is worked on is copied once.
@@ -72,7 +72,7 @@ def load(run: Run, config: Config) -> Material:
     numbers = augmenter.views * width
     most = max(len(run.classes), min(_MOST_NUMBERS // (numbers * len(run.classes)), _MOST_BYTES // (4 * numbers)))
     rows = _some(everything, most)
-    request = Request(
+    request = FeatureRequest(
         settings.image_settings(config),
         run.manifest.backbone.fingerprint,
         run.manifest.feature_precision,
@@ -107,7 +107,7 @@ def _some(rows: Sequence[SplitRow], most: int) -> list[SplitRow]:
     return [row for row in rows if id(row) in chosen]
 
 
-def _read(rows: Sequence[SplitRow], request: Request, width: int, config: Config) -> NDArray[np.float32]:
+def _read(rows: Sequence[SplitRow], request: FeatureRequest, width: int, config: Config) -> NDArray[np.float32]:
     folder = _cache_folder(config)
     missing = DataError(
         f"the training features are not in the feature cache {folder or ''}".rstrip(),

@@ -40,7 +40,7 @@ class RuntimeFactory(Protocol):
 
 
 @dataclass(frozen=True)
-class Request:
+class FeatureRequest:
     """What the features are computed from: everything that their values depend on is part of the cache key."""
 
     settings: ImageSettings
@@ -97,7 +97,7 @@ class Resources:
 
 
 def extract(
-    samples: Sequence[Sample], request: Request, width: int, resources: Resources, advance: Advance
+    samples: Sequence[Sample], request: FeatureRequest, width: int, resources: Resources, advance: Advance
 ) -> Features:
     """The features of all views of `samples`, `float32 (len(samples), views, width)`.
 
@@ -139,7 +139,7 @@ def extract(
 
 
 def _from_store(
-    digests: dict[int, str], request: Request, store: FeatureStore, array: NDArray[np.float32], advance: Advance
+    digests: dict[int, str], request: FeatureRequest, store: FeatureStore, array: NDArray[np.float32], advance: Advance
 ) -> dict[int, list[int]]:
     """Fill the rows of `array` for the photos `digests` (row -> SHA-256) from the cache; return the missing views."""
     missing: dict[int, list[int]] = {}
@@ -221,7 +221,7 @@ _Rows = dict[tuple[int, int], NDArray[np.float32]]
 
 
 def worker(
-    samples: Sequence[Sample], request: Request, runtime: Runtime
+    samples: Sequence[Sample], request: FeatureRequest, runtime: Runtime
 ) -> Callable[[list[tuple[int, Sequence[int]]]], tuple[_Rows, dict[int, BadPhoto]]]:
     """What a thread does with some photos, of which it gets (index, views): read, decode, warp, infer.
 

@@ -34,7 +34,7 @@ from finetune_cli.progress import Observer, timed
 from finetune_cli.text import counted, shown
 from finetune_cli.training import extract, start_from
 from finetune_cli.training.converted import Conversion, Converted
-from finetune_cli.training.extract import Features, Request, Resources
+from finetune_cli.training.extract import FeatureRequest, Features, Resources
 from finetune_cli.training.requirements import check_room
 from finetune_cli.training.settings import Settings
 from finetune_cli.training.start_from import AnyBackbone
@@ -260,9 +260,9 @@ class Extractor:
         """The features of `samples`, `float32 (n, views, D)`, through `store`."""
         image, fingerprint = self.settings.image, self.backbone.fingerprint
         if split == "train":
-            request = Request(image, fingerprint, self.precision, self.settings.augmenter)
+            request = FeatureRequest(image, fingerprint, self.precision, self.settings.augmenter)
         else:
-            request = Request(image, fingerprint, "float32")
+            request = FeatureRequest(image, fingerprint, "float32")
         resources = Resources(store, self._runtime, self.settings.cache.scratch, self.workers, self.batch_size)
         with self.observer.stage(f"features of {split}", len(samples)) as advance:
             return extract.extract(samples, request, self.backbone.width, resources, advance)

@@ -27,7 +27,7 @@ from finetune_cli.parallel import ordered_map
 from finetune_cli.photos.scan import Sample
 from finetune_cli.progress import Advance
 from finetune_cli.training import extract
-from finetune_cli.training.extract import Request
+from finetune_cli.training.extract import FeatureRequest
 
 Rows = NDArray[np.float32]
 _FLOAT16_LARGEST = 65504.0
@@ -119,7 +119,7 @@ class ScratchFile:
 class Lower:
     """The frozen lower part on a fast runtime, and how photos get to it."""
 
-    request: Request
+    request: FeatureRequest
     runtime: Runtime
     shape: tuple[int, ...]
     workers: int

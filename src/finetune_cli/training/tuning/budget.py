@@ -24,7 +24,7 @@ from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.scan import Sample, decode_sample
 from finetune_cli.progress import Observer, ignore_progress
 from finetune_cli.training.converted import Converted
-from finetune_cli.training.extract import Request
+from finetune_cli.training.extract import FeatureRequest
 from finetune_cli.training.prepare import Extractor, index, make_extractor
 from finetune_cli.training.requirements import check_room, check_settings
 from finetune_cli.training.settings import Settings
@@ -85,8 +85,8 @@ def budget(config: Config, observer: Observer) -> Budget:
         raise DataError("no training photo can be decoded", "list what is wrong with: finetune check CONFIG")
     meter = _Meter(settings, backbone, extractor, precision, few)
     held_out = (*data.val, *data.test)
-    new = _missing(settings.cache, Request(settings.image, backbone.fingerprint, precision, views), data.train)
-    new += _missing(settings.cache, Request(settings.image, backbone.fingerprint, "float32"), held_out)
+    new = _missing(settings.cache, FeatureRequest(settings.image, backbone.fingerprint, precision, views), data.train)
+    new += _missing(settings.cache, FeatureRequest(settings.image, backbone.fingerprint, "float32"), held_out)
     everything = len(data.train) * views.views + len(held_out)
     photos = len(data.train) + len(held_out)
     with observer.stage("measuring", None):
@@ -121,7 +121,7 @@ class _Meter:
         return self._stored(model, shape)[1]
 
     def _stored(self, model: Any | None, shape: tuple[int, ...]) -> tuple[activations.ScratchFile, float]:
-        request = Request(self.settings.image, self.backbone.fingerprint, self.precision, None)
+        request = FeatureRequest(self.settings.image, self.backbone.fingerprint, self.precision, None)
         runtime = stage.lower_runtime(model, self.extractor.device, self.precision, self.extractor.workers)
         lower = Lower(request, runtime, shape, self.extractor.workers, self.extractor.batch_size)
         folder = self.settings.cache.scratch
@@ -183,7 +183,7 @@ def _can_be_decoded(sample: Sample, image: ImageSettings) -> bool:
     return True
 
 
-def _missing(folder: CacheFolder, request: Request, samples: Sequence[Sample]) -> int:
+def _missing(folder: CacheFolder, request: FeatureRequest, samples: Sequence[Sample]) -> int:
     """How many views of `samples` the feature cache in `folder` lacks; nothing is created."""
     keys = list({request.key(sample.digest, view) for sample in samples for view in range(request.views)})
     if not (folder.path / KIND.name).is_file():

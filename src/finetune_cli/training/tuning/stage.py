@@ -31,7 +31,7 @@ from finetune_cli.progress import Observer, timed
 from finetune_cli.runs import checkpoints
 from finetune_cli.text import counted
 from finetune_cli.training import fit
-from finetune_cli.training.extract import Features, Request, scratch_array
+from finetune_cli.training.extract import FeatureRequest, Features, scratch_array
 from finetune_cli.training.fit import Fitted, labels_of
 from finetune_cli.training.prepare import Extractor, Prepared
 from finetune_cli.training.settings import Settings
@@ -203,7 +203,7 @@ class _Stage:
         )
 
         def lower(precision: Precision, views: Augmenter | None) -> Lower:
-            request = Request(settings.image, self.prepared.backbone.fingerprint, precision, views)
+            request = FeatureRequest(settings.image, self.prepared.backbone.fingerprint, precision, views)
             runtime = lower_runtime(part.lower, device, precision, self.extractor.workers)
             return Lower(request, runtime, part.shape, self.extractor.workers, self.extractor.batch_size)
 
