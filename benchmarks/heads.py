@@ -26,6 +26,7 @@ from finetune_cli.metrics.folds import group_folds, group_numbers
 from finetune_cli.progress import Silent
 from finetune_cli.training.fit import labels_of
 from finetune_cli.training.prepare import prepare
+from finetune_cli.training.requirements import check_settings
 
 SETS = {"hymenoptera": ("train", "val"), "scenes": ("train", "test")}
 
@@ -57,7 +58,7 @@ def load(folder: Path, name: str) -> Photos:
         "augmentation.width_shift_range=0.2",
         "augmentation.height_shift_range=0.2",
     ]
-    parts = prepare(load_config(None, overrides), Silent()).parts
+    parts = prepare(check_settings(load_config(None, overrides)), Silent()).parts
     return Photos(
         np.array(parts["train"].array),
         labels_of(parts["train"].samples),

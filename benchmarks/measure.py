@@ -111,6 +111,7 @@ def extraction(photos: Path, folder: Path) -> None:
     import keras
 
     from finetune_cli.backbones import build
+    from finetune_cli.backbones.source import Wanted
     from finetune_cli.cache.features import FeatureStore
     from finetune_cli.inference import runtimes
     from finetune_cli.parallel import cores
@@ -123,7 +124,7 @@ def extraction(photos: Path, folder: Path) -> None:
     samples = [Sample(path, path.name, 0, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths]
     settings = ImageSettings()
     for name, weights in (("resnet50", None), ("efficientnet_lite0", "imagenet")):
-        backbone = build.build(name, weights, 224, 0)
+        backbone = build.build(Wanted(name, weights, 224, 0))
         listing = keras.utils.image_dataset_from_directory(
             photos / "hymenoptera", labels=None, image_size=(224, 224), shuffle=False, verbose=False
         ).take(8)
