@@ -241,9 +241,9 @@ def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_one_refused(place, tu
         place.train(tmp_path, "fine_tuning.weight_decay=0.5", observer=StoppedAfter("fine-tuning epoch 3/"))
     other = tmp_path / "runs" / "photos-2"
     for path in sorted((other / "checkpoints" / "tuning-0").iterdir()):
-        (path / "state.json").write_text(
-            (path / "state.json").read_text().replace('"training_id": "', '"training_id": "0')
-        )
+        state = json.loads((path / "state.json").read_text())
+        state["state"]["training_id"] = "0" * 64
+        (path / "state.json").write_text(json.dumps(state))
         sums = [f"{files.sha256(path / name)}  {name}\n" for name in ("arrays.npz", "state.json")]
         (path / "SHA256SUMS").write_text("".join(sums))
     with pytest.raises(RunError, match="belongs to another training"):
