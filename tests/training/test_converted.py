@@ -158,7 +158,7 @@ def test_the_key_names_all_that_it_depends_on(keras_file, tmp_path, monkeypatch)
     keys += [*random, converted._key(source.find_source(Wanted("resnet101", None, 64, 0)), 64, 0)]
     monkeypatch.setattr(converted, "_version", lambda package: f"another {package}")
     keys.append(key(keras_file))
-    monkeypatch.setattr(converted, "_FORMAT", 2)
+    monkeypatch.setattr(converted, "_FORMAT", converted._FORMAT + 1)
     keys.append(key(keras_file))
     assert len(set(keys)) == len(keys) == 8
     assert key(keras_file, seed=0) == key(keras_file, seed=1), "the weights are in the file"

@@ -1,7 +1,8 @@
 """The form `keras`: the run's own ``.keras`` file, byte for byte, with `classes.json` beside it.
 
 It holds stock layers alone, so ``keras.models.load_model(path, safe_mode=True)`` loads it without this package:
-``float32 (N, size, size, 3)`` RGB 0..255 in, probabilities ``(N, C)`` out.
+``image float32 (N, size, size, 3)`` RGB 0..255 in, probabilities ``(N, C)`` out. (In runs of earlier versions the input
+is called `pixels`; the file is the run's own, so its name stays.)
 """
 
 import shutil
@@ -26,7 +27,7 @@ class KerasFile:
         shutil.copyfile(source.run.file("model.keras"), folder / "model.keras")
 
     @staticmethod
-    def open(path: Path, workers: int) -> Opened:  # noqa: ARG004 - TensorFlow shares out its work by itself
+    def open(path: Path, workers: int, latency: bool = False) -> Opened:  # noqa: ARG004 - TensorFlow shares out its work by itself
         """The model in the file `path`. Raises `WeightsError` when Keras cannot load it."""
         return OpenedKeras(path)
 
@@ -55,4 +56,4 @@ class OpenedKeras:
 
     def signatures(self) -> tuple[Signature, ...]:
         """The model's only input."""
-        return (Signature("pixels", "pixels", self.probabilities),)
+        return (Signature("image", "pixels", self.probabilities),)

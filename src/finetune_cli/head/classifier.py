@@ -50,18 +50,19 @@ def build(backbone_model: Any, head: Head, temperature: float, classes: Sequence
     """A `keras.Model` from raw pixels 0..255 RGB (N, H, W, 3) to probabilities (N, C) of `classes`.
 
     The backbone is called with ``training=False``; after it come Dense `logits`, Rescaling `temperature` (1/T) and
-    Softmax `probabilities`, in float32: stock layers only, so the file loads without this package.
+    Softmax `probabilities`, in float32: stock layers only, so the file loads without this package. The input is called
+    `image`, as in every export; `pixels` in runs of earlier versions.
     """
     if head.kernel.shape != (backbone_model.output_shape[-1], len(classes)):
         raise ValueError(f"a head of shape {head.kernel.shape} does not fit {len(classes)} classes on this backbone")
     keras = import_keras()
-    pixels = keras.Input(backbone_model.input_shape[1:], name="pixels")
+    image = keras.Input(backbone_model.input_shape[1:], name="image")
     dense = keras.layers.Dense(len(classes), name="logits", dtype="float32")
-    values = dense(backbone_model(pixels, training=False))
+    values = dense(backbone_model(image, training=False))
     values = keras.layers.Rescaling(1 / temperature, name="temperature", dtype="float32")(values)
     values = keras.layers.Softmax(name="probabilities", dtype="float32")(values)
     dense.set_weights([head.kernel, head.bias])
-    model = keras.Model(pixels, values, name="classifier")
+    model = keras.Model(image, values, name="classifier")
     model.trainable = False
     return model
 

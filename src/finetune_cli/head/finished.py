@@ -94,10 +94,10 @@ def openvino_model(backbone: "openvino.Model", head: Head, temperature: float) -
     logits = operations.add(operations.matmul(features, head.kernel, False, False), head.bias)
     scaled = operations.multiply(logits, np.float32(1 / temperature))
     probabilities = operations.softmax(scaled, axis=1)
-    pixels = backbone.get_parameters()[0]
-    pixels.set_friendly_name("pixels")
-    pixels.output(0).get_tensor().set_names({"pixels"})
-    model = ov.Model([operations.result(probabilities)], [pixels], "classifier")
+    image = backbone.get_parameters()[0]
+    image.set_friendly_name("image")
+    image.output(0).get_tensor().set_names({"image"})
+    model = ov.Model([operations.result(probabilities)], [image], "classifier")
     # Keras and OpenVINO number them through the life of a process; equal models shall give equal files.
     for i, node in enumerate(model.get_ordered_ops()):
         if node.get_type_name() != "Parameter":

@@ -34,7 +34,7 @@ from finetune_cli.training.tuning import cuts
 if TYPE_CHECKING:
     import openvino
 
-_FORMAT = 1  # part of the key: raise it when the same backbone is to be converted otherwise
+_FORMAT = 2  # part of the key: raise it when the same backbone is to be converted otherwise
 _PACKAGES = ("keras", "tensorflow", "openvino")
 _FACTS, _GRAPH, _WEIGHTS, _TEMPLATE = "facts.json", "backbone.xml", "backbone.bin", "classifier.keras"
 _FILES = (_GRAPH, _WEIGHTS, _TEMPLATE)
