@@ -67,6 +67,8 @@ def seed(folder: Path) -> None:
     one = constant(1.0, kind=np.float32)
     save("seed", good)
     save("unfolding", lambda image: op.add(op.reduce_sum(op.broadcast(one, huge), constant(0, 1), False), mean(image)))
+    save("int8", lambda image: int8(op, mean(image)))
+    save("outer product", lambda image: op.add(outer_product(op), mean(image)))
     save("endless", lambda image: op.add(
         op.reduce_sum(op.range(op.constant(np.float32(0)), op.constant(np.float32(1e11)), op.constant(np.float32(1)),
                                "f32"), constant(0), keep_dims=False), mean(image)))  # fmt: skip
@@ -77,6 +79,20 @@ def seed(folder: Path) -> None:
     save("doubled often", doubled(60))
     save("many layers", many)
     save("data-dependent", lambda image: op.reduce_sum(op.non_zero(image, "i64"), constant(0), keep_dims=False))
+
+
+def int8(op, features):
+    """A head whose weights are in int8 and are converted and scaled when they are loaded, as NNCF writes them."""
+    rng = np.random.default_rng(0)
+    stored = op.convert(op.constant(rng.integers(-127, 128, (3, 8), np.int8)), "f32")
+    kernel = op.multiply(stored, op.constant(rng.uniform(0.01, 0.02, (1, 8)).astype(np.float32)))
+    return op.softmax(op.matmul(features, kernel, False, False), 1)
+
+
+def outer_product(op):
+    """The sum of a product of two constants, which has many times the numbers of both."""
+    column, line = (op.constant(np.ones(shape, np.float32)) for shape in ((30_000, 1), (1, 30_000)))
+    return op.reduce_sum(op.multiply(column, line), op.constant(np.array([0, 1])), False)
 
 
 def load(path: Path) -> dict[str, object]:

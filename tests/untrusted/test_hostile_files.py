@@ -172,8 +172,8 @@ def test_operations_that_do_not_belong(cases, good):
 
 
 def test_models_that_unfold_or_never_end(cases, seeds):
-    names = [path.stem for path in seeds.glob("*.xml") if path.stem != "seed"]
-    assert len(names) == 9
+    names = [path.stem for path in seeds.glob("*.xml") if path.stem not in {"seed", "int8"}]
+    assert len(names) == 10
     for name in names:
         cases.add(name, (seeds / f"{name}.xml").read_bytes(), (seeds / f"{name}.bin").read_bytes())
     assert cases.load() == dict.fromkeys(names, "refused")
@@ -228,6 +228,11 @@ def test_random_changes_crash_nothing(cases, good, seed):
             text = text[: match.start()] + rng.choice(choices) + text[match.end() :]
         cases.add(str(i), text, weights)
     cases.load()
+
+
+def test_weights_in_int8_are_allowed(cases, seeds):
+    cases.add("int8", (seeds / "int8.xml").read_bytes(), (seeds / "int8.bin").read_bytes())
+    assert cases.load() == {"int8": "answered"}
 
 
 def test_half_precision_is_allowed(seeds, tmp_path):

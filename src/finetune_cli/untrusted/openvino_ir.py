@@ -8,6 +8,7 @@ loops, and with constants that expand to gigabytes. So
 what comes out of it. Nothing in such a file can run code or name another file.
 """
 
+import itertools
 import math
 import os
 import re
@@ -153,7 +154,7 @@ class _Graph:
         self._notes = 0  # how many elements deep in free text
         self._layer = ""
         self._kinds: dict[str, str] = {}
-        self._constants = 0
+        self._constants: dict[str, list[int]] = {}  # layer -> shape
         self._inputs: set[tuple[str, str]] = set()
         self._outputs: set[tuple[str, str]] = set()
         self._edges: dict[tuple[str, str], tuple[str, str]] = {}
@@ -222,7 +223,6 @@ class _Graph:
 
     def _check_constant(self, attributes: dict[str, str]) -> None:
         """The numbers of a constant must be inside the weights, and as many as its shape requires."""
-        self._constants += 1
         item = _ITEM_BYTES.get(attributes.get("element_type", ""))
         shape = [_integer(part) for part in attributes.get("shape", "").split(",") if part.strip()]
         offset, size = (_integer(attributes.get(key, "")) for key in ("offset", "size"))
@@ -230,6 +230,7 @@ class _Graph:
             raise _RefusedError(f"constant {self._layer[:40]!r} has a size that does not match its shape")
         if offset + size > self._bin_size:
             raise _RefusedError(f"constant {self._layer[:40]!r} lies outside the weights")
+        self._constants[self._layer] = shape
 
     def _check_settings(self, attributes: dict[str, str]) -> None:
         """Strides, paddings and the like stay below 10,000: OpenVINO computes with them in 32 bits."""
@@ -242,7 +243,7 @@ class _Graph:
         counts = Counter(self._kinds.values())
         if counts["Parameter"] != 1 or counts["Result"] != 1:
             raise _RefusedError("it has not exactly one input and one output")
-        if self._constants != counts["Const"]:
+        if len(self._constants) != counts["Const"]:
             raise _RefusedError("it has a constant without numbers")
         if self._edges.keys() != self._inputs or not self._outputs.issuperset(self._edges.values()):
             raise _RefusedError("its edges do not fit its layers")
@@ -255,12 +256,32 @@ class _Graph:
             new = set(following.get(waiting.pop(), ())) - reached
             reached |= new
             waiting += new
-        # The converter computes what depends on constants alone (but for weights in float16, which are converted when
-        # loaded); left to OpenVINO, it may expand to gigabytes.
-        if any(layer not in reached for layer, kind in self._kinds.items() if kind not in {"Const", "Convert"}):
-            raise _RefusedError("a part of it does not depend on the photo")
+        # The converter computes what depends on constants alone (but for weights in float16 and int8, which are
+        # converted and scaled when loaded); left to OpenVINO, it may expand to gigabytes.
+        for layer in self._kinds.keys() - reached:
+            if self._kinds[layer] not in {"Const", "Convert"} and not self._scales_weights(layer):
+                raise _RefusedError("a part of it does not depend on the photo")
         if any(self._kinds[layer] in {"Const", "Parameter"} for layer, _port in self._inputs):
             raise _RefusedError("a constant or the input has inputs of its own")
+
+    def _scales_weights(self, layer: str) -> bool:
+        """Whether `layer` multiplies two constants, perhaps converted ones, to no more numbers than one of them has."""
+        if self._kinds[layer] != "Multiply":
+            return False
+        shapes = [self._constants.get(self._converted(source)) for source in self._sources(layer)]
+        if len(shapes) != 2 or shapes[0] is None or shapes[1] is None:
+            return False
+        pairs = itertools.zip_longest(reversed(shapes[0]), reversed(shapes[1]), fillvalue=1)
+        product = math.prod(max(one, other) for one, other in pairs)
+        return product <= max(math.prod(shapes[0]), math.prod(shapes[1]))
+
+    def _converted(self, layer: str) -> str:
+        """The layer that a Convert converts; `layer` itself if it is of another kind."""
+        return next(iter(self._sources(layer)), layer) if self._kinds.get(layer) == "Convert" else layer
+
+    def _sources(self, layer: str) -> list[str]:
+        """The layers whose outputs `layer` takes."""
+        return [source for (target, _), (source, _) in self._edges.items() if target == layer]
 
 
 def _no_doctype(*_arguments: Any) -> None:
