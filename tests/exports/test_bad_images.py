@@ -43,9 +43,11 @@ def ask(exported, tmp_path):
         assert [row for row in rows if row["seconds"] > LONGEST_SECONDS] == []
         assert [row for row in rows if row["peak"] > MOST_MEMORY] == []
         for row in rows:
-            if row["result"] == "answered":
-                assert np.sum(row["probabilities"]) == pytest.approx(1, abs=1e-4)
-        return [row["result"] for row in rows]
+            answered = row["status"] == "ok"
+            assert np.sum(row["probabilities"]) == pytest.approx(int(answered), abs=1e-4)
+            assert bool(row["label"]) == answered
+            assert answered or row["status"].startswith(("neither a JPEG nor a PNG", "damaged, or of more than"))
+        return ["answered" if row["status"] == "ok" else "refused" for row in rows]
 
     return run
 

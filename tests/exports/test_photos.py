@@ -26,11 +26,12 @@ def graph(resize="crop", size=SIZE):
     import tensorflow as tf
 
     made = tf_photos.PhotoGraph(ImageSettings(size, resize, LIMIT))
+    shape = tf.TensorSpec((size, size, 3), tf.float32)
     pixels = (None, None, None, 3)
     return tuple(
-        tf.function(function, input_signature=[tf.TensorSpec(shape, kind)], autograph=False)
-        for function, shape, kind in (
-            (made.decoded, (None,), tf.string),
+        tf.function(function, input_signature=[tf.TensorSpec(lengths, kind)], autograph=False)
+        for function, lengths, kind in (
+            (lambda files: tf.map_fn(made.decoded, files, fn_output_signature=shape), (None,), tf.string),
             (made.fitted, pixels, tf.uint8),
             (made.fitted, pixels, tf.float32),
         )

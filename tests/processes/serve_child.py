@@ -2,8 +2,8 @@
 
     python serve_child.py SAVEDMODEL_FOLDER
 
-Paths come one a line (JSON strings); each is answered with a line of JSON: `answered` or `refused`, seconds, and the
-peak of the process's memory in bytes so far. A crash belongs to the file that has no answer.
+Paths come one a line (JSON strings); each is answered with a line of JSON: probabilities, label, status, seconds, and
+the peak of the process's memory in bytes so far. A crash belongs to the file that has no answer.
 """
 
 import json
@@ -30,12 +30,10 @@ def main(folder):
     for line in sys.stdin:
         path = json.loads(line)
         started = time.monotonic()
-        try:
-            answer = serve(image_bytes=tf.constant([Path(path).read_bytes()]))
-            result = {name: value.numpy().tolist() for name, value in answer.items() if name == "probabilities"}
-            result["result"] = "answered"
-        except tf.errors.InvalidArgumentError as exc:
-            result = {"result": "refused", "reason": exc.message.splitlines()[0][:300]}
+        answer = serve(image_bytes=tf.constant([Path(path).read_bytes()]))
+        (label,), (status,) = answer["label"].numpy(), answer["status"].numpy()
+        result = {"probabilities": answer["probabilities"].numpy().tolist()}
+        result |= {"label": label.decode("utf-8", "replace"), "status": status.decode()}
         told = {"path": path, **result, "seconds": time.monotonic() - started, "peak": peak_memory()}
         print(json.dumps(told), flush=True)
 

@@ -4,8 +4,10 @@
     serve_uint8      image        uint8   (N, H, W, 3)
     serve_bytes      image_bytes  string  (N,) JPEG or PNG files
 
-Each answers `probabilities` float32 (N, C), `label` string (N,), and `class_names` string (N, C). Resizing and decoding
-are inside (`tf_photos.py`), so the folder works wherever TensorFlow does, without this package.
+Each answers `probabilities` float32 (N, C), `label` string (N,), and `class_names` string (N, C). `serve_bytes` also
+answers `status` string (N,): "ok", or why a file was refused, whose label is empty and whose probabilities are 0; the
+others of the same request are answered. Resizing and decoding are inside (`tf_photos.py`), so the folder works wherever
+TensorFlow does, without this package.
 """
 
 import uuid
@@ -46,7 +48,7 @@ class SavedModel:
         _make_uuid_reproducible(folder / "fingerprint.pb")
 
     @staticmethod
-    def open(path: Path, workers: int) -> Opened:  # noqa: ARG004 - TensorFlow shares out its work by itself
+    def open(path: Path, workers: int, latency: bool = False) -> Opened:  # noqa: ARG004 - TensorFlow shares out its work by itself
         """The SavedModel in the folder `path`. Raises `WeightsError` when TensorFlow cannot load it."""
         return OpenedSavedModel(path)
 
@@ -62,7 +64,7 @@ def _make_uuid_reproducible(path: Path) -> None:
 
 
 def _functions(tf: Any, model: Any, card: Card) -> dict[str, Any]:
-    from finetune_cli.exports.tf_photos import PhotoGraph
+    from finetune_cli.exports.tf_photos import OK, PhotoGraph
 
     graph = PhotoGraph(card.settings)
     names = tf.constant([name.encode("utf-8", "surrogateescape") for name in card.classes])
@@ -78,13 +80,20 @@ def _functions(tf: Any, model: Any, card: Card) -> dict[str, Any]:
     def function(python: Any, *spec: Any) -> Any:
         return tf.function(python, input_signature=[tf.TensorSpec(*spec)], autograph=False)
 
+    def answer_files(image_bytes: Any) -> dict[str, Any]:
+        photos, status = graph.decoded_or_refused(image_bytes)
+        good, answered = tf.equal(status, OK), answer(photos)
+        return answered | {
+            "probabilities": tf.where(good[:, tf.newaxis], answered["probabilities"], 0),
+            "label": tf.where(good, answered["label"], ""),
+            "status": status,
+        }
+
     pixels = (None, None, None, 3)
     return {
         "serving_default": function(lambda image: answer(graph.fitted(image)), pixels, tf.float32, "image"),
         "serve_uint8": function(lambda image: answer(graph.fitted(image)), pixels, tf.uint8, "image"),
-        "serve_bytes": function(
-            lambda image_bytes: answer(graph.decoded(image_bytes)), (None,), tf.string, "image_bytes"
-        ),
+        "serve_bytes": function(answer_files, (None,), tf.string, "image_bytes"),
     }
 
 

@@ -23,6 +23,7 @@ from finetune_cli.photos.decode import ImageSettings
 
 # More than this, and libjpeg works for seconds on one file: it goes through all pixels again for each scan.
 MOST_SCANNED_PIXELS = 1e10
+OK = "ok"
 _JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_ALPHA = (b"\4", b"\6")  # the colour types with an alpha channel (https://www.w3.org/TR/png-3/#11IHDR)
@@ -41,14 +42,30 @@ class PhotoGraph:
         self._tf = tf
         self._settings = settings
 
-    def decoded(self, encoded: Any) -> Any:
-        """JPEG or PNG files ``string (N,)`` -> ``float32 (N, size, size, 3)``.
+    def decoded_or_refused(self, encoded: Any) -> tuple[Any, Any]:
+        """JPEG or PNG files ``string (N,)`` -> ``float32 (N, size, size, 3)``, and the status of each, string ``(N,)``.
+
+        The status is `OK`, or why the file was refused; such a one is black. TensorFlow has no operation that catches
+        the error of another one, but a dataset can leave out what fails.
+        """
+        tf, size = self._tf, self._settings.size
+        shape = (tf.TensorSpec((size, size, 3), tf.float32), tf.TensorSpec((), tf.string))
+        photos, statuses = tf.map_fn(
+            self._one_or_refused, encoded, fn_output_signature=shape, parallel_iterations=_AT_ONCE
+        )
+        return photos, statuses
+
+    def decoded(self, data: Any) -> Any:
+        """One JPEG or PNG file, ``string ()`` -> ``float32 (size, size, 3)``.
 
         A file of another format, a damaged one, or one of more than `max_pixels` fails with `InvalidArgumentError`.
         """
-        tf, size = self._tf, self._settings.size
-        shape = tf.TensorSpec((size, size, 3), tf.float32)
-        return tf.map_fn(self._decoded, encoded, fn_output_signature=shape, parallel_iterations=_AT_ONCE)
+        tf = self._tf
+        is_jpeg, is_png = self._kinds(data)
+        known = tf.debugging.Assert(tf.logical_or(is_jpeg, is_png), ["an image is neither a JPEG nor a PNG file"])
+        with tf.control_dependencies([known]):
+            photo = tf.cond(is_jpeg, lambda: self._jpeg(data), lambda: self._png(data))
+        return tf.ensure_shape(photo[0], (self._settings.size, self._settings.size, 3))
 
     def fitted(self, photos: Any) -> Any:
         """Pixels ``(N, H, W, 3)`` of any size -> ``float32 (N, size, size, 3)``, which they may have already."""
@@ -62,14 +79,24 @@ class PhotoGraph:
         )
         return tf.ensure_shape(result, (None, size, size, 3))
 
-    def _decoded(self, data: Any) -> Any:
+    def _one_or_refused(self, data: Any) -> tuple[Any, Any]:
+        tf, size = self._tf, self._settings.size
+        decode = tf.autograph.experimental.do_not_convert(lambda data: (self.decoded(data), OK))
+        reason = tf.where(
+            tf.logical_or(*self._kinds(data)),
+            f"damaged, or of more than {self._settings.max_pixels} pixels",
+            "neither a JPEG nor a PNG file",
+        )
+        good = tf.data.Dataset.from_tensors(data).map(decode).ignore_errors()
+        refused = tf.data.Dataset.from_tensors((tf.zeros((size, size, 3)), reason))
+        photo, status = good.concatenate(refused).take(1).get_single_element()
+        return photo, status
+
+    def _kinds(self, data: Any) -> tuple[Any, Any]:
+        """Whether `data` begins as a JPEG file does, and as a PNG file."""
         tf = self._tf
-        is_jpeg = tf.equal(tf.strings.substr(data, 0, len(_JPEG)), _JPEG)
-        is_png = tf.equal(tf.strings.substr(data, 0, len(_PNG)), _PNG)
-        known = tf.debugging.Assert(tf.logical_or(is_jpeg, is_png), ["an image is neither a JPEG nor a PNG file"])
-        with tf.control_dependencies([known]):
-            photo = tf.cond(is_jpeg, lambda: self._jpeg(data), lambda: self._png(data))
-        return tf.ensure_shape(photo[0], (self._settings.size, self._settings.size, 3))
+        is_jpeg, is_png = (tf.equal(tf.strings.substr(data, 0, len(start)), start) for start in (_JPEG, _PNG))
+        return is_jpeg, is_png
 
     def _jpeg(self, data: Any) -> Any:
         tf = self._tf
