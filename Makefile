@@ -20,7 +20,7 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
-	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,onnx,litert]'
+	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev,onnx,litert,int8]'
 	@touch $@ $(VENV)/.installed
 
 quickstart: $(VENV)/.installed  ## install, draw practice photos, train, predict one photo

@@ -307,7 +307,7 @@ def test_evaluate_judges_the_runs_test_photos_or_others_and_writes_nothing(class
 
 
 def test_export_gives_the_folder_of_the_model(classifier, tmp_path):
-    folder = classifier.export("openvino", tmp_path / "model", precision="float16")
+    folder = classifier.export("openvino", tmp_path / "model", quantize="float16")
     assert folder == tmp_path / "model"
     assert {"model.xml", "parity.json", "manifest.json"} <= {path.name for path in folder.iterdir()}
     with pytest.raises(UsageError, match="unknown format"):

@@ -95,7 +95,7 @@ def test_the_manifest_knows_every_file(tmp_path):
     said = manifest.verify(tmp_path / "a")
     assert set(said.files) == {"model.xml", "deep/model.bin"}
     assert said.files["model.xml"] == files.sha256(tmp_path / "a" / "model.xml")
-    assert (said.form, said.options, said.run) == ("openvino", {"precision": "float32"}, "r-1")
+    assert (said.form, said.options, said.run) == ("openvino", {"quantize": "none"}, "r-1")
     assert said.versions["openvino"]
     assert manifest.is_export(tmp_path / "a")
 
@@ -150,10 +150,15 @@ def test_a_folder_without_a_manifest_is_no_export(tmp_path):
 def test_one_form_takes_the_folder_and_several_share_it(tmp_path):
     assert place.inner_paths(tmp_path, ["onnx"], None) == {"onnx": Path()}
     assert place.inner_paths(tmp_path, ["savedmodel"], None) == {"savedmodel": Path("1")}
-    assert place.inner_paths(tmp_path, ["savedmodel", "onnx"], 7) == {
-        "savedmodel": Path("savedmodel/7"),
+    assert place.inner_paths(tmp_path, ["savedmodel", "onnx"], None) == {
+        "savedmodel": Path("savedmodel/1"),
         "onnx": Path("onnx"),
     }
+    assert place.inner_paths(tmp_path, ["savedmodel", "onnx"], 7) == {
+        "savedmodel": Path("savedmodel/7"),
+        "onnx": Path("onnx/7"),
+    }
+    assert place.inner_paths(tmp_path, ["onnx"], 7) == {"onnx": Path("7")}
 
 
 def test_the_next_version_is_the_one_after_the_highest(tmp_path):

@@ -35,8 +35,8 @@ def test_names_aliases_and_options_are_unambiguous():
     words = [word for entry in FORMS.values() for word in (entry.name, *entry.aliases)] + [registry.ALL]
     assert len(words) == len(set(words))
     assert all(word == word.lower() and "," not in word for word in words)
-    options = [option for entry in FORMS.values() for option in entry.options]
-    assert len(options) == len(set(options))
+    for option in {option for entry in FORMS.values() for option in entry.options}:  # one option, one meaning
+        assert {entry.options[option] for entry in registry.owners(option)} == {registry.choices(option)}
     assert len(registry.suffixes()) == len(set(registry.suffixes()))
 
 
@@ -64,7 +64,18 @@ def test_the_extras_exist():
     import tomllib
 
     project = tomllib.loads((EXPORTS.parents[2] / "pyproject.toml").read_text())["project"]
-    assert {entry.extra for entry in FORMS.values()} - {None} <= set(project["optional-dependencies"])
+    extras = {entry.extra for entry in FORMS.values()}
+    extras |= {entry.quantizer[1] for entry in FORMS.values() if entry.quantizer}
+    assert extras - {None} <= set(project["optional-dependencies"])
+
+
+def test_what_int8_needs_besides():
+    plain, int8 = (FORMS["openvino"].made_with({"quantize": value}) for value in (None, "int8"))
+    assert (plain.packages, plain.extra) == (("openvino",), None)
+    assert (int8.packages, int8.versions, int8.extra) == (("openvino", "nncf"), ("openvino", "nncf"), "int8")
+    assert FORMS["onnx"].made_with({"quantize": "int8"}) == FORMS["onnx"]
+    assert FORMS["keras"].made_with({"quantize": "int8"}) == FORMS["keras"]
+    assert FORMS["onnx"].chosen({"quantize": None, "layout": "nchw"}) == {"quantize": "none", "layout": "nchw"}
 
 
 def test_the_registry_imports_no_form():
@@ -111,7 +122,7 @@ def test_a_module_and_an_entry_are_all_that_a_new_form_needs(tiny_run, tmp_path,
             shutil.copyfile(source.run.file("model.keras"), folder / "model.copied")
 
         @staticmethod
-        def open(path, workers):
+        def open(path, workers, latency=False):
             assert path.is_file()
             return Opened(tiny_run.run, workers)
 

@@ -7,20 +7,23 @@ import typer
 
 from finetune_cli.cli.options import DataOption, DebugOption, QuietOption, RunOption, find_run, new_console
 from finetune_cli.exports import registry
+from finetune_cli.text import counted
 
 if TYPE_CHECKING:
     from typer.models import OptionInfo
 
     from finetune_cli.cli.console import Console
+    from finetune_cli.exports.benchmark import Figures
     from finetune_cli.exports.export import Result
+    from finetune_cli.metrics.scores import Proportion
 
 DEFAULT_FORMAT = "savedmodel"
 
 
 def _form_option(option: str, what: str) -> "OptionInfo":
-    """The option of one format, with the choices that the registry lists."""
+    """The option of some formats, with the choices that the registry lists."""
     choices = registry.choices(option)
-    text = f"{registry.owner(option).name}: {what}. [default: {choices[0]}]"
+    text = f"{', '.join(entry.name for entry in registry.owners(option))}: {what}. [default: {choices[0]}]"
     return typer.Option(metavar="|".join(choices), help=text)  # type: ignore[no-any-return]
 
 
@@ -39,10 +42,22 @@ def export(
         ),
     ] = None,
     version: Annotated[
-        int | None, typer.Option(metavar="N", help="savedmodel: the version, DIR/N. [default: the next free number]")
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="The version, a folder below that of the format, with a config.pbtxt for Triton beside it (onnx, "
+            "openvino). [default: for savedmodel the next free number, for others none]",
+        ),
     ] = None,
-    quantize: Annotated[str | None, _form_option("quantize", "how to quantize the model")] = None,
-    precision: Annotated[str | None, _form_option("precision", "the type of the weights")] = None,
+    quantize: Annotated[
+        str | None, _form_option("quantize", "float16 weights, or weights and activations in int8, for a smaller file")
+    ] = None,
+    layout: Annotated[
+        str | None, _form_option("layout", "the order of the input's axes: channels last or channels first")
+    ] = None,
+    benchmark: Annotated[
+        bool, typer.Option("--benchmark", help="Measure speed and accuracy on all test photos, else validation photos.")
+    ] = False,
     root: DataOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an export that already exists.")] = False,
     quiet: QuietOption = False,
@@ -57,9 +72,10 @@ def export(
         names=registry.parse(format or [DEFAULT_FORMAT]),
         output=output,
         version=version,
-        options={"quantize": quantize, "precision": precision},
+        options={"quantize": quantize, "layout": layout},
         root=root,
         force=force,
+        benchmark=benchmark,
     )
     result = export_run(find_run(console, run), request, console)
     _print_result(console, result)
@@ -73,17 +89,20 @@ def _print_result(console: "Console", result: "Result") -> None:
     console.title(f"compared with the run on {result.photos} validation photos")
     checks = [(exported.form, check) for exported in result.exports for check in exported.checks]
     console.table(
-        ("format", "input", "photos", "top-1 agrees", "largest difference", "mean", "allowed"),
+        ("format", "input", "photos", "top-1 agrees", "or a tie (95 % interval)", "largest difference", "mean",
+         "allowed"),
         [
-            (form, check.signature, check.photos, f"{check.agreement:.1%}", f"{check.largest:.1e}", f"{check.mean:.1e}",
-             check.rule())
+            (form, check.signature, check.photos, f"{check.agreement:.1%}", _interval(check.agreement_or_tie),
+             f"{check.largest:.1e}", f"{check.mean:.1e}", check.rule())
             for form, check in checks
         ],
-        right=(2, 3, 4, 5),
+        right=(2, 3, 4, 5, 6),
     )  # fmt: skip
     for form, check in checks:
         for note in check.notes:
             console.print(f"{form}, {check.signature}: {note}")
+    if result.run_figures:
+        _print_benchmark(console, result, result.run_figures)
     console.table(
         ("format", "options", "MB", "ms per photo", "folder"),
         [
@@ -101,3 +120,24 @@ def _print_result(console: "Console", result: "Result") -> None:
     console.print("try next:")
     for exported in result.exports:
         console.print(f"  finetune predict PHOTO --model {exported.folder}")
+
+
+def _print_benchmark(console: "Console", result: "Result", of_run: "Figures") -> None:
+    """Speed and accuracy of the run and of each format, on the same photos."""
+    console.print()
+    console.title(f"{of_run.photos} {of_run.source}, one at a time, {counted(of_run.threads, 'thread')}")
+    rows = [("run", "", of_run)]
+    rows += [(one.form, f"{one.size / 1e6:.1f}", one.figures) for one in result.exports if one.figures]
+    console.table(
+        ("format", "MB", "ms per photo", "accuracy", "95 % interval", "same answer", "largest difference"),
+        [
+            (form, size, f"{figures.milliseconds:.1f}", f"{figures.accuracy.value:.1%}", _interval(figures.accuracy),
+             f"{figures.agreement.value:.1%}", f"{figures.largest:.1e}")
+            for form, size, figures in rows
+        ],
+        right=(1, 2, 3, 4, 5, 6),
+    )  # fmt: skip
+
+
+def _interval(share: "Proportion") -> str:
+    return f"{share.low:.1%} to {share.high:.1%}"

@@ -26,6 +26,7 @@ _RESIZING = {
     "squash": "scale both sides to {size} pixels",
     "pad": "scale the longer side to {size} pixels and fill up with black around it",
 }
+_SHAPE = "(N, {size}, {size}, 3), or (N, 3, {size}, {size}) if that is the input of the model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ class Card:
                 "turn the photo as its Exif data say, lay it on white where it is transparent",
                 _RESIZING[settings.resize].format(size=settings.size)
                 + " (Hamming filter to shrink, bicubic to enlarge)",
-                f"pass RGB values 0 to 255 of shape (N, {settings.size}, {settings.size}, 3); all scaling is inside",
+                f"pass RGB values 0 to 255 of shape {_SHAPE.format(size=settings.size)}; all scaling is inside",
             ],
         }
 

@@ -5,14 +5,15 @@ them stay within their limits; otherwise nothing changes. Forms whose packages a
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from finetune_cli import files, signals
 from finetune_cli.errors import FinetuneError, GateError, UsageError
-from finetune_cli.exports import manifest, parity, place, registry
-from finetune_cli.exports.forms import Form, Source
+from finetune_cli.exports import manifest, parity, place, registry, triton
+from finetune_cli.exports.benchmark import Benchmark, Figures
+from finetune_cli.exports.forms import Form, Served, Source
 from finetune_cli.exports.parity import Check, Replay
 from finetune_cli.exports.registry import FORMS, Entry
 from finetune_cli.parallel import cores
@@ -31,9 +32,10 @@ _EXTRA_BYTES = 20_000_000
 class ExportRequest:
     """Which forms to write, and where. names: as `registry.parse` takes them.
 
-    version: of a SavedModel; by default the next free one. options: those of the forms in the registry, such as
-    ``{"quantize": "int8"}``; None stands for the default. root: where the run's photos are now, if they were moved.
-    force: replace an export at `output`.
+    version: the folder of a version below that of the form; by default the next free one for a SavedModel, and none for
+    other forms. options: those of the forms in the registry, such as ``{"quantize": "int8"}``; None stands for the
+    default. root: where the run's photos are now, if they were moved. force: replace an export at `output`.
+    benchmark: measure speed and accuracy on all test photos of the run, else on its validation photos.
     """
 
     names: Sequence[str]
@@ -42,11 +44,15 @@ class ExportRequest:
     options: Mapping[str, str | None] = field(default_factory=dict)
     root: Path | None = None
     force: bool = False
+    benchmark: bool = False
 
 
 @dataclass(frozen=True)
 class Exported:
-    """One form in place: its size in bytes, and milliseconds a photo in its own runtime."""
+    """One form in place: its size in bytes, and milliseconds a photo in its own runtime, on all cores.
+
+    figures: of the benchmark, if there was one. config: what Triton needs to know to serve it, see `triton.py`.
+    """
 
     form: str
     options: dict[str, str]
@@ -54,19 +60,30 @@ class Exported:
     size: int
     milliseconds: float
     checks: tuple[Check, ...]
+    figures: Figures | None = None
+    config: str | None = None
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """What each form is compared with; the second only if a benchmark was asked for."""
+
+    replay: Replay
+    benchmark: Benchmark | None
 
 
 @dataclass(frozen=True)
 class Result:
     """All exports of one call, how many photos they were compared on, and how many of the run's were not found.
 
-    not_installed: forms that were asked for and left out.
+    not_installed: forms that were asked for and left out. run_figures: of the run itself, if there was a benchmark.
     """
 
     exports: tuple[Exported, ...]
     photos: int
     missing: int
     not_installed: tuple[Entry, ...] = ()
+    run_figures: Figures | None = None
 
 
 def export(run: Run, request: ExportRequest, observer: Observer) -> Result:
@@ -85,11 +102,18 @@ def export(run: Run, request: ExportRequest, observer: Observer) -> Result:
     replay = parity.collect(run, request.root, observer)
     _warn(replay, observer)
     source = Source(run, lambda: parity.calibration_photos(run, request.root, observer))
+    proof = _Proof(replay, Benchmark(run, request.root, observer) if request.benchmark else None)
+    is_new = not request.output.exists()
     with contextlib.ExitStack() as stack:
         folders = _open_targets(stack, request, inner)
-        exports = [_build(form, source, folders[form.name], replay, observer) for form in wanted]
+        exports = [_build(form, source, folders[form.name], proof, observer) for form in wanted]
+        if is_new:
+            _write_configs(request, run, exports, folders, observer)
+    if not is_new:
+        _write_configs(request, run, exports, {name: request.output / path for name, path in inner.items()}, observer)
     placed = [replace(built, folder=request.output / inner[built.form]) for built in exports]
-    return Result(tuple(placed), len(replay.photos), replay.missing, not_installed)
+    run_figures = proof.benchmark.run_figures if proof.benchmark else None
+    return Result(tuple(placed), len(replay.photos), replay.missing, not_installed, run_figures)
 
 
 def make_forms(request: ExportRequest) -> tuple[list[Form], tuple[Entry, ...]]:
@@ -98,30 +122,29 @@ def make_forms(request: ExportRequest) -> tuple[list[Form], tuple[Entry, ...]]:
     Raises `UsageError` for an unknown form, a stray option or a wrong value, `MissingExtra` if no form is left.
     """
     entries = [FORMS[name] for name in registry.parse(request.names)]
-    if request.version is not None:
-        _check_belongs("version", next(entry for entry in FORMS.values() if entry.numbered), entries)
-        if request.version < 1:
-            raise UsageError(f"--version {request.version} is not a positive number", "choose 1 or more")
+    if request.version is not None and request.version < 1:
+        raise UsageError(f"--version {request.version} is not a positive number", "choose 1 or more")
     for option, value in request.options.items():
         if value is not None:
-            _check_belongs(option, registry.owner(option), entries)
+            _check_belongs(option, entries)
             if value not in registry.choices(option):
                 known = ", ".join(registry.choices(option))
                 raise UsageError(f"--{option} {value} is unknown", f"choose one of {known}")
+    entries = [entry.made_with(request.options) for entry in entries]
     possible = [entry for entry in entries if entry.installed]
     not_installed = tuple(entry for entry in entries if entry not in possible)
     if not possible:
         raise registry.missing_extras(not_installed)
-    options = [
-        {key: request.options.get(key) or default for key, (default, *_) in entry.options.items()} for entry in possible
-    ]
-    return [entry.load()(**chosen) for entry, chosen in zip(possible, options, strict=True)], not_installed
+    return [entry.load()(**entry.chosen(request.options)) for entry in possible], not_installed
 
 
-def _check_belongs(option: str, owner: Entry, entries: Sequence[Entry]) -> None:
-    if owner not in entries:
+def _check_belongs(option: str, entries: Sequence[Entry]) -> None:
+    owners = [entry.name for entry in registry.owners(option)]
+    if not {entry.name for entry in entries} & set(owners):
+        listed = " and ".join([", ".join(owners[:-1]), owners[-1]] if len(owners) > 1 else owners)
         raise UsageError(
-            f"--{option} belongs to the format {owner.name}", f"add --format {owner.name}, or drop --{option}"
+            f"--{option} belongs to the format{'s' * (len(owners) > 1)} {listed}",
+            f"add --format {owners[0]}, or drop --{option}",
         )
 
 
@@ -134,6 +157,8 @@ def _check_targets(run: Run, request: ExportRequest, inner: dict[str, Path]) -> 
         place.refuse_links(request.output, target)
         place.check(target, request.force)
         place.check_replaceable(target)
+    for name in _with_config(request, inner):
+        triton.check(request.output / inner[name].parent, run.classes, request.force)
     model = run.file("model.keras").stat().st_size
     files.free_space_check(request.output, len(inner) * (model + _EXTRA_BYTES))
 
@@ -171,42 +196,68 @@ def _open_targets(stack: contextlib.ExitStack, request: ExportRequest, inner: di
     }
 
 
-def _build(form: Form, source: Source, folder: Path, replay: Replay, observer: Observer) -> Exported:
+def _with_config(request: ExportRequest, names: Iterable[str]) -> list[str]:
+    """Those forms of `names` that Triton can serve from their folder of a version."""
+    return [name for name in names if request.version is not None and FORMS[name].triton]
+
+
+def _write_configs(
+    request: ExportRequest, run: Run, exports: Sequence[Exported], folders: Mapping[str, Path], observer: Observer
+) -> None:
+    """Write what Triton reads beside each folder of a version."""
+    configs = {built.form: built.config for built in exports}
+    for name in _with_config(request, configs):
+        if (text := configs[name]) is not None and (
+            warning := triton.write(folders[name].parent, text, run.classes, request.force)
+        ):
+            observer.warn(warning)
+
+
+def _build(form: Form, source: Source, folder: Path, proof: _Proof, observer: Observer) -> Exported:
     """Write one form to `folder`, load it again from there, and compare. Raises `GateError` past a limit."""
+    replay, benchmark = proof.replay, proof.benchmark
     main = FORMS[form.name].main
     with signals.deferred():
         with observer.stage(f"{form.name}: converting and writing", None):
             form.write(source, folder)
             source.card.write(folder)
         with observer.stage(f"{form.name}: loading what was written", None):
-            opened = form.open(folder / main if main else folder, cores())
+            opened = form.open(folder / main if main else folder, cores(), latency=True)
         try:
             with observer.stage(f"{form.name}: replaying photos", None) as advance:
                 checks = parity.compare(opened, replay, form.exact, advance)
-            with observer.stage(f"{form.name}: timing", None):
-                milliseconds = parity.milliseconds(opened, replay)
+            _refuse_failed(form, checks)
+            with observer.stage(f"{form.name}: timing", benchmark.photos if benchmark else None) as advance:
+                figures = benchmark.measure(opened, advance) if benchmark else None
+                milliseconds = figures.milliseconds if figures else parity.milliseconds(opened, replay)
         except FinetuneError:
             raise
         except Exception as exc:  # the runtimes raise dozens of unrelated types
             raise GateError(f"the {form.name} export cannot be run: {first_line(exc)}", _NOTHING) from exc
-    for check in checks:
-        if not check.passed:
-            raise GateError(
-                f"the {form.name} export does not answer as the run does: {check.signature}: top-1 agrees on "
-                f"{check.agreement:.1%} of {check.photos} photos, the largest difference is {check.largest:.2g} "
-                f"({check.worst}); allowed: {check.rule()}",
-                _NOTHING,
-            )
-    files.write_json(
-        folder / PARITY,
-        {
-            "run": source.run.name,
-            "photos": len(replay.photos),
-            "photos_not_found": replay.missing,
-            "run_against_predictions_csv": replay.measured,
-            "checks": [check.to_json() for check in checks],
-        },
-    )
+    said = {
+        "run": source.run.name,
+        "photos": len(replay.photos),
+        "photos_not_found": replay.missing,
+        "run_against_predictions_csv": replay.measured,
+        "checks": [check.to_json() for check in checks],
+    }
+    files.write_json(folder / PARITY, said | ({"benchmark": figures.to_json()} if figures else {}))
     manifest.write(folder, form, source.run)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return Exported(form.name, form.options, folder, size, milliseconds, checks)
+    backend = FORMS[form.name].triton
+    config = triton.config(backend, *opened.tensors()) if backend and isinstance(opened, Served) else None
+    return Exported(form.name, form.options, folder, size, milliseconds, checks, figures, config)
+
+
+def _refuse_failed(form: Form, checks: Sequence[Check]) -> None:
+    """Raise `GateError` for the first of `checks` that was not passed."""
+    for check in checks:
+        if not check.passed:
+            tie = check.agreement_or_tie
+            raise GateError(
+                f"the {form.name} export does not answer as the run does: {check.signature}: top-1 agrees on "
+                f"{check.agreement:.1%} of {check.photos} photos (with ties, 95 % interval: {tie.low:.1%} to "
+                f"{tie.high:.1%}), the largest difference is {check.largest:.2g} ({check.worst}); "
+                f"allowed: {check.rule()}",
+                _NOTHING,
+            )

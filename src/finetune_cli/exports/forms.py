@@ -8,17 +8,21 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_cli.errors import DataError
 from finetune_cli.exports.card import Card
+from finetune_cli.exports.triton import Tensor
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.runs.run import Run
+from finetune_cli.text import listed, shown
 
 Floats = NDArray[np.float32]
 Pixels = NDArray[np.uint8]
+Quantize = Literal["none", "float16", "int8"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +36,20 @@ class Source:
     def card(self) -> Card:
         """The classes and image settings of the run."""
         return Card(self.run.classes, self.run.image_settings)
+
+    def describe(self) -> str:
+        """The run, its classes and its backbone in one line, for the fields in which formats describe a model."""
+        run, size = self.run, self.run.image_settings.size
+        return shown(f"{run.name}: {listed(run.classes, 8)}; {run.manifest.backbone.name}, {size} pixels")
+
+    def calibration_photos(self) -> list[Pixels]:
+        """All of `calibration`. Raises `DataError` when there is none."""
+        photos = list(self.calibration())
+        if not photos:
+            raise DataError(
+                "int8 needs training photos of the run, and none was found", "name their folder: --data ROOT"
+            )
+        return photos
 
     @cached_property
     def model(self) -> Any:
@@ -76,6 +94,15 @@ class Opened(Protocol):
         ...
 
 
+@runtime_checkable
+class Served(Protocol):
+    """An exported model that Triton Inference Server runs."""
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Its input and its output, as they are in the file."""
+        ...
+
+
 class Form(Protocol):
     """An exported format; its class takes the options in the registry as keyword arguments."""
 
@@ -96,8 +123,11 @@ class Form(Protocol):
         ...
 
     @staticmethod
-    def open(path: Path, workers: int) -> Opened:
+    def open(path: Path, workers: int, latency: bool = False) -> Opened:
         """Load what `write` wrote; `path`: the main file, or the folder if there is none.
+
+        workers: how many cores work. latency: all of them on one photo, where the runtime leaves the choice; otherwise
+        each works on the photos of another thread.
 
         Raises `WeightsError` when it is damaged or was not made by an export.
         """

@@ -11,18 +11,17 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 
-from finetune_cli.errors import DataError, FinetuneError, MissingExtra, WeightsError
+from finetune_cli.errors import FinetuneError, MissingExtra, WeightsError
 from finetune_cli.exports import card as cards
 from finetune_cli.exports.card import EXPORT_IT, Card
-from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, quiet
+from finetune_cli.exports.forms import Floats, Opened, Pixels, Quantize, Signature, Source, quiet
 from finetune_cli.exports.tf_graph import with_constants
 from finetune_cli.text import first_line, shown
 
-Quantize = Literal["none", "float16", "int8"]
 LABELS = "labels.txt"
 
 
@@ -38,11 +37,7 @@ class LiteRt:
 
     def write(self, source: Source, folder: Path) -> None:
         """Convert the run's model. Raises `FinetuneError` when the converter lacks an operation."""
-        photos = list(source.calibration()) if self.quantize == "int8" else []
-        if self.quantize == "int8" and not photos:
-            raise DataError(
-                "int8 needs training photos of the run, and none was found", "name their folder: --data ROOT"
-            )
+        photos = source.calibration_photos() if self.quantize == "int8" else []
         model = source.model
         try:
             with quiet():
@@ -74,7 +69,7 @@ class LiteRt:
         return converted
 
     @staticmethod
-    def open(path: Path, workers: int) -> Opened:
+    def open(path: Path, workers: int, latency: bool = False) -> Opened:  # noqa: ARG004 - it answers one photo at a time
         """The model in the file `path`. Raises `WeightsError` when LiteRT cannot load it."""
         return OpenedLiteRt(path, workers)
 

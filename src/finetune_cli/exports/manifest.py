@@ -73,7 +73,7 @@ class ExportManifest:
 def write(folder: Path, form: Form, run: Run) -> None:
     """Describe everything that is in `folder` now."""
     listed = sorted(path for path in folder.rglob("*") if path.is_file())
-    packages = ("finetune-cli", "numpy", *FORMS[form.name].versions)
+    packages = ("finetune-cli", "numpy", *FORMS[form.name].made_with(form.options).versions)
     manifest = ExportManifest(
         form=form.name,
         options=form.options,

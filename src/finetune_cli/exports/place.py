@@ -19,7 +19,7 @@ from pathlib import Path
 
 from finetune_cli import files
 from finetune_cli.errors import StorageError, UsageError
-from finetune_cli.exports import manifest
+from finetune_cli.exports import manifest, triton
 from finetune_cli.exports.registry import FORMS
 from finetune_cli.text import shown
 
@@ -31,11 +31,12 @@ _ABANDONED_SECONDS = 3600.0
 def inner_paths(output: Path, names: Sequence[str], version: int | None) -> dict[str, Path]:
     """Form -> its folder below `output`: the folder itself for one form, else one named after each.
 
-    TensorFlow Serving wants a numbered version below that: `version`, by default the next free one.
+    Below that comes the folder of the `version`; for forms that servers only read from there, by default the next free
+    one.
     """
     inner = {name: Path() if len(names) == 1 else Path(name) for name in names}
     for name, base in inner.items():
-        if FORMS[name].numbered:
+        if version is not None or FORMS[name].numbered:
             inner[name] = base / str(version or _next_version(output / base))
     return inner
 
@@ -48,7 +49,7 @@ def _next_version(folder: Path) -> int:
 
 
 def is_version(path: Path) -> bool:
-    """Whether TensorFlow Serving would take `path` for a version of a model."""
+    """Whether a server would take `path` for a version of a model."""
     return re.fullmatch("[0-9]+", path.name) is not None and path.is_dir()
 
 
@@ -76,7 +77,8 @@ def check_beside(output: Path, force: bool) -> None:
     """Raise `UsageError` when forms or versions may not be added to the folder `output`, because of what it holds."""
     if (output / manifest.FILE).exists():
         raise UsageError(f"{output} is not empty: it holds an export of its own", "choose another --output")
-    others = (path for path in output.iterdir() if not path.name.startswith("."))
+    known = {triton.CONFIG, triton.LABELS}
+    others = (path for path in output.iterdir() if not path.name.startswith(".") and path.name not in known)
     foreign = sorted(path.name for path in others if not (is_version(path) or (path.is_dir() and path.name in FORMS)))
     if foreign and not force:
         raise UsageError(

@@ -7,7 +7,7 @@ To add a form, write a module with a class that follows `forms.Form`, and an ent
 import difflib
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,10 @@ class Entry:
     main: the file that other programs load; None: the folder itself. aliases: other names that people type.
     extra: the extra of this package that installs `packages`, the modules that the form needs. versions: the
     distributions whose versions the manifest records. knows_classes: the main file alone holds the class
-    names. options: what its class takes, option -> choices, the default first. numbered: exports go into folders of
-    their version. load: imports the module and returns the class.
+    names. options: what its class takes, option -> choices, the default first; forms share an option that means the
+    same in all of them. quantizer: the package that `quantize=int8` needs, too, and the extra that installs it.
+    numbered: exports always go into folders of their version. triton: the backend of Triton Inference Server that runs
+    it. load: imports the module and returns the class.
     """
 
     name: str
@@ -39,7 +41,22 @@ class Entry:
     extra: str | None = None
     knows_classes: bool = False
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    quantizer: tuple[str, str] | None = None
     numbered: bool = False
+    triton: str | None = None
+
+    def chosen(self, options: Mapping[str, str | None]) -> dict[str, str]:
+        """The value of each option that the form takes: that in `options`, where None stands for the default."""
+        return {key: options.get(key) or default for key, (default, *_) in self.options.items()}
+
+    def made_with(self, options: Mapping[str, str | None]) -> "Entry":
+        """The entry with everything that the form needs when it is made with `options`."""
+        if self.quantizer is None or self.chosen(options)["quantize"] != "int8":
+            return self
+        package, extra = self.quantizer
+        return replace(
+            self, packages=(*self.packages, package), versions=(*self.versions, package), extra=self.extra or extra
+        )
 
     @property
     def installed(self) -> bool:
@@ -80,6 +97,9 @@ def _openvino() -> "type[Form]":
 # The order is that of the work, whatever order is asked for: TensorFlow numbers functions through the life of a
 # process, and writes the numbers.
 _TENSORFLOW = ("tensorflow", "keras")
+# `float16` halves the weights, which are calculated with in float32; `int8` quantizes weights and activations with
+# ranges seen on training photos of the run.
+_QUANTIZE = ("none", "float16", "int8")
 _ENTRIES = (
     Entry("savedmodel", None, _savedmodel, ("tensorflow",), _TENSORFLOW, aliases=("saved_model",), numbered=True),
     Entry("keras", "model.keras", _keras, ("keras",), _TENSORFLOW),
@@ -91,6 +111,8 @@ _ENTRIES = (
         (*_TENSORFLOW, "tf2onnx", "onnx", "onnxruntime"),
         extra="onnx",
         knows_classes=True,
+        options={"quantize": _QUANTIZE, "layout": ("nhwc", "nchw")},
+        triton="onnxruntime",
     ),
     Entry(
         "litert",
@@ -101,7 +123,7 @@ _ENTRIES = (
         aliases=("tflite",),
         extra="litert",
         knows_classes=True,
-        options={"quantize": ("none", "float16", "int8")},
+        options={"quantize": _QUANTIZE},
     ),
     Entry(
         "openvino",
@@ -110,7 +132,9 @@ _ENTRIES = (
         ("openvino",),
         ("openvino",),
         knows_classes=True,
-        options={"precision": ("float32", "float16")},
+        options={"quantize": _QUANTIZE},
+        quantizer=("nncf", "int8"),
+        triton="openvino",
     ),
 )
 FORMS: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}
@@ -137,14 +161,14 @@ def parse(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in FORMS if name in wanted)
 
 
-def owner(option: str) -> Entry:
-    """The form that takes `option`."""
-    return next(entry for entry in FORMS.values() if option in entry.options)
+def owners(option: str) -> tuple[Entry, ...]:
+    """The forms that take `option`."""
+    return tuple(entry for entry in FORMS.values() if option in entry.options)
 
 
 def choices(option: str) -> tuple[str, ...]:
     """The values that `option` takes, the default first."""
-    return owner(option).options[option]
+    return owners(option)[0].options[option]
 
 
 def by_suffix(path: PurePath) -> Entry | None:
