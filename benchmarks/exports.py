@@ -1,12 +1,12 @@
-"""Measures every exported form on all test photos of two sets; prints the tables of docs/serving.md.
+"""Measures every exported form on all test photos of two sets; prints the table of docs/serving.md.
 
     python benchmarks/exports.py PHOTOS [RUNS]
 
 PHOTOS is a folder with `hymenoptera/{train,val}` and `scenes/{train,test}`. RUNS: a folder to keep the runs in, which
-are trained there if they are not there yet. Needs the extras onnx, litert and int8. One table for each set: the size on
-the disk, the median of the milliseconds for one decoded photo on all cores, the accuracy, the share of the photos with
-the answer of the run, and the largest and the mean difference of a probability. Below the form `savedmodel` are its
-inputs that decode or resize by themselves, and below `openvino` what its plugin does without the f32 hint.
+are trained there if they are not there yet. Needs the extras onnx, litert and int8. The table has the size on the disk
+and the median of the milliseconds for one decoded photo on all cores (both of the last set), and for each set the
+accuracy, the share of the photos with the answer of the run, and the largest difference of a probability. Below
+`savedmodel` are its inputs that decode or resize by themselves; below `openvino`, its plugin without the f32 hint.
 """
 
 import sys
@@ -34,6 +34,17 @@ VARIANTS = {
     "float16": ("onnx", "litert", "openvino"),
     "int8": ("onnx", "litert", "openvino"),
 }
+
+
+@dataclass(frozen=True)
+class Row:
+    """What was measured for one form, or for one input of it, which has no size and no time of its own."""
+
+    accuracy: float
+    same: float
+    largest: float
+    size: int | None = None
+    milliseconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -67,71 +78,77 @@ def test_photos(run: Run) -> Photos:
     return Photos(run, samples, np.array([one.label for one in samples]), np.concatenate(answers))
 
 
-def row(name: str, size: float, milliseconds: float, accuracy: float, same: float, largest: float, mean: float) -> None:
-    cells = [name, f"{size / 1e6:.1f}" if size else "", f"{milliseconds:.1f}" if milliseconds else ""]
-    print(f"| {' | '.join(cells)} | {accuracy:.1%} | {same:.1%} | {largest:.1g} | {mean:.1g} |", flush=True)
-
-
-def form(one: Exported) -> None:
+def of_export(one: Exported) -> tuple[str, Row]:
+    """Its name in the table, and its row."""
     figures, options = one.figures, [value for value in one.options.values() if value not in {"none", "nhwc"}]
     assert figures is not None
-    row(" ".join([one.form, *options]), one.size, figures.milliseconds, figures.accuracy.value,
-        figures.agreement.value, figures.largest, figures.mean)  # fmt: skip
+    shares = figures.accuracy.value, figures.agreement.value
+    return " ".join([one.form, *options]), Row(*shares, figures.largest, one.size, figures.milliseconds)
 
 
-def other(name: str, photos: Photos, answers: Iterator[np.ndarray]) -> None:
-    """A row for `answers`, an iterator of probabilities (1, C) for the photos in turn."""
+def of_answers(photos: Photos, answers: Iterator[np.ndarray]) -> Row:
+    """The row for `answers`, an iterator of probabilities (1, C) for the photos in turn."""
     found = np.concatenate(list(answers))
-    apart = np.abs(found - photos.reference).max(axis=1)
     given, wanted = found.argmax(axis=1), photos.reference.argmax(axis=1)
-    row(name, 0, 0, (given == photos.labels).mean(), (given == wanted).mean(), apart.max(), apart.mean())
+    shares = float((given == photos.labels).mean()), float((given == wanted).mean())
+    return Row(*shares, float(np.abs(found - photos.reference).max()))
 
 
-def inputs_of_savedmodel(folder: Path, photos: Photos) -> None:
-    most = photos.run.image_settings.max_pixels
+def inputs_of_savedmodel(folder: Path, photos: Photos) -> dict[str, Row]:
+    most, rows = photos.run.image_settings.max_pixels, {}
     for signature in open_model(folder, cores()).signatures():
         if signature.takes == "bytes":
             files = (one.path.read_bytes() for one in photos.samples)
-            other(f"- {signature.name}, files", photos, (signature.answer([file]) for file in files))
+            rows[f"- {signature.name}, files"] = of_answers(photos, (signature.answer([file]) for file in files))
         else:
             whole = (decode_whole(one.path, most) for one in photos.samples)
-            other(f"- {signature.name}, full size", photos, (signature.answer(image[None]) for image in whole))
+            rows[f"- {signature.name}, full size"] = of_answers(photos, (signature.answer(i[None]) for i in whole))
+    return rows
 
 
-def openvino_without_hint(folder: Path, photos: Photos) -> None:
+def openvino_without_hint(folder: Path, photos: Photos) -> dict[str, Row]:
     """The plugin takes bfloat16 where the CPU has it."""
     ov = import_openvino()
     compiled = ov.compile_model(ov.Core().read_model(folder / "model.xml"), "CPU")
     precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     pixels = (run_photos.pixels(one, photos.run.image_settings)[None].astype(np.float32) for one in photos.samples)
-    other(f"- without a hint: {precision}", photos, (compiled({"image": image})["probabilities"] for image in pixels))
+    answers = (compiled({"image": image})["probabilities"] for image in pixels)
+    return {f"- without a hint: {precision}": of_answers(photos, answers)}
 
 
-BELOW: dict[str, Callable[[Path, Photos], None]] = {
+BELOW: dict[str, Callable[[Path, Photos], dict[str, Row]]] = {
     "savedmodel": inputs_of_savedmodel,
     "openvino": openvino_without_hint,
 }
 
 
-def measure(folder: Path, name: str, runs: Path) -> None:
-    photos = test_photos(trained(folder, name, runs))
-    accuracy = float((photos.reference.argmax(axis=1) == photos.labels).mean())
-    print(f"\n{name}, {len(photos.samples)} test photos, {cores()} threads; the run: {accuracy:.1%}\n")
-    print("| format | MB | ms | accuracy | same answer | largest difference | mean |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+def measure(run: Run) -> dict[str, Row]:
+    photos, rows = test_photos(run), {}
     with tempfile.TemporaryDirectory() as place:
         for quantize, names in VARIANTS.items():
             request = ExportRequest(names, Path(place, quantize), options={"quantize": quantize}, benchmark=True)
-            for one in export(photos.run, request, Silent()).exports:
-                form(one)
+            for one in export(run, request, Silent()).exports:
+                name, row = of_export(one)
+                rows[name] = row
                 if quantize == "none" and one.form in BELOW:
-                    BELOW[one.form](one.folder, photos)
+                    rows |= BELOW[one.form](one.folder, photos)
+    return rows
+
+
+def print_table(found: dict[str, dict[str, Row]]) -> None:
+    """`found`: set -> name -> row."""
+    columns = [f"{name}: {what}" for name in found for what in ("accuracy", "same answer", "largest difference")]
+    print(f"| format | MB | ms | {' | '.join(columns)} |\n| --- | --- | --- |{' --- |' * len(columns)}")
+    for name, last in list(found.values())[-1].items():
+        cells = [name, *("" if x is None else f"{x:.1f}" for x in (last.size and last.size / 1e6, last.milliseconds))]
+        for rows in found.values():
+            cells += [f"{rows[name].accuracy:.1%}", f"{rows[name].same:.1%}", f"{rows[name].largest:.2g}"]
+        print(f"| {' | '.join(cells)} |")
 
 
 def main(photos: str, runs: str | None = None) -> None:
     with tempfile.TemporaryDirectory() as place:
-        for name in SETS:
-            measure(Path(photos), name, Path(runs or place).absolute())
+        print_table({name: measure(trained(Path(photos), name, Path(runs or place).absolute())) for name in SETS})
 
 
 if __name__ == "__main__":
