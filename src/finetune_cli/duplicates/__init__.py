@@ -1,0 +1,1 @@
+"""Near-duplicates: photos that show the same picture, re-encoded, resized, cropped, mirrored or brightened."""

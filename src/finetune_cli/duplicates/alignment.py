@@ -1,0 +1,153 @@
+"""Whether two thumbnails show the same picture: one is laid over the other as well as that can be, and compared.
+
+Coarse, at 24 x 24: the middle of one, at several scales and mirrored, is searched for in the other by normalised
+cross-correlation. Fine, at 48 x 48: the best of these places is refined to an affine map (Evangelidis and Psarakis
+2008, "Parametric image alignment using enhanced correlation coefficient maximization"), and the score is the
+correlation of the two where they overlap. All is done on pictures without their low frequencies, because skies, seas and
+lawns correlate whatever they show. Brightness and contrast do not count.
+
+Measured on hymenoptera and scenes (benchmarks/duplicates.py): copies that were re-encoded, resized, cropped to 90 % or
+brightened score 0.65 to 1, and the most similar pairs of different photos below 0.4.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_cli.duplicates.thumbnails import SIDE
+
+Picture = NDArray[np.float32]
+
+_COARSE = 24
+_SCALES = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)
+_MIDDLE = 0.75  # the share of each side that is searched for: a crop may reach over the edge of what the other shows
+_BLUR, _COARSE_BLUR = 2.0, 1.5  # sigma in pixels of what is taken away
+_LEAST_COARSE = 0.6  # below this the fine step never succeeds: copies have 0.66 and more, crops to 70 % mostly
+_LEAST_OVERLAP = 0.4
+_MOST_STRETCH = 1.25
+_LEAST_SCALE, _MOST_SCALE = 0.45, 1.2
+_LEAST_DETAIL = 1.0  # grey levels: a picture of less, such as a blank frame, resembles nothing
+_REMEMBERED = 4096  # prepared thumbnails
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepared:
+    """A thumbnail without its low frequencies, ``float32``: whole, coarse, and its middle at every scale.
+
+    `middles`: (scale, margin in pixels, template), and the same templates mirrored. `detail` is whether there is any.
+    """
+
+    fine: Picture
+    coarse: Picture
+    middles: tuple[tuple[float, int, Picture, Picture], ...]
+    detail: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the middle of a thumbnail was found in another: correlation, scale, and offset in shares of the side."""
+
+    value: float
+    scale: float = 1.0
+    x: float = 0.0
+    y: float = 0.0
+
+
+class Alignment:
+    """Compares thumbnails ``uint8 (n, SIDE, SIDE)`` by their numbers; may be used from several threads."""
+
+    def __init__(self, thumbnails: NDArray[np.uint8]) -> None:
+        self._thumbnails = thumbnails
+        self._prepared: Callable[[int], _Prepared] = functools.lru_cache(_REMEMBERED)(self._prepare)
+
+    def _prepare(self, i: int) -> _Prepared:
+        return _prepare(self._thumbnails[i])
+
+    def score(self, first: int, second: int) -> float:
+        """The correlation, at most 1, of two photos laid over each other; 0 if they do not fit at all."""
+        a, b = self._prepared(first), self._prepared(second)
+        if not (a.detail and b.detail):
+            return 0.0
+        places = [
+            (_search(scene.coarse, templates), scene, inserted, mirror)
+            for scene, inserted in ((a, b), (b, a))
+            for mirror, templates in enumerate(_templates(inserted))
+        ]
+        place, scene, inserted, mirror = max(places, key=lambda found: found[0].value)
+        if place.value < _LEAST_COARSE:
+            return 0.0
+        picture = np.ascontiguousarray(inserted.fine[:, ::-1]) if mirror else inserted.fine
+        return _correlation(scene.fine, picture, place)
+
+
+def _prepare(thumbnail: NDArray[np.uint8]) -> _Prepared:
+    import cv2
+
+    whole = thumbnail.astype(np.float32)
+    fine = _detail(whole, _BLUR)
+    middles = []
+    for scale in _SCALES:
+        side = round(_COARSE * scale)
+        margin = round(side * (1 - _MIDDLE) / 2)
+        smaller = _detail(cv2.resize(whole, (side, side), interpolation=cv2.INTER_AREA), _COARSE_BLUR)
+        middle = np.ascontiguousarray(smaller[margin : side - margin, margin : side - margin])
+        middles.append((side / _COARSE, margin, middle, np.ascontiguousarray(middle[:, ::-1])))
+    coarse = _detail(cv2.resize(whole, (_COARSE, _COARSE), interpolation=cv2.INTER_AREA), _COARSE_BLUR)
+    return _Prepared(fine, coarse, tuple(middles), bool(fine.std() >= _LEAST_DETAIL))
+
+
+def _detail(picture: Picture, sigma: float) -> Picture:
+    import cv2
+
+    return np.asarray(picture - cv2.GaussianBlur(picture, (0, 0), sigma), np.float32)
+
+
+def _templates(prepared: _Prepared) -> tuple[list[tuple[float, int, Picture]], list[tuple[float, int, Picture]]]:
+    """The middles as they are, and mirrored."""
+    return (
+        [(scale, margin, plain) for scale, margin, plain, _mirrored in prepared.middles],
+        [(scale, margin, mirrored) for scale, margin, _plain, mirrored in prepared.middles],
+    )
+
+
+def _search(scene: Picture, templates: list[tuple[float, int, Picture]]) -> _Place:
+    import cv2
+
+    best = _Place(-1.0)
+    for scale, margin, template in templates:
+        _low, value, _where, (x, y) = cv2.minMaxLoc(cv2.matchTemplate(scene, template, cv2.TM_CCOEFF_NORMED))
+        if best.value < value <= 1.01:  # OpenCV gives infinity where there is no contrast
+            best = _Place(value, scale, (x - margin) / _COARSE, (y - margin) / _COARSE)
+    return best
+
+
+def _correlation(scene: Picture, inserted: Picture, place: _Place) -> float:
+    import cv2
+
+    half_pixel = (place.scale - 1) / 2
+    start = np.array(
+        [[place.scale, 0, place.x * SIDE + half_pixel], [0, place.scale, place.y * SIDE + half_pixel]], np.float32
+    )
+    criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 12, 1e-3)
+    try:
+        warp = cv2.findTransformECC(inserted, scene, start, cv2.MOTION_AFFINE, criteria, None, 5)[1]
+    except cv2.error:  # it does not converge: these are different pictures
+        return 0.0
+    largest, smallest = np.linalg.svd(warp[:, :2], compute_uv=False)
+    if not (smallest >= _LEAST_SCALE and largest <= min(_MOST_SCALE, _MOST_STRETCH * smallest)):
+        return 0.0
+
+    def warped(picture: Picture) -> Any:
+        return cv2.warpAffine(picture, warp, (SIDE, SIDE), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+
+    overlap = warped(np.ones((SIDE, SIDE), np.float32)) > 0.99
+    if overlap.mean() < _LEAST_OVERLAP:
+        return 0.0
+    a, b = (picture[overlap].astype(np.float64) for picture in (warped(scene), inserted))
+    a, b = a - a.mean(), b - b.mean()
+    size = float(np.sqrt((a @ a) * (b @ b)))
+    return float(a @ b) / size if size > 0 else 0.0

@@ -1,0 +1,164 @@
+"""Thumbnails and features in, near-duplicates out: pairs of photos that show the same picture, and groups of them.
+
+    features, hashes -> candidates: the few nearest neighbours of every photo, by cosine
+    candidates -> links: pairs whose thumbnails fit over each other
+    links -> groups
+
+Neither similarity decides alone. Two photos of ants may be closer to the backbone than a photo and its crop.
+"""
+
+import itertools
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune_cli.duplicates import groups, hashes, neighbours
+from finetune_cli.duplicates.alignment import Alignment
+from finetune_cli.parallel import ordered_map
+from finetune_cli.progress import Advance, ignore_progress
+
+_BY_FEATURES, _FIRST = 8, 3  # neighbours of a photo; those that it is compared with in any case
+_LEAST_COSINE, _LEAST_HASH = 0.1, 0.9
+_BAR, _HIGHEST_BAR = 0.6, 0.86
+_COMPARED = 600  # pairs of different photos that the bar is raised by
+_CHUNK = 256
+
+# A group above this share of a class, and above this many photos, is reported and not used: it would decide the split.
+LARGEST_SHARE, SMALLEST_LARGE = 0.05, 25
+
+
+class Link(NamedTuple):
+    """Two photos, by number, and how well they fit over each other, 0 to 1."""
+
+    first: int
+    second: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """All links; the `groups` that stay together; those that are too `large` for that. Photos are numbers."""
+
+    links: tuple[Link, ...]
+    groups: tuple[tuple[int, ...], ...]
+    large: tuple[tuple[int, ...], ...]
+
+
+def find(
+    thumbnails: NDArray[np.uint8],
+    features: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    workers: int,
+    advance: Advance = ignore_progress,
+) -> Found:
+    """The near-duplicates among n different photos.
+
+    `thumbnails`: ``uint8 (n, SIDE, SIDE)``; `features`: ``float32 (n, D)`` of view 0, perhaps a memory map; `labels`:
+    ``int64 (n,)``. Memory: about 4 KB a photo, and 64 MB a thread. `advance` counts comparisons, and learns their
+    total, perhaps twice: photos that have a near-duplicate are compared with more of their neighbours.
+    """
+    comparison = _Comparison(Alignment(thumbnails), labels, workers)
+    nearest, likely = _candidates(thumbnails, features, workers)
+    comparison.compare(likely, advance)
+    found = comparison.groups()
+    if found:
+        group_of = np.arange(len(labels)) + len(found)
+        for number, group in enumerate(found):
+            group_of[group] = number
+        more = group_of[nearest] != group_of[:, None]
+        more[group_of >= len(found)] = False
+        comparison.compare(set(neighbours.pairs(nearest, more)), advance)
+        found = comparison.groups()
+    large = [group for group in found if _is_large(group, labels)]
+    used = tuple(tuple(group) for group in found if group not in large)
+    return Found(tuple(comparison.links()), used, tuple(map(tuple, large)))
+
+
+class _Comparison:
+    """Scores of pairs (lower, higher), each computed once, and the least score of a link."""
+
+    def __init__(self, alignment: Alignment, labels: NDArray[np.int64], workers: int) -> None:
+        self._alignment = alignment
+        self._workers = workers
+        self._bar = _bar(alignment, labels)
+        self._scores: dict[tuple[int, int], float] = {}
+
+    def compare(self, pairs: Set[tuple[int, int]], advance: Advance) -> None:
+        """Compute the scores of `pairs` that are not known yet."""
+        new = sorted(pairs - self._scores.keys())
+
+        def scores(start: int) -> list[tuple[tuple[int, int], float]]:
+            return [(pair, self._alignment.score(*pair)) for pair in new[start : start + _CHUNK]]
+
+        for part in ordered_map(scores, range(0, len(new), _CHUNK), self._workers):
+            self._scores.update(part)
+            advance(len(part), len(self._scores))
+
+    def links(self) -> list[Link]:
+        """The pairs that show the same picture, as far as they were compared, the most certain ones first."""
+        found = [Link(a, b, score) for (a, b), score in self._scores.items() if score >= self._bar]
+        return sorted(found, key=lambda link: (-link.score, link.first, link.second))
+
+    def groups(self) -> list[list[int]]:
+        """The groups that the links make; pairs that this needs are compared."""
+        return groups.grouped([link[:2] for link in self.links()], self._is_link)
+
+    def _is_link(self, a: int, b: int) -> bool:
+        pair = (min(a, b), max(a, b))
+        if pair not in self._scores:
+            self._scores[pair] = self._alignment.score(*pair)
+        return self._scores[pair] >= self._bar
+
+
+def _candidates(
+    thumbnails: NDArray[np.uint8], features: NDArray[np.float32], workers: int
+) -> tuple[NDArray[np.intp], set[tuple[int, int]]]:
+    """The nearest neighbours of every photo by its features ``(n, k)``; pairs that are the first to be compared."""
+    rows = neighbours.directions(features)
+    nearest, cosines = neighbours.nearest(rows, rows, _BY_FEATURES, workers)
+    likely = cosines >= _LEAST_COSINE
+    likely[:, _FIRST:] = False
+    found = set(neighbours.pairs(nearest, likely))
+    plain = hashes.hashes(thumbnails)
+    for queries in (plain, hashes.mirrored(plain)):
+        index, cosines = neighbours.nearest(queries, plain, 1, workers)
+        found |= set(neighbours.pairs(index, cosines >= _LEAST_HASH))
+    return nearest, found
+
+
+def _bar(alignment: Alignment, labels: NDArray[np.int64]) -> float:
+    """The least score of a link: 0.6, and more where different photos of a class fit over each other, too.
+
+    Hands before a white wall, all in the middle, reach 0.8. So pairs of photos of one class are drawn, of which hardly
+    any are near-duplicates, and 0.4 of what one in twenty of them reaches is added. It is never more than 0.86, so that
+    a set that consists of copies does not hide them.
+    """
+    rng = np.random.default_rng(0)
+    order = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[order], labels, side="left")
+    sizes = np.searchsorted(labels[order], labels, side="right") - starts
+    first = rng.integers(0, len(labels), _COMPARED)
+    second = order[starts[first] + (rng.random(_COMPARED) * sizes[first]).astype(int)]
+    scores = [alignment.score(int(a), int(b)) for a, b in zip(first, second, strict=True) if a != b]
+    usual = float(np.quantile(scores, 0.95)) if scores else 0.0
+    return min(_BAR + 0.4 * usual, _HIGHEST_BAR)
+
+
+def _is_large(group: Sequence[int], labels: NDArray[np.int64]) -> bool:
+    """Whether `group` is too large a part of one of its classes."""
+    sizes = np.bincount(labels)
+    own = np.bincount(labels[list(group)], minlength=len(sizes))
+    return bool(np.any((own > SMALLEST_LARGE) & (own > LARGEST_SHARE * sizes)))
+
+
+def linked_to(links: Sequence[Link], chosen: NDArray[np.bool_]) -> dict[int, Link]:
+    """Photos outside `chosen` ``bool (n,)`` that a link joins with one inside, with the strongest such link."""
+    found: dict[int, Link] = {}
+    for link in sorted(links, key=lambda each: -each.score):
+        for own, other in itertools.permutations(link[:2]):
+            if chosen[other] and not chosen[own]:
+                found.setdefault(own, link)
+    return found
