@@ -15,6 +15,7 @@ FLOORS = [
     *("errors", "devices", "text", "fields", "streams", "signals", "progress", "parallel"),
     *("safe_open", "files", "tables", "keras_setup"),
     *("metrics", "config", "untrusted", "cache", "photos", "practice"),
+    "duplicates",
     *("runs", "backbones", "inference", "head", "drawing", "inspection"),
     *("training", "evaluation", "report", "exports"),
     *("cli", "api", "__main__"),

@@ -24,6 +24,7 @@ from finetune_cli.text import shown
 if TYPE_CHECKING:
     from finetune_cli.cli.console import Console
     from finetune_cli.config.schema import Config
+    from finetune_cli.runs.manifest import PartAccuracy, SplitMetrics
     from finetune_cli.runs.run import Run
 
 
@@ -123,16 +124,16 @@ def _print_result(console: "Console", run: "Run") -> None:
     folder = nearby(run.folder)
     console.print()
     console.title(f"{shown(folder)}: {shown(manifest.backbone.name)}, {len(run.classes)} classes")
-    rows = [
-        (
-            names[split],
-            f"{metrics.accuracy:.1%}",
-            f"{metrics.accuracy_interval[0]:.1%} to {metrics.accuracy_interval[1]:.1%}",
-            f"{metrics.baseline_accuracy:.1%}",
-            metrics.photos,
-        )
-        for split, metrics in sorted(manifest.metrics.items())
-    ]
+    rows = []
+    for split, metrics in sorted(manifest.metrics.items()):
+        parts: list[tuple[str, SplitMetrics | PartAccuracy, str]] = []
+        parts.append((names[split], metrics, f"{metrics.baseline_accuracy:.1%}"))
+        if metrics.without_near_duplicates is not None:
+            parts.append(("  without near-duplicates", metrics.without_near_duplicates, ""))
+        rows += [
+            (name, f"{part.accuracy:.1%}", "{:.1%} to {:.1%}".format(*part.accuracy_interval), baseline, part.photos)
+            for name, part, baseline in parts
+        ]
     console.table(("", "accuracy", "95 % interval", "majority-class baseline", "photos"), rows, right=(1, 2, 3, 4))
     if manifest.fine_tuning is not None:
         tuning_output.fine_tuned(console, manifest.fine_tuning)

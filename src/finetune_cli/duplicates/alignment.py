@@ -3,8 +3,8 @@
 Coarse, at 24 x 24: the middle of one, at several scales and mirrored, is searched for in the other by normalised
 cross-correlation. Fine, at 48 x 48: the best of these places is refined to an affine map (Evangelidis and Psarakis
 2008, "Parametric image alignment using enhanced correlation coefficient maximization"), and the score is the
-correlation of the two where they overlap. All is done on pictures without their low frequencies, because skies, seas and
-lawns correlate whatever they show. Brightness and contrast do not count.
+correlation of the two where they overlap. All is done on pictures without their low frequencies, because skies, seas
+and lawns correlate whatever they show. Brightness and contrast do not count.
 
 Measured on hymenoptera and scenes (benchmarks/duplicates.py): copies that were re-encoded, resized, cropped to 90 % or
 brightened score 0.65 to 1, and the most similar pairs of different photos below 0.4.

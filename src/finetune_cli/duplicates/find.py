@@ -85,17 +85,19 @@ class _Comparison:
         self._workers = workers
         self._bar = _bar(alignment, labels)
         self._scores: dict[tuple[int, int], float] = {}
+        self._asked = 0
 
     def compare(self, pairs: Set[tuple[int, int]], advance: Advance) -> None:
         """Compute the scores of `pairs` that are not known yet."""
         new = sorted(pairs - self._scores.keys())
+        self._asked += len(new)
 
         def scores(start: int) -> list[tuple[tuple[int, int], float]]:
             return [(pair, self._alignment.score(*pair)) for pair in new[start : start + _CHUNK]]
 
         for part in ordered_map(scores, range(0, len(new), _CHUNK), self._workers):
             self._scores.update(part)
-            advance(len(part), len(self._scores))
+            advance(len(part), self._asked)
 
     def links(self) -> list[Link]:
         """The pairs that show the same picture, as far as they were compared, the most certain ones first."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-_PER_GROUP = 3
+_PAIRS, _PER_GROUP = 9, 3
 _LEAST_LINKED = 1 / 3
 
 
@@ -42,10 +42,12 @@ def grouped(links: Iterable[tuple[int, int]], is_link: Callable[[int, int], bool
 def _belong_together(one: list[int], other: list[int], is_link: Callable[[int, int], bool]) -> bool:
     if len(one) == len(other) == 1:
         return True  # a link joins them
-    pairs = [(a, b) for a in _some(one) for b in _some(other)]
+    smaller, larger = sorted((one, other), key=len)
+    some = _some(smaller, _PER_GROUP)
+    pairs = [(a, b) for a in some for b in _some(larger, _PAIRS // len(some))]
     return sum(is_link(a, b) for a, b in pairs) >= _LEAST_LINKED * len(pairs)
 
 
-def _some(group: list[int]) -> list[int]:
-    chosen = np.linspace(0, len(group) - 1, min(len(group), _PER_GROUP)).astype(int)
+def _some(group: list[int], most: int) -> list[int]:
+    chosen = np.linspace(0, len(group) - 1, min(len(group), most)).astype(int)
     return [group[i] for i in chosen]

@@ -22,7 +22,10 @@ def hashes(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
         pictures = thumbnails[start : start + _BLOCK].astype(np.float32)
         coefficients = basis @ pictures @ basis.T
         found[start : start + _BLOCK] = coefficients.reshape(len(pictures), -1)[:, 1:]
-    return found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-6)
+    sizes = np.linalg.norm(found, axis=1, keepdims=True)
+    found[sizes[:, 0] < side] = 0  # less than a tenth of a grey level
+    found /= np.maximum(sizes, side)
+    return found
 
 
 def mirrored(found: NDArray[np.float32]) -> NDArray[np.float32]:

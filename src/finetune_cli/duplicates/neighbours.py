@@ -41,8 +41,8 @@ def nearest(
     """The `count` rows of the highest product with each query, but for the row of the same number.
 
     `queries` ``(n, d)`` belong to `rows` ``(n, d)`` one by one. Returns indexes ``intp (n, k)`` and products
-    ``float32 (n, k)``, the highest first, with k = `count`, or n - 1 if that is less. Memory is bounded by the block that
-    each of the `workers` threads holds.
+    ``float32 (n, k)``, the highest first, with k = `count`, or n - 1 if that is less. Memory is bounded by the block
+    that each of the `workers` threads holds.
     """
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 

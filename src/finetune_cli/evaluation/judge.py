@@ -21,6 +21,7 @@ from finetune_cli.metrics.scores import Evaluation
 from finetune_cli.photos.scan import BadPhoto, Sample
 from finetune_cli.progress import Advance
 from finetune_cli.runs.run import Run
+from finetune_cli.training import near
 
 # About the least positive float32: a probability of 0 has no logit.
 _SMALLEST = np.float32(1e-38)
@@ -70,6 +71,8 @@ def judge(run: Run, photos: LabelledPhotos, workers: int, advance: Advance) -> J
     calibration = _calibration(run, answers, evaluation)
     if calibration is not None:
         evaluation = replace(evaluation, calibration=calibration.after)
+    leaked = near.leaked(near.leaks_of(run), photos.part, answers.samples)
+    evaluation = scores.without(evaluation, leaked, answers.probabilities, answers.labels)
     return Judgement(run, photos, answers, evaluation, calibration, seen=seen_in_training(run, answers.samples))
 
 

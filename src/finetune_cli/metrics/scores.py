@@ -5,7 +5,7 @@ NumPy only, because `evaluate` and `predict` import it and must start fast. All 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,8 @@ class Evaluation:
     balanced_accuracy: mean recall of the classes that occur among the labels. macro_f1: mean F1 of the classes that
     occur among labels or predictions; weighted_f1: mean F1 weighted by support. baseline: always answering
     `baseline_class`, the most frequent label. calibration: never that of photos with a temperature fitted on them.
+    without_near_duplicates: how many of the photos show another picture than every training photo, and the accuracy on
+    them; None if all do, or none.
     """
 
     classes: tuple[str, ...]
@@ -81,6 +83,7 @@ class Evaluation:
     confusion: NDArray[np.int64]
     calibration: CalibrationScores
     coverage: tuple[CoverageRow, ...]
+    without_near_duplicates: tuple[int, Proportion] | None = None
 
     @property
     def log_loss(self) -> float:
@@ -89,11 +92,15 @@ class Evaluation:
 
     def to_json(self) -> dict[str, Any]:
         """The evaluation as plain JSON values under stable key names; shares lie between 0 and 1, None is unknown."""
+        others = self.without_near_duplicates
         return {
             "photos": self.photos,
             "classes": list(self.classes),
             "accuracy": self.accuracy.value,
             "accuracy_interval": _interval(self.accuracy),
+            "without_near_duplicates": None
+            if others is None
+            else {"photos": others[0], "accuracy": others[1].value, "accuracy_interval": _interval(others[1])},
             "top_k": {str(k): {"accuracy": p.value, "interval": _interval(p)} for k, p in self.top_k.items()},
             "balanced_accuracy": self.balanced_accuracy,
             "macro_f1": self.macro_f1,
@@ -189,6 +196,17 @@ def evaluate(probabilities: ArrayLike, labels: ArrayLike, classes: Sequence[str]
         calibration=calibration_scores(p, y),
         coverage=coverage_table(p.max(axis=1), predicted == y),
     )
+
+
+def without(
+    evaluation: Evaluation, left_out: NDArray[np.bool_], probabilities: ArrayLike, labels: ArrayLike
+) -> Evaluation:
+    """`evaluation` with the accuracy on the photos that are not `left_out` ``bool (N,)``, if some are and some not."""
+    if not left_out.any() or left_out.all():
+        return evaluation
+    right = np.asarray(probabilities).argmax(axis=1) == np.asarray(labels)
+    count = int((~left_out).sum())
+    return replace(evaluation, without_near_duplicates=(count, wilson(int(right[~left_out].sum()), count)))
 
 
 def wilson(right: int, photos: int) -> Proportion:

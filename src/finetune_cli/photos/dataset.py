@@ -11,15 +11,15 @@ import re
 import shlex
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune_cli.cache.digests import DigestCache
 from finetune_cli.errors import DataError
 from finetune_cli.photos import folders, split
 from finetune_cli.photos.groups import Proposal, propose
-from finetune_cli.photos.listing import SPLITS, Listing
+from finetune_cli.photos.listing import SPLITS, Listing, byte_order
 from finetune_cli.photos.scan import BadPhoto, Rules, Sample, listed, preflight
 from finetune_cli.progress import Advance
 from finetune_cli.text import counted, shown
@@ -33,7 +33,7 @@ class Dataset:
 
     `roots` maps each split that has photos to the folder that their names are relative to. `notes` and `warnings` are
     for the user; warnings report what makes the numbers look better than they are. `proposal`: likely groups, if none
-    were given.
+    were given. `val_split`: the share of the training photos that validates, `None` if the user chose these photos.
     """
 
     classes: tuple[str, ...]
@@ -45,6 +45,7 @@ class Dataset:
     warnings: tuple[str, ...]
     roots: dict[str, Path]
     proposal: Proposal | None = None
+    val_split: float | None = None
 
     @property
     def splits(self) -> dict[str, tuple[Sample, ...]]:
@@ -64,7 +65,8 @@ class DataSettings:
 
     Validation photos come from `val`, else from the table's column `split`, else from a folder beside the training
     photos, else from a share `val_split` of the training photos. `group_regex`: finds the group in a photo's name.
-    `max_pixels`: photos with more are bad.
+    `max_pixels`: photos with more are bad. `trained_on`: digests of photos that must not validate, because
+    `model.start_from` was trained on them.
     """
 
     train: Path
@@ -73,6 +75,7 @@ class DataSettings:
     val_split: float | None = None
     group_regex: str | None = None
     max_pixels: int = 100_000_000
+    trained_on: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,9 @@ def load(settings: DataSettings, cache: DigestCache, advance: Advance) -> Datase
         notes += _ungrouped(parts["train"], settings.group_regex)
     val_is_given = "val" in parts
     if not val_is_given:
-        parts["train"], parts["val"] = _split_off_validation(parts["train"], settings.val_split)
+        if settings.val_split is None:
+            raise DataError("there are no validation photos", "set data.val, or data.val_split: 0.2")
+        parts["train"], parts["val"] = _split_off_validation(parts["train"], settings.val_split, settings.trained_on)
         roots["val"] = roots["train"]
     notes += _copies(parts["train"], "training photo") + _lonely(parts, classes)
     proposal = None
@@ -119,8 +124,59 @@ def load(settings: DataSettings, cache: DigestCache, advance: Advance) -> Datase
     ready = {name: tuple(parts.get(name, ())) for name in ("train", "val", "test")}
     roots = {name: root for name, root in roots.items() if ready[name]}
     return Dataset(
-        classes, ready["train"], ready["val"], ready["test"], tuple(bad), tuple(notes), tuple(warnings), roots, proposal
+        classes=classes,
+        train=ready["train"],
+        val=ready["val"],
+        test=ready["test"],
+        bad=tuple(bad),
+        notes=tuple(notes),
+        warnings=tuple(warnings),
+        roots=roots,
+        proposal=proposal,
+        val_split=None if val_is_given else settings.val_split,
     )
+
+
+def split_again(data: Dataset, together: Iterable[Collection[str]], trained_on: Set[str]) -> Dataset:
+    """`data` with photos that stay together, given by their digests, each as one group; copies stay together anyway.
+
+    Where the validation photos were not chosen by the user, they are chosen again. Raises `DataError` if no photo is
+    left to validate with.
+    """
+    parts = {name: list(samples) for name, samples in data.splits.items()}
+    everything = [sample for samples in parts.values() for sample in samples]
+    groups = split.merged([(sample.digest, sample.group) for sample in everything], together)
+    of_photo = {sample.digest: group for sample, group in zip(everything, groups, strict=True)}
+    parts = {
+        name: [replace(sample, group=of_photo[sample.digest]) for sample in samples] for name, samples in parts.items()
+    }
+    if data.val_split is not None:
+        pool = [*parts["train"], *parts["val"]]
+        parts["train"], parts["val"] = _split_off_validation(pool, data.val_split, trained_on)
+    return _with_splits(data, parts)
+
+
+def without(data: Dataset, bad: Sequence[BadPhoto]) -> Dataset:
+    """`data` after `bad` photos, which were thought to be good, turned out to be unusable."""
+    paths = {photo.path for photo in bad}
+    good = {name: [s for s in samples if s.path not in paths] for name, samples in data.splits.items()}
+    return _with_splits(replace(data, bad=(*data.bad, *bad)), good)
+
+
+def split_as_recorded(data: Dataset, recorded: Mapping[tuple[str, str], tuple[str, str | None]]) -> Dataset:
+    """`data` with the split and the group that each photo had before, by its (digest, name).
+
+    Only where the user did not choose the validation photos. Photos that are not in `recorded` stay where they are.
+    """
+    parts: dict[str, list[Sample]] = {"train": [], "val": [], "test": []}
+    for name, samples in data.splits.items():
+        for sample in samples:
+            before, group = recorded.get((sample.digest, sample.name), (name, sample.group))
+            side = before if data.val_split is not None and "test" not in (name, before) else name
+            parts[side].append(replace(sample, group=group))
+    if data.val_split is not None:
+        parts = {name: _in_order(samples) for name, samples in parts.items()}
+    return _with_splits(data, parts)
 
 
 def load_labelled(
@@ -183,19 +239,36 @@ def _listings(sources: folders.Sources) -> dict[str, Listing]:
     return listings
 
 
-def _split_off_validation(samples: list[Sample], val_split: float | None) -> tuple[list[Sample], list[Sample]]:
-    if val_split is None:
-        raise DataError("there are no validation photos", "set data.val, or data.val_split: 0.2")
-    chosen = split.choose([(sample.label, sample.digest, sample.group) for sample in samples], val_split)
+def _split_off_validation(
+    samples: Sequence[Sample], val_split: float, trained_on: Set[str]
+) -> tuple[list[Sample], list[Sample]]:
+    samples = _in_order(samples)
+    chosen = split.choose([(sample.label, sample.digest, sample.group) for sample in samples], val_split, trained_on)
     sides: tuple[list[Sample], list[Sample]] = ([], [])
     for sample, is_val in zip(samples, chosen, strict=True):
         sides[is_val].append(sample)
+    if not sides[True] and trained_on:
+        raise DataError(
+            "no photo can be used for validation: the run of model.start_from was trained on all of them, or on photos "
+            "of the same groups",
+            "add photos that it has not seen, or set data.val",
+        )
     if not sides[True]:
         raise DataError(
             "no photo can be used for validation: each class has only one photo, or one group of them",
             "add photos, set data.val, or choose a data.group_regex that makes more groups",
         )
     return sides
+
+
+def _with_splits(data: Dataset, parts: Mapping[str, Sequence[Sample]]) -> Dataset:
+    train, val, test = (tuple(parts.get(name, ())) for name in ("train", "val", "test"))
+    return replace(data, train=train, val=val, test=test)
+
+
+def _in_order(samples: Sequence[Sample]) -> list[Sample]:
+    """By class and name, so that the order, which a resumed training must find again, is that of no history."""
+    return sorted(samples, key=lambda sample: (sample.label, byte_order(sample.name)))
 
 
 def _check_classes(listings: Mapping[str, Listing]) -> None:

@@ -1,54 +1,137 @@
-"""The validation split: decided by the content of the photos, so that it is stable when photos are added.
+"""The validation split: decided by the content of the photos, so that adding photos moves few others.
 
-A unit is what must stay on one side: all photos of a group, and all copies of a photo. Its hash is a number in [0, 1);
-units below `fraction` are used for validation. Adding photos moves no other photo, except for the unit that a class
-lends or gets back.
+A unit is what must stay on one side: all photos of a group, and all copies of a photo. Its place is a number in [0, 1)
+that its content decides. Every class gives its share of photos (largest remainder), from the units with the lowest
+places on. So when photos are added, only units move whose place is near the end of a class's share.
 """
 
 import hashlib
-from collections.abc import Hashable, Sequence
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence, Set
+
+# The group of near-duplicates that have no other one: this, and the beginning of the digest of one of them.
+NEAR = "near:"
+_NEAR_NAME = re.compile(NEAR + "[0-9a-f]{16}")
+_PLACE_DIGITS = 13
 
 
-def choose(photos: Sequence[tuple[int, str, str | None]], fraction: float) -> list[bool]:
+def choose(
+    photos: Sequence[tuple[int, str, str | None]], fraction: float, trained_on: Set[str] = frozenset()
+) -> list[bool]:
     """For each photo, given as (label, digest, group), whether it is used for validation.
 
-    A class without a validation photo lends the unit with the lowest hash; a class without a training photo gets the
-    one with the highest hash back, so a class of a single unit has no validation photos.
+    The units are gone through by their place, and one is taken if that brings the classes of its photos nearer to their
+    shares of `fraction`. A class without a validation photo lends its smallest unit; a class without a training photo
+    gets its last one back, so a class of a single unit has no validation photos. Units with a photo whose digest is in
+    `trained_on` are never taken.
     """
     units = _units(photos)
-    hashes: dict[str, float] = {}
-    classes: dict[int, dict[str, None]] = {}
+    counts: dict[str, Counter[int]] = defaultdict(Counter)
+    places: dict[str, float] = {}
     for (label, digest, group), unit in zip(photos, units, strict=True):
-        hashes[unit] = min(hashes.get(unit, 1.0), _hash(digest, group))
-        classes.setdefault(label, {})[unit] = None
-    chosen = {unit for unit, value in hashes.items() if value < fraction}
-    for own in classes.values():
-        if len(own) > 1 and chosen.isdisjoint(own):
-            chosen.add(min(own, key=hashes.__getitem__))
-    for own in classes.values():
-        if chosen.issuperset(own):
-            chosen.remove(max(own, key=hashes.__getitem__))
+        counts[unit][label] += 1
+        places[unit] = min(places.get(unit, 1.0), _place(digest, group))
+    ordered = sorted(counts, key=lambda unit: (places[unit], unit))
+    fixed = {unit for (_label, digest, _group), unit in zip(photos, units, strict=True) if digest in trained_on}
+    free = [unit for unit in ordered if unit not in fixed]
+    missing = _shares(Counter(label for label, _digest, _group in photos), fraction)
+    chosen = set()
+    for unit in free:
+        own = counts[unit]
+        if sum(abs(missing[label] - count) - abs(missing[label]) for label, count in own.items()) < 0:
+            chosen.add(unit)
+            missing.subtract(own)
+    for label in sorted(missing):
+        own_units = [unit for unit in ordered if label in counts[unit]]
+        lendable = [unit for unit in own_units if unit not in fixed]
+        if len(own_units) > 1 and lendable and chosen.isdisjoint(own_units):
+            chosen.add(min(lendable, key=lambda unit: counts[unit].total()))
+    for label in sorted(missing):
+        own_units = [unit for unit in ordered if label in counts[unit]]
+        if chosen.issuperset(own_units):
+            chosen.remove(own_units[-1])
     return [unit in chosen for unit in units]
 
 
-def _hash(digest: str, group: str | None) -> float:
-    """The hash of a photo or of its group, evenly spread over [0, 1)."""
+def _shares(photos: Mapping[int, int], fraction: float) -> Counter[int]:
+    """How many photos of each label validate: `fraction` of all, rounded by the largest remainders."""
+    exact = {label: fraction * count for label, count in photos.items()}
+    shares = Counter({label: math.floor(share) for label, share in exact.items()})
+    left = round(sum(exact.values())) - shares.total()
+    by_remainder = sorted(exact, key=lambda label: (shares[label] - exact[label], label))
+    shares.update(by_remainder[: max(left, 0)])
+    return shares
+
+
+def near_group(digests: Collection[str]) -> str:
+    """The name of a group of near-duplicates, by the digest of one of them.
+
+    Which one is decided by another hash, so that the place of a group says nothing about its size.
+    """
+    return NEAR + min(digests, key=lambda digest: hashlib.sha256(digest.encode()).digest())[:16]
+
+
+def merged(photos: Sequence[tuple[str, str | None]], together: Iterable[Collection[str]]) -> list[str | None]:
+    """The group of each photo, given as (digest, group), after the digests in each of `together` were united.
+
+    A group of near-duplicates joins the group that one of them has; of several such groups, the first by name gives
+    the name. Photos that nothing was united with keep what they had.
+    """
+    joined = _Joined()
+    for digest, group in photos:
+        if group is not None:
+            joined.join(("digest", digest), ("group", group))
+    for digests in together:
+        first, *others = digests
+        for digest in others:
+            joined.join(("digest", first), ("digest", digest))
+    digests_of: dict[Hashable, set[str]] = defaultdict(set)
+    groups_of: dict[Hashable, set[str]] = defaultdict(set)
+    for digest, group in photos:
+        root = joined.root(("digest", digest))
+        digests_of[root].add(digest)
+        if group is not None:
+            groups_of[root].add(group)
+    names = {
+        root: min(groups_of[root]) if groups_of[root] else near_group(digests) if len(digests) > 1 else None
+        for root, digests in digests_of.items()
+    }
+    return [names[joined.root(("digest", digest))] for digest, _group in photos]
+
+
+def _place(digest: str, group: str | None) -> float:
+    """The place of a photo or of its group, evenly spread over [0, 1)."""
     if group is not None:
         digest = hashlib.sha256(group.encode("utf-8", "surrogateescape")).hexdigest()
-    return int(digest[:13], 16) / 16**13
+        if _NEAR_NAME.fullmatch(group):  # a photo that gets a near-duplicate mostly stays where it was
+            digest = group.removeprefix(NEAR)
+    return float(int(digest[:_PLACE_DIGITS], 16) / 16**_PLACE_DIGITS)
 
 
 def _units(photos: Sequence[tuple[int, str, str | None]]) -> list[str]:
     """The name of each photo's unit. Groups that share a copy of a photo become one unit."""
-    parent: dict[Hashable, Hashable] = {}
+    if all(group is None for _label, _digest, group in photos):
+        return [digest for _label, digest, _group in photos]
+    joined = _Joined()
+    for _label, digest, group in photos:
+        if group is not None:
+            joined.join(("digest", digest), ("group", group))
+    return [repr(joined.root(("digest", digest))) for _label, digest, _group in photos]
 
-    def root(node: Hashable) -> Hashable:
-        while (above := parent.setdefault(node, node)) != node:
-            parent[node] = parent[above]
+
+class _Joined:
+    """Sets of what was joined, each known by one of its members, its root."""
+
+    def __init__(self) -> None:
+        self._parent: dict[Hashable, Hashable] = {}
+
+    def root(self, node: Hashable) -> Hashable:
+        while (above := self._parent.setdefault(node, node)) != node:
+            self._parent[node] = self._parent[above]
             node = above
         return node
 
-    for _label, digest, group in photos:
-        if group is not None:
-            parent[root(("digest", digest))] = root(("group", group))
-    return [repr(root(("digest", digest))) if parent else digest for _label, digest, _group in photos]
+    def join(self, one: Hashable, other: Hashable) -> None:
+        self._parent[self.root(one)] = self.root(other)

@@ -28,6 +28,12 @@ def verdict(judged: Judgement) -> list[str]:
     sentences = [first]
     if judged.seen:
         sentences.append(f"It was trained on {judged.seen} of these photos, so expect a lower accuracy on others.")
+    if (others := evaluation.without_near_duplicates) is not None:
+        sentences.append(
+            f"{counted(evaluation.photos - others[0], 'photo')} of them show the same picture as a training photo "
+            f"(leaks.csv of the run lists them); on the {others[0]} others the accuracy is {percent(others[1].value)} "
+            f"({percent(others[1].low)} to {percent(others[1].high)})."
+        )
     if accuracy.low <= baseline.value:
         sentences.append("That may be no better than the majority-class baseline.")
     if weakest := _weakest(evaluation):

@@ -77,22 +77,16 @@ class SkippedPhoto:
 
 
 @dataclass(frozen=True, slots=True)
-class SplitMetrics:
-    """How good the run is on one split; shares lie between 0 and 1.
-
-    `baseline_accuracy`: of the majority-class baseline. `document`: everything that was measured, as
-    `metrics.Evaluation.to_json` gives it.
-    """
+class PartAccuracy:
+    """The accuracy on some photos, and its 95 % interval; shares lie between 0 and 1."""
 
     photos: int
     accuracy: float
     accuracy_interval: tuple[float, float]
-    baseline_accuracy: float
-    document: Mapping[str, Any]
 
     @classmethod
-    def from_json(cls, fields: Fields) -> "SplitMetrics":
-        """Take the values that are used out of the document. Raises `FieldError`."""
+    def from_json(cls, fields: Fields) -> "PartAccuracy":
+        """The values of these keys. Raises `FieldError`."""
         interval = fields.value("accuracy_interval")
         if not isinstance(interval, list) or len(interval) != 2:
             raise fields.wrong("accuracy_interval", "a list of two numbers")
@@ -101,8 +95,39 @@ class SplitMetrics:
             photos=fields.integer("photos", 1),
             accuracy=fields.number("accuracy", 0, 1),
             accuracy_interval=(ends.number("[0]", 0, 1), ends.number("[1]", 0, 1)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SplitMetrics:
+    """How good the run is on one split; shares lie between 0 and 1.
+
+    `baseline_accuracy`: of the majority-class baseline. `without_near_duplicates`: the same for the photos that are no
+    near-duplicate of a training photo, where some are. `document`: everything that was measured, as
+    `metrics.Evaluation.to_json` gives it.
+    """
+
+    photos: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    baseline_accuracy: float
+    document: Mapping[str, Any]
+    without_near_duplicates: PartAccuracy | None = None
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> "SplitMetrics":
+        """Take the values that are used out of the document. Raises `FieldError`."""
+        whole = PartAccuracy.from_json(fields)
+        part = fields.document.get("without_near_duplicates")
+        return cls(
+            photos=whole.photos,
+            accuracy=whole.accuracy,
+            accuracy_interval=whole.accuracy_interval,
             baseline_accuracy=fields.object("baseline").number("accuracy", 0, 1),
             document=fields.document,
+            without_near_duplicates=None
+            if part is None
+            else PartAccuracy.from_json(fields.object("without_near_duplicates")),
         )
 
 

@@ -25,13 +25,15 @@ class Start:
 
     configs: every config that the training was started or resumed with, as `Config.dump` gave them. backbone: its
     fingerprint. start_from: the SHA-256 of the model whose head the training started from. environments: SHA-256s of
-    environment.json, one for every change of it.
+    environment.json, one for every change of it. photos: a SHA-256 of the lines of split.csv and leaks.csv; None in
+    runs from before it was recorded.
     """
 
     configs: tuple[Mapping[str, Any], ...]
     backbone: str
     start_from: str | None
     environments: tuple[str, ...]
+    photos: str | None = None
 
     @property
     def training_id(self) -> str:
@@ -47,6 +49,7 @@ class Start:
                 "backbone": self.backbone,
                 "start_from": self.start_from,
                 "environments": list(self.environments),
+                "photos": self.photos,
             }
         )
 
@@ -62,6 +65,7 @@ class Start:
             backbone=fields.text("backbone"),
             start_from=fields.optional("start_from", fields.sha256),
             environments=fields.sha256s("environments"),
+            photos=fields.optional("photos", fields.sha256) if "photos" in fields.document else None,
         )
         for key in ("configs", "environments"):
             if not getattr(start, key):

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.devices import Precision
+from finetune_cli.duplicates import thumbnails
 from finetune_cli.errors import BadImage, StorageError
 from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.parallel import ordered_map
@@ -29,6 +30,7 @@ from finetune_cli.photos.scan import BadPhoto, Sample
 from finetune_cli.progress import Advance
 
 _STORE_ROWS = 1024
+THUMBNAIL = -1  # stands where the number of a view stands
 
 
 class RuntimeFactory(Protocol):
@@ -41,12 +43,16 @@ class RuntimeFactory(Protocol):
 
 @dataclass(frozen=True)
 class FeatureRequest:
-    """What the features are computed from: everything that their values depend on is part of the cache key."""
+    """What the features are computed from: everything that their values depend on is part of the cache key.
+
+    `thumbnails`: photos get a thumbnail, too, see `duplicates/thumbnails.py`; of the features, nothing depends on it.
+    """
 
     settings: ImageSettings
     fingerprint: str
     precision: Precision
     augmenter: Augmenter | None = None
+    thumbnails: bool = False
 
     @property
     def views(self) -> int:
@@ -54,7 +60,9 @@ class FeatureRequest:
         return self.augmenter.views if self.augmenter is not None else 1
 
     def key(self, digest: str, view: int) -> bytes:
-        """The cache key, 32 bytes, of view `view` of the photo whose SHA-256 is `digest`."""
+        """The cache key, 32 bytes, of view `view`, or `THUMBNAIL`, of the photo whose SHA-256 is `digest`."""
+        if view == THUMBNAIL:
+            return thumbnails.key(digest, self.settings)
         augmentation = self.augmenter.key(view) if self.augmenter is not None else ""
         parts = (
             digest,
@@ -71,7 +79,8 @@ class FeatureRequest:
 class Features:
     """`array[i]` belongs to ``samples[i]``; `bad` is what the decoder refused.
 
-    `computed` and `cached` count views; copies of a photo count once.
+    `computed` and `cached` count views; copies of a photo count once. `thumbnails`: ``uint8 (n, SIDE, SIDE)``, or
+    empty if they were not asked for.
     """
 
     array: NDArray[np.float32]
@@ -79,6 +88,7 @@ class Features:
     bad: tuple[BadPhoto, ...]
     computed: int
     cached: int
+    thumbnails: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,8 @@ class Resources:
     """What a feature pass works with; none of it changes a value.
 
     make_runtime: called only if the cache lacks something. scratch: the folder of the array. workers: threads that
-    decode and infer. batch_size: views that a thread infers at once.
+    decode and infer. batch_size: views that a thread infers at once. first: view 0 of some of the photos, from an
+    earlier pass of the same precision.
     """
 
     store: FeatureStore
@@ -94,6 +105,7 @@ class Resources:
     scratch: Path
     workers: int
     batch_size: int
+    first: Features | None = None
 
 
 def extract(
@@ -101,67 +113,117 @@ def extract(
 ) -> Features:
     """The features of all views of `samples`, `float32 (len(samples), views, width)`.
 
-    What the cache holds is not computed. A photo that cannot be decoded is left out and listed in `bad`. `advance`
-    counts photos. Raises `StorageError` when the scratch folder has no room for the array.
+    What the cache or `resources.first` holds is not computed. A photo that cannot be decoded is left out and listed in
+    `bad`. `advance` counts photos. Raises `StorageError` when the scratch folder has no room for the array.
     """
     scratch, store = resources.scratch, resources.store
-    array = scratch_array(scratch, (len(samples), request.views, width))
+    rows = _Rows(samples, request, width, scratch)
     originals: dict[str, int] = {}  # copies of a photo share its digest, and so its features
     for i, sample in enumerate(samples):
         originals.setdefault(sample.digest, i)
-    missing = _from_store({i: samples[i].digest for i in originals.values()}, request, store, array, advance)
-    computed = sum(map(len, missing.values()))
+    if resources.first is not None:
+        rows.take_first(resources.first)
+    missing, found = _from_store(list(originals.values()), rows, store, advance)
+    wanted = sum(view != THUMBNAIL for views in missing.values() for view in views)
     bad: dict[int, BadPhoto] = {}
     if missing:
         runtime = resources.make_runtime(request.precision)
         work = ordered_map(worker(samples, request, runtime), chunks(missing, resources.batch_size), resources.workers)
         waiting: list[tuple[bytes, NDArray[np.float32]]] = []
         try:
-            for rows, refused in work:
-                for (i, view), row in rows.items():
-                    array[i, view] = row
-                    waiting.append((request.key(samples[i].digest, view), row))
+            for computed, refused in work:
+                for (i, view), row in computed.items():
+                    rows.accept(i, view, row)
+                    waiting.append((rows.key(i, view), row))
                 bad |= refused
-                advance(len({i for i, _view in rows} | refused.keys()))
+                advance(len({i for i, _view in computed} | refused.keys()))
                 if len(waiting) >= _STORE_ROWS:
                     store.put(waiting)
                     waiting = []
         finally:  # an interrupted pass resumes where it stopped
             store.put(waiting)
-    computed -= sum(len(missing[i]) for i in bad)
-    cached = len(originals) * request.views - sum(map(len, missing.values()))
-    _fill_copies(samples, originals, array, bad)
+    unusable = sum(view != THUMBNAIL for i in bad for view in missing[i])
+    _fill_copies(samples, originals, rows, bad)
     advance(len(samples) - len(originals))
     kept = [i for i in range(len(samples)) if i not in bad]
+    array, small = rows.array, rows.thumbnails
     if bad:
         array = _without(array, kept, scratch)
-    return Features(array, tuple(samples[i] for i in kept), tuple(bad.values()), computed, cached)
+        small = small[kept] if request.thumbnails else small
+    return Features(
+        array=array,
+        samples=tuple(samples[i] for i in kept),
+        bad=tuple(bad.values()),
+        computed=wanted - unusable,
+        cached=found,
+        thumbnails=small,
+    )
+
+
+class _Rows:
+    """Where the features, and perhaps the thumbnails, of `samples` are collected."""
+
+    def __init__(self, samples: Sequence[Sample], request: FeatureRequest, width: int, scratch: Path) -> None:
+        self.array = scratch_array(scratch, (len(samples), request.views, width))
+        self.thumbnails = np.zeros((len(samples) * request.thumbnails, thumbnails.SIDE, thumbnails.SIDE), np.uint8)
+        self.views = range(THUMBNAIL if request.thumbnails else 0, request.views)
+        self.taken: set[int] = set()  # photos whose view 0 is known
+        self._digests = [sample.digest for sample in samples]
+        self._request = request
+
+    def take_first(self, first: Features) -> None:
+        """Take view 0 of the photos in `first`."""
+        known = {sample.digest: i for i, sample in enumerate(first.samples)}
+        for i, digest in enumerate(self._digests):
+            if digest in known:
+                self.array[i, 0] = first.array[known[digest], 0]
+                self.taken.add(i)
+
+    def key(self, i: int, view: int) -> bytes:
+        """The cache key of a row."""
+        return self._request.key(self._digests[i], view)
+
+    def accept(self, i: int, view: int, row: NDArray[np.float32] | None) -> bool:
+        """Take a row, unless it is missing or has another shape; returns whether it was taken."""
+        if view == THUMBNAIL:
+            picture = thumbnails.unpacked(row)
+            if picture is None:
+                return False
+            self.thumbnails[i] = picture
+            return True
+        if row is None or row.shape != self.array.shape[2:]:
+            return False
+        self.array[i, view] = row
+        return True
+
+    def copy(self, source: int, target: int) -> None:
+        """Give one photo what another has."""
+        self.array[target] = self.array[source]
+        if len(self.thumbnails):
+            self.thumbnails[target] = self.thumbnails[source]
 
 
 def _from_store(
-    digests: dict[int, str], request: FeatureRequest, store: FeatureStore, array: NDArray[np.float32], advance: Advance
-) -> dict[int, list[int]]:
-    """Fill the rows of `array` for the photos `digests` (row -> SHA-256) from the cache; return the missing views."""
+    photos: Sequence[int], rows: _Rows, store: FeatureStore, advance: Advance
+) -> tuple[dict[int, list[int]], int]:
+    """Fill the rows of `photos`, by their numbers, from the cache; return what is missing, and how many were there."""
     missing: dict[int, list[int]] = {}
-    step = _STORE_ROWS // request.views or 1
-    rows = list(digests)
-    for start in range(0, len(rows), step):
-        block = rows[start : start + step]
-        keys = {request.key(digests[i], view): (i, view) for i in block for view in range(request.views)}
+    count = 0
+    step = _STORE_ROWS // len(rows.views) or 1
+    for start in range(0, len(photos), step):
+        block = photos[start : start + step]
+        keys = {rows.key(i, view): (i, view) for i in block for view in rows.views if view or i not in rows.taken}
         found = store.get(list(keys))
         for key, (i, view) in keys.items():
-            row = found.get(key)
-            if row is not None and row.shape == array.shape[2:]:
-                array[i, view] = row
-            else:
+            if not rows.accept(i, view, found.get(key)):
                 missing.setdefault(i, []).append(view)
+            elif view != THUMBNAIL:
+                count += 1
         advance(sum(i not in missing for i in block))
-    return missing
+    return missing, count
 
 
-def _fill_copies(
-    samples: Sequence[Sample], originals: dict[str, int], array: NDArray[np.float32], bad: dict[int, BadPhoto]
-) -> None:
+def _fill_copies(samples: Sequence[Sample], originals: dict[str, int], rows: _Rows, bad: dict[int, BadPhoto]) -> None:
     """Give copies of a photo the rows of the one that was computed, or list them as bad if it is."""
     for i, sample in enumerate(samples):
         original = originals[sample.digest]
@@ -170,7 +232,7 @@ def _fill_copies(
         if original in bad:
             bad[i] = BadPhoto(sample.path, sample.name, bad[original].reason)
         else:
-            array[i] = array[original]
+            rows.copy(original, i)
 
 
 def scratch_array(folder: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -217,20 +279,21 @@ def chunks(missing: Mapping[int, Sequence[int]], batch_size: int) -> Iterator[li
         yield chunk
 
 
-_Rows = dict[tuple[int, int], NDArray[np.float32]]
+_Computed = dict[tuple[int, int], NDArray[np.float32]]
 
 
 def worker(
     samples: Sequence[Sample], request: FeatureRequest, runtime: Runtime
-) -> Callable[[list[tuple[int, Sequence[int]]]], tuple[_Rows, dict[int, BadPhoto]]]:
+) -> Callable[[list[tuple[int, Sequence[int]]]], tuple[_Computed, dict[int, BadPhoto]]]:
     """What a thread does with some photos, of which it gets (index, views): read, decode, warp, infer.
 
     It returns what the runtime gives for each (index, view), and the photos that cannot be decoded.
     """
 
-    def work(chunk: list[tuple[int, Sequence[int]]]) -> tuple[_Rows, dict[int, BadPhoto]]:
+    def work(chunk: list[tuple[int, Sequence[int]]]) -> tuple[_Computed, dict[int, BadPhoto]]:
         photos: list[NDArray[np.uint8]] = []
         positions: list[tuple[int, int]] = []
+        computed: _Computed = {}
         bad: dict[int, BadPhoto] = {}
         for i, views in chunk:
             sample = samples[i]
@@ -240,13 +303,16 @@ def worker(
                 bad[i] = BadPhoto(sample.path, sample.name, exc.reason)
                 continue
             for view in views:
+                if view == THUMBNAIL:
+                    computed[i, view] = thumbnails.packed(thumbnails.thumbnail(photo))
+                    continue
                 changed = photo
                 if view and request.augmenter is not None:
                     changed = request.augmenter.view(photo, sample.digest, view)
                 photos.append(changed)
                 positions.append((i, view))
-        if not photos:
-            return {}, bad
-        return dict(zip(positions, runtime.infer(np.stack(photos)), strict=True)), bad
+        if photos:
+            computed.update(zip(positions, runtime.infer(np.stack(photos)), strict=True))
+        return computed, bad
 
     return work

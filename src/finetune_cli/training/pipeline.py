@@ -27,7 +27,7 @@ from finetune_cli.head.lbfgs import Head
 from finetune_cli.inference import runtimes
 from finetune_cli.metrics.calibration import CalibrationScores, cross_fitted_calibration, fit_temperature, softmax32
 from finetune_cli.metrics.folds import group_numbers
-from finetune_cli.metrics.scores import evaluate
+from finetune_cli.metrics.scores import evaluate, without
 from finetune_cli.photos import scan
 from finetune_cli.progress import Observer, timed
 from finetune_cli.runs import run
@@ -36,7 +36,7 @@ from finetune_cli.runs.manifest import Backbone, Manifest, Parity, SkippedPhoto,
 from finetune_cli.runs.run import Run
 from finetune_cli.tables import write_records
 from finetune_cli.text import shown
-from finetune_cli.training import fit, head_state, outputs, start_from
+from finetune_cli.training import fit, head_state, near, outputs, start_from
 from finetune_cli.training import resume as resume_checks
 from finetune_cli.training.converted import Converted
 from finetune_cli.training.extract import Features
@@ -91,7 +91,9 @@ def resume(folder: Path, config: Config, observer: Observer) -> Run:
         files.remove_leftovers(folder)
         settings = check_settings(config)
         _start_keras(keras, settings)
-        prepared = prepare(settings, observer, stage.checked(settings))
+        recorded = run.read_split(folder / "split.csv")
+        prepared = prepare(settings, observer, stage.checked(settings), recorded)
+        prepared.leaks = near.read_leaks(folder)
         resume_checks.check_inputs(folder, prepared, observer)
         return _fit_and_finish(folder, prepared, _start(prepared, observer), observer, keras)
 
@@ -119,7 +121,7 @@ def _fit_and_finish(
     with timed(prepared.seconds, "head"):
         fitted = _fit(folder, prepared, start, observer)
     temperature, judged = _judge(prepared, fitted.head)
-    names = ["config.yaml", "environment.json", "split.csv"]
+    names = ["config.yaml", "environment.json", "split.csv", *([near.LEAKS] if prepared.leaks else [])]
     tuning: dict[str, Any] | None = None
     if prepared.config.fine_tuning is not None:
         tuned = stage.run(prepared, fitted, folder / "checkpoints", start_record.read(folder).training_id, observer)
@@ -166,6 +168,8 @@ def _judge(prepared: Prepared, fitted: Head) -> tuple[float, list[outputs.Scored
             evaluation = evaluate(probabilities, labels_of(parts[split].samples), classes)
             if split == "val" and calibrated:
                 evaluation = replace(evaluation, calibration=_cross_fitted(fitted, parts[split]))
+            leaked = near.leaked(prepared.leaks, split, parts[split].samples)
+            evaluation = without(evaluation, leaked, probabilities, labels_of(parts[split].samples))
             judged.append(outputs.ScoredSplit(split, parts[split].samples, probabilities, evaluation))
     return temperature, judged
 

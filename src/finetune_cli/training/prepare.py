@@ -6,7 +6,7 @@ all of them see the same photos in the same way.
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -30,11 +30,13 @@ from finetune_cli.photos import dataset, groups, scan
 from finetune_cli.photos.dataset import Dataset, DataSettings
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.scan import BadPhoto, Sample
-from finetune_cli.progress import Observer, timed
+from finetune_cli.progress import Advance, Observer, timed
+from finetune_cli.runs.run import SplitRow
 from finetune_cli.text import counted, shown
-from finetune_cli.training import extract, start_from
+from finetune_cli.training import extract, near, start_from
 from finetune_cli.training.converted import Conversion, Converted
 from finetune_cli.training.extract import FeatureRequest, Features, Resources
+from finetune_cli.training.near import Leak
 from finetune_cli.training.requirements import check_room
 from finetune_cli.training.settings import Settings
 from finetune_cli.training.start_from import AnyBackbone
@@ -50,7 +52,8 @@ _CHECKED_PHOTOS = 16
 class Prepared:
     """All that a head is fitted and evaluated on; `parts` maps train, val and, if there is one, test to features.
 
-    `start_from`: SHA-256 of the model of `model.start_from`, if there is one.
+    `leaks`: val and test photos that show the same picture as a training photo. `start_from`: SHA-256 of the model of
+    `model.start_from`, if there is one.
     """
 
     settings: Settings
@@ -60,6 +63,7 @@ class Prepared:
     precision: Precision
     parts: dict[str, Features]
     cache_bytes: int
+    leaks: tuple[Leak, ...] = ()
     start_from: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -76,11 +80,15 @@ class Prepared:
 
 
 def prepare(
-    settings: Settings, observer: Observer, check: Callable[[Dataset, AnyBackbone], None] | None = None
+    settings: Settings,
+    observer: Observer,
+    check: Callable[[Dataset, AnyBackbone], None] | None = None,
+    recorded: Sequence[SplitRow] | None = None,
 ) -> Prepared:
-    """Index the photos, build the backbone, and compute (or find in the cache) every feature.
+    """Index the photos, build the backbone, compute (or find in the cache) every feature, and split the photos.
 
-    `check` may raise when it sees the photos and the backbone, before any feature is computed.
+    `check` may raise when it sees the photos and the backbone, before any feature is computed. `recorded`: the split
+    of an unfinished run, which is then used as it is; its leaks are in the run.
 
     Raises `DataError` when photos are bad and `data.on_bad_image` does not allow skipping them; what was computed until
     then stays in the cache. Raises `StorageError` when there is no room for the features or for the run.
@@ -102,8 +110,8 @@ def prepare(
         check_room(settings, data, extractor.backbone)
         if check is not None:
             check(data, extractor.backbone)
-        with timed(seconds, "features"):
-            parts, cache_bytes = _all_features(extractor, data)
+        split = _split_and_extract(extractor, data, recorded, seconds)
+        data, parts = split.data, split.parts
         _refuse_bad(data, parts, config.data.on_bad_image, observer)
         return Prepared(
             settings=settings,
@@ -112,7 +120,8 @@ def prepare(
             device=extractor.device,
             precision=extractor.precision,
             parts=parts,
-            cache_bytes=cache_bytes,
+            cache_bytes=split.cache_bytes,
+            leaks=split.leaks,
             start_from=start_digest,
             seconds=seconds,
         )
@@ -165,18 +174,34 @@ def make_extractor(settings: Settings, observer: Observer, conversion: Conversio
         return Extractor(settings, start_from.backbone_of(settings.start, built), device, precision, observer)
 
 
-def _all_features(extractor: "Extractor", data: Dataset) -> tuple[dict[str, Features], int]:
-    """The features of every split of `data`, and how many bytes the cache takes."""
+@dataclass
+class _Split:
+    """The photos of every split, their features, and where near-duplicates are on both sides."""
+
+    data: Dataset
+    parts: dict[str, Features]
+    leaks: tuple[Leak, ...] = ()
+    cache_bytes: int = 0
+
+
+def _split_and_extract(
+    extractor: "Extractor", data: Dataset, recorded: Sequence[SplitRow] | None, seconds: dict[str, float]
+) -> _Split:
+    """Split the photos of `data` as near-duplicates or `recorded` want it, with the features of every split."""
     observer, folder = extractor.observer, extractor.settings.cache
     with FeatureStore(folder.path, folder.writable) as store:
         try:
-            parts = {"train": extractor(store, "train", data.train)}
-            for split, samples in (("val", data.val), ("test", data.test)):
-                if samples:
-                    parts[split] = extractor(store, split, samples)
-            for part in parts.values():
+            if recorded is not None:
+                data = dataset.split_as_recorded(data, near.recorded(recorded))
+                split = _Split(data, _features(extractor, store, data, seconds))
+            elif extractor.settings.config.data.near_duplicates == "ignore":
+                split = _Split(data, _features(extractor, store, data, seconds))
+            else:
+                split = _with_near_duplicates(extractor, store, data, seconds)
+            for part in split.parts.values():
                 _check_unchanged(part.samples)
-            return parts, store.size()
+            split.cache_bytes = store.size()
+            return split
         except Interrupted as exc:
             if store.writable and not folder.warning:
                 exc.remedy = "the features so far are in the cache; run the same command again to continue"
@@ -184,6 +209,56 @@ def _all_features(extractor: "Extractor", data: Dataset) -> tuple[dict[str, Feat
         finally:
             for warning in store.warnings:
                 observer.warn(warning)
+
+
+def _features(
+    extractor: "Extractor", store: FeatureStore, data: Dataset, seconds: dict[str, float], thumbnails: bool = False
+) -> dict[str, Features]:
+    with timed(seconds, "features"):
+        return {split: extractor(store, split, samples, thumbnails) for split, samples in data.splits.items()}
+
+
+def _with_near_duplicates(
+    extractor: "Extractor", store: FeatureStore, data: Dataset, seconds: dict[str, float]
+) -> _Split:
+    """Where the user chose the validation photos, all features come first; else view 0 alone, which decides the split.
+
+    Raises `DataError` for photos that cannot be decoded, before more is computed.
+    """
+    observer, settings = extractor.observer, extractor.settings
+    first: dict[str, Features] = {}
+    if data.val_split is None:
+        parts = _features(extractor, store, data, seconds, thumbnails=True)
+    else:
+        with timed(seconds, "features"):
+            if data.test:
+                first["test"] = extractor(store, "test", data.test, thumbnails=True)
+            first["pool"] = extractor.first_views(store, [*data.train, *data.val])
+        bad = [photo for part in first.values() for photo in part.bad]
+        data = dataset.without(data, bad)
+        scan.refuse_bad(data.bad, data.photos, settings.config.data.on_bad_image)
+        dataset.refuse_empty(data.classes, data.splits, data.bad)
+        parts = first
+    with timed(seconds, "near-duplicates"):
+        linked = near.link(list(parts.values()), settings.cache.scratch, settings.workers, observer)
+    data = near.keep_together(linked, data, settings.photos.trained_on, observer)
+    if first:
+        with timed(seconds, "features"):
+            pool = first.pop("pool")
+            parts = {
+                "train": extractor(store, "train", data.train, first=pool),
+                "val": extractor(store, "val", data.val, first=pool if extractor.precision == "float32" else None),
+                **first,
+            }
+        parts["train"] = replace(
+            parts["train"],
+            computed=parts["train"].computed + pool.computed,
+            cached=parts["train"].cached + pool.cached,
+        )
+    parts = {split: near.regrouped(part, data) for split, part in parts.items()}
+    leaks = linked.leaks(data)
+    near.warn_of_leaks(leaks, observer)
+    return _Split(data, parts, leaks)
 
 
 def _check_unchanged(samples: Sequence[Sample]) -> None:
@@ -256,16 +331,46 @@ class Extractor:
         """Threads that decode and infer."""
         return self.settings.workers
 
-    def __call__(self, store: FeatureStore, split: str, samples: Sequence[Sample]) -> Features:
-        """The features of `samples`, `float32 (n, views, D)`, through `store`."""
+    def __call__(
+        self,
+        store: FeatureStore,
+        split: str,
+        samples: Sequence[Sample],
+        thumbnails: bool = False,
+        first: Features | None = None,
+    ) -> Features:
+        """The features of `samples`, `float32 (n, views, D)`, through `store`.
+
+        `first`: view 0 of some of them, if it was computed before in the precision of this split.
+        """
         image, fingerprint = self.settings.image, self.backbone.fingerprint
         if split == "train":
-            request = FeatureRequest(image, fingerprint, self.precision, self.settings.augmenter)
+            request = FeatureRequest(image, fingerprint, self.precision, self.settings.augmenter, thumbnails)
         else:
-            request = FeatureRequest(image, fingerprint, "float32")
-        resources = Resources(store, self._runtime, self.settings.cache.scratch, self.workers, self.batch_size)
+            request = FeatureRequest(image, fingerprint, "float32", thumbnails=thumbnails)
         with self.observer.stage(f"features of {split}", len(samples)) as advance:
-            return extract.extract(samples, request, self.backbone.width, resources, advance)
+            return self._extract(store, samples, request, advance, first)
+
+    def first_views(self, store: FeatureStore, samples: Sequence[Sample]) -> Features:
+        """View 0 of `samples` in the precision of training photos, with thumbnails: what near-duplicates are found by.
+
+        It is computed before it is known which of them are training photos.
+        """
+        request = FeatureRequest(self.settings.image, self.backbone.fingerprint, self.precision, thumbnails=True)
+        with self.observer.stage("features of all photos", len(samples)) as advance:
+            return self._extract(store, samples, request, advance)
+
+    def _extract(
+        self,
+        store: FeatureStore,
+        samples: Sequence[Sample],
+        request: FeatureRequest,
+        advance: Advance,
+        first: Features | None = None,
+    ) -> Features:
+        scratch = self.settings.cache.scratch
+        resources = Resources(store, self._runtime, scratch, self.workers, self.batch_size, first)
+        return extract.extract(samples, request, self.backbone.width, resources, advance)
 
     def _runtime(self, precision: Precision) -> Runtime:
         """The backbone, converted once and compiled once per precision."""

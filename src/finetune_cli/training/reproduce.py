@@ -11,11 +11,12 @@ from finetune_cli.config.schema import Config
 from finetune_cli.errors import DataError, RunError
 from finetune_cli.inference import runtimes
 from finetune_cli.parallel import worker_count
+from finetune_cli.photos import dataset
 from finetune_cli.progress import Observer
 from finetune_cli.runs import environment
 from finetune_cli.runs.environment import Difference
 from finetune_cli.runs.run import Run
-from finetune_cli.training import prepare, settings, start_from
+from finetune_cli.training import near, prepare, settings, start_from
 
 _SHOWN = 5
 
@@ -56,6 +57,7 @@ def reproduce(run: Run, observer: Observer) -> Reproduction:
         data = prepare.index(settings.data_settings(config), folder.locate(config.runtime.cache_dir), observer)
     except DataError as exc:
         return Reproduction(run, differing, weights, (), exc.problem.splitlines()[0])
+    data = dataset.split_as_recorded(data, near.recorded(run.split()))
     skipped = {photo.path for photo in run.manifest.bad_photos}
     here = {
         (split, data.classes[sample.label], sample.digest, sample.name)

@@ -7,6 +7,7 @@ import difflib
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -50,6 +51,8 @@ def check_settings(config: Config) -> Settings:
     run.check_target(config.output.directory, config.output.name)
     start_from = config.model.start_from
     start = Run.load(start_from) if start_from is not None else None
+    if start is not None:
+        photos = replace(photos, trained_on=frozenset(row.digest for row in start.split() if row.split == "train"))
     info = source.resolve(backbone.name)
     problems = []
     if images.size < info.min_size:

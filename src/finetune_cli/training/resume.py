@@ -7,9 +7,10 @@ split.csv                the photos; written last, because it marks a run that c
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from finetune_cli.runs import environment, run, start
 from finetune_cli.runs.environment import Difference, differences
 from finetune_cli.runs.run import SplitRow
 from finetune_cli.runs.start import Start
+from finetune_cli.training import near
+from finetune_cli.training.near import Leak
 from finetune_cli.training.prepare import Prepared
 
 _MAY_CHANGE = ("training.epochs", "training.early_stopping_patience", "data.", "runtime.")
@@ -40,8 +43,11 @@ def record_start(temporary: Path, folder: Path, prepared: Prepared) -> None:
         backbone=prepared.backbone.fingerprint,
         start_from=prepared.start_from,
         environments=(files.sha256_own(temporary / environment.FILE),),
+        photos=_photos_digest(_split_rows(prepared), prepared.leaks),
     )
     start.write(temporary, record)
+    if prepared.leaks:
+        near.write_leaks(temporary, prepared.leaks)
     run.write_split(temporary / "split.csv", _split_rows(prepared))
 
 
@@ -62,6 +68,9 @@ def check_files(folder: Path) -> None:
         raise RunError(problem, "restore it from a copy, or train a new run") from exc
     if digest not in record.environments[-2:]:
         raise RunError(f"{environment_file} is damaged", "restore it from a copy, or train a new run")
+    rows, leaks = run.read_split(folder / "split.csv"), near.read_leaks(folder)
+    if record.photos is not None and record.photos != _photos_digest(rows, leaks):
+        raise RunError(f"{folder}/split.csv or {near.LEAKS} was changed", "restore it from a copy, or train a new run")
     stored = load_config(folder / "config.yaml", own=True).dump(folder)
     # Two, as above: a kill may have come between the record of a change and the change itself.
     recorded = [_as_dumped_now(folder, values) for values in record.configs[-2:]]
@@ -142,6 +151,12 @@ def _split_rows(prepared: Prepared) -> list[SplitRow]:
         for split, part in prepared.parts.items()
         for sample in part.samples
     ]
+
+
+def _photos_digest(rows: Iterable[SplitRow], leaks: Iterable[Leak]) -> str:
+    """A SHA-256 of the lines of split.csv and leaks.csv: a resumed training takes both as they are."""
+    lines = [[astuple(row) for row in rows], [astuple(leak) for leak in leaks]]
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
 
 def _refuse_other_photos(folder: Path, prepared: Prepared) -> None:
