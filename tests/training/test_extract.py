@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from finetune_cli.cache.features import FeatureStore
+from finetune_cli.duplicates.thumbnails import SIDE
 from finetune_cli.errors import DataError, StorageError
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.scan import Sample
@@ -66,14 +67,14 @@ def run(tmp_path):
     runtime = FakeRuntime()
     advanced = []
 
-    def extract(samples, views=3, fingerprint="f", precision="float32", batch_size=4):
+    def extract(samples, views=3, fingerprint="f", precision="float32", batch_size=4, thumbnails=False, first=None):
         runtime.photos = 0
         advanced.clear()
-        request = features.Request(
-            ImageSettings(size=32), fingerprint, precision, FakeAugmenter(views) if views > 1 else None
+        request = features.FeatureRequest(
+            ImageSettings(size=32), fingerprint, precision, FakeAugmenter(views) if views > 1 else None, thumbnails
         )
         with FeatureStore(tmp_path / "cache") as store:
-            resources = features.Resources(store, lambda _p: runtime, tmp_path, 3, batch_size)
+            resources = features.Resources(store, lambda _p: runtime, tmp_path, 3, batch_size, first)
             return features.extract(samples, request, WIDTH, resources, advanced.append)
 
     extract.runtime, extract.advanced = runtime, advanced
@@ -110,6 +111,41 @@ def test_only_what_is_new_is_computed(run, tmp_path):
     np.testing.assert_array_equal(found.array[6, 2], expected(6, 2))
 
 
+def test_thumbnails_come_with_the_first_view_and_from_the_cache(run, tmp_path):
+    samples = photos(tmp_path, 6)
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(samples[0].path.read_bytes()[:60])
+    bad = Sample(broken, broken.name, 0, hashlib.sha256(broken.read_bytes()).hexdigest())
+    for again in (False, True):
+        found = run([*samples[:2], bad, *samples[2:], samples[1]], views=1, thumbnails=True)
+        assert [photo.path for photo in found.bad] == [broken]
+        assert found.thumbnails.shape == (7, SIDE, SIDE)
+        assert [set(row.ravel().tolist()) for row in found.thumbnails] == [{5 * i + 1} for i in (0, 1, 2, 3, 4, 5, 1)]
+        assert (found.computed, found.cached) == ((0, 6) if again else (6, 0))
+    assert run(samples).thumbnails.size == 0
+
+
+def test_thumbnails_of_photos_whose_features_are_known_need_no_inference(run, tmp_path):
+    samples = photos(tmp_path, 4)
+    run(samples)
+    found = run(samples, thumbnails=True)
+    assert run.runtime.photos == 0
+    assert (found.computed, found.cached) == (0, 12)
+    assert found.thumbnails[3].max() == 16
+
+
+def test_view_0_of_an_earlier_pass_is_not_computed_again(run, tmp_path):
+    samples = photos(tmp_path, 6)
+    first = run(samples[:4], views=1)
+    (tmp_path / "cache" / "features.sqlite").unlink()
+    found = run(samples[::-1], first=first)
+    assert run.runtime.photos == 4 * 2 + 2 * 3
+    assert (found.computed, found.cached) == (14, 0)
+    for row, i in zip(found.array, range(5, -1, -1), strict=True):
+        for view in range(3):
+            np.testing.assert_array_equal(row[view], expected(i, view))
+
+
 @pytest.mark.parametrize("change", [{"fingerprint": "g"}, {"precision": "bfloat16"}])
 def test_another_backbone_or_precision_shares_nothing(run, tmp_path, change):
     samples = photos(tmp_path, 2)
@@ -119,10 +155,10 @@ def test_another_backbone_or_precision_shares_nothing(run, tmp_path, change):
 
 
 def test_another_resize_or_size_shares_nothing():
-    key = features.Request(ImageSettings(), "f", "float32").key("00", 0)
+    key = features.FeatureRequest(ImageSettings(), "f", "float32").key("00", 0)
     for settings in (ImageSettings(size=128), ImageSettings(resize="pad")):
-        assert features.Request(settings, "f", "float32").key("00", 0) != key
-    assert features.Request(ImageSettings(), "f", "float32", FakeAugmenter(4)).key("00", 0) == key
+        assert features.FeatureRequest(settings, "f", "float32").key("00", 0) != key
+    assert features.FeatureRequest(ImageSettings(), "f", "float32", FakeAugmenter(4)).key("00", 0) == key
 
 
 def test_a_bad_photo_is_left_out_and_costs_nothing_else(run, tmp_path):

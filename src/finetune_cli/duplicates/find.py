@@ -21,7 +21,7 @@ from finetune_cli.parallel import ordered_map
 from finetune_cli.progress import Advance, ignore_progress
 
 _BY_FEATURES, _FIRST = 8, 3  # neighbours of a photo; those that it is compared with in any case
-_LEAST_COSINE, _LEAST_HASH = 0.1, 0.9
+_LEAST_COSINE, _LEAST_HASH = 0.1, 0.8
 _BAR, _HIGHEST_BAR = 0.6, 0.86
 _COMPARED = 600  # pairs of different photos that the bar is raised by
 _CHUNK = 256
