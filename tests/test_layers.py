@@ -17,7 +17,7 @@ FLOORS = [
     *("metrics", "config", "untrusted", "cache", "photos", "practice"),
     "duplicates",
     *("runs", "backbones", "inference", "head", "drawing", "inspection"),
-    *("training", "evaluation", "report", "exports"),
+    *("training", "evaluation", "report", "doctor", "exports"),
     *("cli", "api", "__main__"),
 ]
 

@@ -29,6 +29,7 @@ COMMANDS = (
     "backbones",
     "runs",
     "check",
+    "doctor",
     "preview",
     "inspect",
     "init",

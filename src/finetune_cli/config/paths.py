@@ -18,7 +18,7 @@ def is_backbone_file(name: str) -> bool:
 
 def path_keys(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """The (section, key) pairs of `values` that hold a path."""
-    always = [("data", ("train", "val", "test")), ("model", ("start_from",))]
+    always = [("data", ("train", "val", "test", "fixes")), ("model", ("start_from",))]
     always += [("runtime", ("cache_dir",)), ("output", ("directory",))]
     for section, keys in always:
         for key in keys:

@@ -36,6 +36,7 @@ class DataConfig(Section):
     test: _Path | None = None
     val_split: Annotated[float, Field(gt=0, lt=1)] = 0.2
     group_regex: str | None = None
+    fixes: _Path | None = None
     near_duplicates: Literal["together", "ignore"] = "together"
     on_bad_image: Literal["error", "skip"] = "error"
 

@@ -1,6 +1,7 @@
 """The most similar rows by cosine, block by block: no matrix of all pairs, and a bounded amount of memory."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,23 +15,24 @@ _MANY = 4096  # rows from which on reducing costs less than it saves
 _SAMPLED = 1024  # rows that the principal components are computed from
 
 
-def directions(features: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Unit vectors ``float32 (n, d)`` of `features` ``(n, D)``, which may be a memory map, centred by their mean.
+def directions(features: NDArray[np.floating[Any]], centred: bool = True) -> NDArray[np.float32]:
+    """Unit vectors ``float32 (n, d)`` of `features` ``(n, D)``, which may be a memory map, less their mean.
 
-    Centring makes photos comparable that all look alike to the backbone. Of more than 4,096 rows, the 256 principal
+    Centring makes photos comparable that all look alike to the backbone; without it, the cosine of a photo that is
+    unlike all others is low. Of more than 4,096 rows, the 256 principal
     components of a sample are kept, because a search takes time in proportion to d.
     """
     count, width = features.shape
     sample = np.array(features[:: max(1, count // _SAMPLED)][:_SAMPLED], np.float64)
-    mean = sample.mean(axis=0)
+    mean = sample.mean(axis=0) if centred else np.zeros(width)
     basis = np.eye(width, dtype=np.float32)
     if count > _MANY and width > _REDUCED:
         basis = np.linalg.svd(sample - mean, full_matrices=False)[2][:_REDUCED].T.astype(np.float32)
     found = np.empty((count, basis.shape[1]), np.float32)
     for start in range(0, count, _MANY):
         block = slice(start, start + _MANY)
-        centred = np.asarray(features[block], np.float32) - mean.astype(np.float32)
-        found[block] = centred @ basis if basis.shape[1] < width else centred
+        rows = np.asarray(features[block], np.float32) - mean.astype(np.float32)
+        found[block] = rows @ basis if basis.shape[1] < width else rows
         found[block] /= np.maximum(np.linalg.norm(found[block], axis=1, keepdims=True), 1e-12)
     return found
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from finetune_cli.cache.digests import DigestCache
 from finetune_cli.errors import DataError
-from finetune_cli.photos import folders, split
+from finetune_cli.photos import fixes, folders, split
 from finetune_cli.photos.groups import Proposal, propose
 from finetune_cli.photos.listing import SPLITS, Listing, byte_order
 from finetune_cli.photos.scan import BadPhoto, Rules, Sample, listed, preflight
@@ -34,6 +34,7 @@ class Dataset:
     `roots` maps each split that has photos to the folder that their names are relative to. `notes` and `warnings` are
     for the user; warnings report what makes the numbers look better than they are. `proposal`: likely groups, if none
     were given. `val_split`: the share of the training photos that validates, `None` if the user chose these photos.
+    `fixes`: the table that was applied, as it was read.
     """
 
     classes: tuple[str, ...]
@@ -46,6 +47,7 @@ class Dataset:
     roots: dict[str, Path]
     proposal: Proposal | None = None
     val_split: float | None = None
+    fixes: bytes | None = None
 
     @property
     def splits(self) -> dict[str, tuple[Sample, ...]]:
@@ -66,7 +68,7 @@ class DataSettings:
     Validation photos come from `val`, else from the table's column `split`, else from a folder beside the training
     photos, else from a share `val_split` of the training photos. `group_regex`: finds the group in a photo's name.
     `max_pixels`: photos with more are bad. `trained_on`: digests of photos that must not validate, because
-    `model.start_from` was trained on them.
+    `model.start_from` was trained on them. `fixes`: a table that `photos/fixes.py` reads and applies.
     """
 
     train: Path
@@ -76,6 +78,7 @@ class DataSettings:
     group_regex: str | None = None
     max_pixels: int = 100_000_000
     trained_on: frozenset[str] = frozenset()
+    fixes: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,11 @@ class Labelled:
     root: Path
 
 
-def load(settings: DataSettings, cache: DigestCache, advance: Advance) -> Dataset:
+def load(settings: DataSettings, cache: DigestCache, advance: Advance, contradictions: bool = False) -> Dataset:
     """Find, check and split the photos of a configuration; `advance` counts photos and learns their total.
 
     Bad photos are listed, not refused. Raises `DataError` that lists what is wrong: missing, unknown or empty classes,
-    a photo under two labels, and a split without a good photo.
+    a photo under two labels (unless `contradictions` are allowed), and a split without a good photo.
     """
     sources = folders.find_sources(settings.train, settings.val, settings.test)
     listings = _listings(sources)
@@ -100,12 +103,18 @@ def load(settings: DataSettings, cache: DigestCache, advance: Advance) -> Datase
     _check_classes(listings)
     rules = Rules(classes, settings.max_pixels, grouping(settings.group_regex))
     parts, bad = preflight(listings, rules, cache, advance)
-    _raise(_contradictions(parts, classes), "give each photo one label")
+    notes = [*sources.notes, *(note for listing in listings.values() for note in listing.notes)]
+    roots = {name: listing.root for name, listing in listings.items()}
+    fixed_by = None
+    if settings.fixes is not None:
+        fixed_by, wanted = fixes.read(settings.fixes)
+        parts, done = fixes.apply(wanted, parts, roots.values(), classes)
+        notes += done
+    if not contradictions:
+        _raise(_contradictions(parts, classes), "give each photo one label, perhaps by finetune doctor and data.fixes")
     for name, samples in parts.items():
         if not samples:
             raise DataError(f"no photo for {name} can be used{listed(bad)}", "repair or replace them")
-    notes = [*sources.notes, *(note for listing in listings.values() for note in listing.notes)]
-    roots = {name: listing.root for name, listing in listings.items()}
     if settings.group_regex is not None:
         notes += _ungrouped(parts["train"], settings.group_regex)
     val_is_given = "val" in parts
@@ -134,6 +143,7 @@ def load(settings: DataSettings, cache: DigestCache, advance: Advance) -> Datase
         roots=roots,
         proposal=proposal,
         val_split=None if val_is_given else settings.val_split,
+        fixes=fixed_by,
     )
 
 

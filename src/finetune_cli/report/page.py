@@ -179,7 +179,7 @@ class Page:
     origin: Origin
 
 
-def render(page: Page) -> str:
+def render(page: Any, template: str = "report.html.j2") -> str:
     """The HTML of `page`: one file with its style sheet, whose hash is the only style that the page allows."""
     import jinja2
 
@@ -187,6 +187,6 @@ def render(page: Page) -> str:
     style = (templates / "report.css").read_text("utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters |= {"percent": percent, "brief": brief}
-    template = environment.from_string((templates / "report.html.j2").read_text("utf-8"))
+    source = environment.from_string((templates / template).read_text("utf-8"))
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
-    return template.render(page=page, style=style, style_digest=digest, version=__version__)
+    return source.render(page=page, style=style, style_digest=digest, version=__version__)

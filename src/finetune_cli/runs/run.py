@@ -25,6 +25,7 @@ from finetune_cli.tables import parse_csv, write_csv
 
 DIRECTORY = Path("runs")  # where the commands look for runs
 MANIFEST = manifests.FILE
+FIXES = "fixes.csv"  # the copy of `data.fixes`
 _LIST_THEM = "list the runs with: finetune runs"
 _LONGEST_STEM = 50
 _REMEDY = "restore it from a copy, or train again"

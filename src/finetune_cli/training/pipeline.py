@@ -122,6 +122,7 @@ def _fit_and_finish(
         fitted = _fit(folder, prepared, start, observer)
     temperature, judged = _judge(prepared, fitted.head)
     names = ["config.yaml", "environment.json", "split.csv", *([near.LEAKS] if prepared.leaks else [])]
+    names += [run.FIXES] if prepared.data.fixes is not None else []
     tuning: dict[str, Any] | None = None
     if prepared.config.fine_tuning is not None:
         tuned = stage.run(prepared, fitted, folder / "checkpoints", start_record.read(folder).training_id, observer)

@@ -126,19 +126,23 @@ def prepare(
             seconds=seconds,
         )
 
-    with contextlib.nullcontext() if settings.changes_backbone else _conversion(settings) as conversion:
+    with contextlib.nullcontext() if settings.changes_backbone else conversion_of(settings) as conversion:
         if conversion is not None and not conversion.downloads:  # a download waits for photos that can be used
             conversion.begin()
         return with_photos(settings, observer, work, seconds)
 
 
-def _conversion(settings: Settings) -> Conversion:
+def conversion_of(settings: Settings) -> Conversion:
     """A solver of Keras imports it here anyway, so the backbone is converted here, too."""
     return Conversion(settings.backbone, settings.cache, here=settings.config.training.solver != "lbfgs")
 
 
 def with_photos(
-    settings: Settings, observer: Observer, work: Callable[[Dataset], Result], seconds: dict[str, float]
+    settings: Settings,
+    observer: Observer,
+    work: Callable[[Dataset], Result],
+    seconds: dict[str, float],
+    contradictions: bool = False,
 ) -> Result:
     """The result of `work` on the indexed photos; the seconds of indexing go to ``seconds["preflight"]``.
 
@@ -148,12 +152,12 @@ def with_photos(
     """
     try:
         with timed(seconds, "preflight"):
-            data = index(settings.photos, settings.cache, observer)
+            data = index(settings.photos, settings.cache, observer, contradictions=contradictions)
         return work(data)
     except ChangedPhoto as exc:
         observer.note(f"{shown(exc.path)} is not the photo that was indexed; all photos are read again")
     with timed(seconds, "preflight"):
-        data = index(settings.photos, settings.cache, observer, fresh=True)
+        data = index(settings.photos, settings.cache, observer, fresh=True, contradictions=contradictions)
     return work(data)
 
 
@@ -403,16 +407,23 @@ class Extractor:
         return 4 if self.device == "cpu" else 64
 
 
-def index(photos: DataSettings, folder: CacheFolder, observer: Observer, fresh: bool = False) -> Dataset:
+def index(
+    photos: DataSettings,
+    folder: CacheFolder,
+    observer: Observer,
+    fresh: bool = False,
+    contradictions: bool = False,
+) -> Dataset:
     """The photos after preflight (headers and digests); what the user should know is noted.
 
-    `fresh`: all photos are read, whatever the digest cache in `folder` says.
+    `fresh`: all photos are read, whatever the digest cache in `folder` says. `contradictions`: photos under two labels
+    are no error.
     """
     with (
         observer.stage("preflight", None) as advance,
         DigestCache(folder.path, folder.writable, fresh) as cache,
     ):
-        data = dataset.load(photos, cache, advance)
+        data = dataset.load(photos, cache, advance, contradictions)
     for note in data.notes:
         observer.note(note)
     for warning in (folder.warning, *cache.warnings, *data.warnings):

@@ -36,6 +36,9 @@ _NEW_RUN = "put them back, or train a new run"
 def record_start(temporary: Path, folder: Path, prepared: Prepared) -> None:
     """Write what a resumed training must find into `temporary`, which becomes `folder`. Raises `StorageError`."""
     config = prepared.config.dump(folder)
+    if prepared.data.fixes is not None:
+        files.write_bytes(temporary / run.FIXES, prepared.data.fixes)
+        config["data"]["fixes"] = run.FIXES
     _write_config(temporary, config)
     environment.write_environment(temporary, *_environment_arguments(prepared))
     record = Start(

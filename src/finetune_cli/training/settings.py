@@ -50,7 +50,13 @@ def data_settings(config: Config) -> DataSettings:
     """Where the photos of `config` are and how they are split."""
     section = config.data
     return DataSettings(
-        section.train, section.val, section.test, section.val_split, section.group_regex, config.image.max_pixels
+        train=section.train,
+        val=section.val,
+        test=section.test,
+        val_split=section.val_split,
+        group_regex=section.group_regex,
+        max_pixels=config.image.max_pixels,
+        fixes=section.fixes,
     )
 
 

@@ -1,0 +1,82 @@
+"""`finetune doctor`: what is wrong with a photo set."""
+
+import shlex
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune_cli.cli.options import DebugOption, OverridesArgument, QuietOption, load_config, nearby, new_console
+from finetune_cli.errors import GateError, UsageError
+from finetune_cli.text import counted
+
+if TYPE_CHECKING:
+    from finetune_cli.config.schema import Config
+
+
+class Problem(StrEnum):
+    """What `--fail-on` can name."""
+
+    duplicate = "duplicate"
+    near_duplicate = "near-duplicate"
+    label = "label"
+    outlier = "outlier"
+    quality = "quality"
+
+
+def doctor(
+    source: Annotated[
+        Path, typer.Argument(metavar="CONFIG|RUN", help="The YAML file, or a run directory.", show_default=False)
+    ],
+    overrides: OverridesArgument = None,
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="The folder for doctor.html and fixes.csv.", show_default="here")
+    ] = Path(),
+    fail_on: Annotated[
+        list[Problem] | None,
+        typer.Option(metavar="PROBLEM", help="Exit with code 4 if a photo has this problem. Can be repeated."),
+    ] = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,  # noqa: ARG001
+) -> None:
+    """Look for copies, wrong labels, strangers and bad photos; nothing is changed."""
+    console = new_console(quiet)
+    config = _config(source, overrides)
+    from finetune_cli import files
+    from finetune_cli.doctor import examine, page, table
+
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file", "name a folder")
+    before = table.decided(output / table.FILE)
+    files.check_writable(output)
+    found = examine.examine(config, console)
+    files.make_folder(output)
+    kept = table.write(output / table.FILE, found.findings, before)
+    page.write(output / page.FILE, found, console)
+    rows = []
+    for problem in examine.PROBLEMS:
+        own = [finding for finding in found.findings if finding.problem == problem]
+        rows.append((problem, found.count(problem), len({finding.path for finding in own if finding.serious})))
+    console.table(("problem", "photos", "serious"), rows, right=(1, 2))
+    if found.bad:
+        console.print(f"{counted(len(found.bad), 'photo')} cannot be decoded; {page.FILE} lists them")
+    if kept:
+        console.print(f"{counted(kept, 'decision')} of the earlier {table.FILE} kept")
+    console.print(f"wrote {nearby((output / page.FILE).absolute())} and {nearby((output / table.FILE).absolute())}")
+    if found.findings:
+        fixes = shlex.quote(str(nearby((output / table.FILE).absolute())))
+        console.print(f"edit its column action, then: finetune train {shlex.quote(str(source))} data.fixes={fixes}")
+    if failed := [problem.value for problem in fail_on or () if found.count(problem.value)]:
+        counts = ", ".join(f"{found.count(problem)} with {problem}" for problem in dict.fromkeys(failed))
+        raise GateError(f"there are photos with problems: {counts}", f"see {page.FILE} and {table.FILE}")
+
+
+def _config(source: Path, overrides: list[str] | None) -> "Config":
+    """The config at `source`, or that of the run `source`."""
+    from finetune_cli.runs import run
+
+    located = run.located(source)
+    if located.is_dir():
+        return load_config(run.Run.load(located).file("config.yaml"), overrides, own=True)
+    return load_config(source, overrides)

@@ -1,0 +1,206 @@
+"""`finetune doctor`: a config in, findings about its photos out. Nothing is trained, and no photo is changed.
+
+All splits are examined together, by what a training computes anyway: digests, view 0 of every photo, near-duplicates.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from finetune_cli.cache.features import FeatureStore
+from finetune_cli.config.schema import Config
+from finetune_cli.doctor import labels, outliers, quality
+from finetune_cli.doctor.quality import Measured
+from finetune_cli.errors import BadImage
+from finetune_cli.head.data import HeadData
+from finetune_cli.metrics.folds import group_numbers
+from finetune_cli.parallel import ordered_map
+from finetune_cli.photos import dataset, decode, fixes, scan, split
+from finetune_cli.photos.dataset import Dataset
+from finetune_cli.photos.scan import BadPhoto, Sample
+from finetune_cli.progress import Observer
+from finetune_cli.training import near, prepare
+from finetune_cli.training.extract import Features
+from finetune_cli.training.near import Linked
+from finetune_cli.training.prepare import Extractor
+from finetune_cli.training.requirements import check_settings
+from finetune_cli.training.settings import Settings
+
+PROBLEMS = ("duplicate", "near-duplicate", "label", "outlier", "quality")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is wrong with `photo`; `path` is its name in fixes.csv. `other`: the photo that it is compared with.
+
+    `serious`: near certain, or it makes numbers wrong: a label that is wrong with high confidence, copies under two
+    labels or in two splits.
+    """
+
+    problem: str
+    photo: Sample
+    path: str
+    evidence: str
+    suggestion: str
+    serious: bool = False
+    other: Sample | None = None
+
+
+@dataclass(frozen=True)
+class Examination:
+    """`bad`: photos that cannot be decoded. `large`: sizes of groups of near-duplicates that are too large to use."""
+
+    data: Dataset
+    settings: Settings
+    findings: tuple[Finding, ...]
+    bad: tuple[BadPhoto, ...]
+    large: tuple[int, ...]
+
+    def count(self, problem: str) -> int:
+        """How many photos have this problem."""
+        return len({finding.path for finding in self.findings if finding.problem == problem})
+
+
+def examine(config: Config, observer: Observer) -> Examination:
+    """Examine all photos of `config`. Raises what a training raises before it fits the head, but not for bad photos."""
+    settings = check_settings(config)
+    context = contextlib.nullcontext() if settings.changes_backbone else prepare.conversion_of(settings)
+    with context as conversion:
+
+        def work(data: Dataset) -> Examination:
+            return _examined(data, settings, prepare.make_extractor(settings, observer, conversion), observer)
+
+        return prepare.with_photos(settings, observer, work, {}, contradictions=True)
+
+
+def _examined(data: Dataset, settings: Settings, extractor: Extractor, observer: Observer) -> Examination:
+    samples = [sample for part in data.splits.values() for sample in part]
+    with FeatureStore(settings.cache.path, settings.cache.writable) as store:
+        features = extractor.first_views(store, samples)
+    for warning in store.warnings:
+        observer.warn(warning)
+    data = dataset.without(data, features.bad)
+    dataset.refuse_empty(data.classes, data.splits, data.bad)
+    linked = near.link([features], settings.cache.scratch, settings.workers, observer)
+    names = _names(data)
+    found = [*_copies(features.samples, names), *_near_duplicates(linked, names)]
+    found += _judged(features, linked, settings, names, observer)
+    found += _quality(features.samples, settings, names, observer)
+    return Examination(data, settings, tuple(found), data.bad, tuple(map(len, linked.found.large)))
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What findings call photos, classes and splits."""
+
+    classes: tuple[str, ...]
+    split_of: Mapping[Path, str]
+    root: Path
+
+    def path(self, sample: Sample) -> str:
+        """The photo's name in fixes.csv."""
+        return fixes.name_below(self.root, sample.path)
+
+    def split(self, sample: Sample) -> str:
+        """train, val or test; photos of an automatic split are all photos of train."""
+        return self.split_of[sample.path]
+
+    def label(self, sample: Sample) -> str:
+        """The name of its class."""
+        return self.classes[sample.label]
+
+    def pair(self, problem: str, photo: Sample, other: Sample, relation: str) -> Finding:
+        """A finding about two photos that show the same picture."""
+        evidence, suggestion = f"{relation} {self.path(other)}", "drop, or keep: they stay on one side of the split"
+        serious = True
+        if photo.label != other.label:
+            evidence += f", which is {self.label(other)}; this one is {self.label(photo)}"
+            suggestion = f"relabel: {self.label(other)}, or drop; one of the two labels is wrong"
+        elif self.split(photo) != self.split(other):
+            evidence += f", in {self.split(other)}; this one is in {self.split(photo)}"
+            suggestion = "drop one of the two: the accuracy looks better than it is"
+        else:
+            serious = False
+        return Finding(problem, photo, self.path(photo), evidence, suggestion, serious, other)
+
+
+def _names(data: Dataset) -> _Names:
+    merged = {"val": "train"} if data.val_split is not None else {}
+    split_of = {s.path: merged.get(split, split) for split, part in data.splits.items() for s in part}
+    return _Names(data.classes, split_of, fixes.data_root(data.roots.values()))
+
+
+def _copies(samples: Sequence[Sample], names: _Names) -> Iterator[Finding]:
+    """Every photo that is byte for byte an earlier one."""
+    first: dict[str, Sample] = {}
+    for sample in samples:
+        other = first.setdefault(sample.digest, sample)
+        if other is not sample:
+            yield names.pair("duplicate", sample, other, "an exact copy of")
+
+
+def _near_duplicates(linked: Linked, names: _Names) -> list[Finding]:
+    """Of each linked photo, the strongest link to an earlier one; those across classes and splits all."""
+    found, told = [], set()
+    for link in linked.found.links:
+        first, second = sorted((link.first, link.second))
+        other, photo = linked.photos[first], linked.photos[second]
+        finding = names.pair("near-duplicate", photo, other, f"the same picture (score {link.score:.2f}) as")
+        if finding.serious or second not in told:
+            told.add(second)
+            found.append(finding)
+    return sorted(found, key=lambda finding: not finding.serious)
+
+
+def _judged(
+    features: Features, linked: Linked, settings: Settings, names: _Names, observer: Observer
+) -> Iterator[Finding]:
+    """Labels in doubt, and outliers; of copies, the first one is examined."""
+    row_of = {sample.digest: i for i, sample in reversed(list(enumerate(features.samples)))}
+    rows = np.array(features.array[[row_of[sample.digest] for sample in linked.photos], 0])
+    together = split.merged(
+        [(sample.digest, sample.group) for sample in linked.photos],
+        [{linked.photos[i].digest for i in group} for group in (*linked.found.groups, *linked.found.large)],
+    )
+    groups = group_numbers((group, sample.digest) for group, sample in zip(together, linked.photos, strict=True))
+    label_of = np.array([sample.label for sample in linked.photos], np.int64)
+    data = HeadData.of(rows, label_of, len(names.classes), groups=groups)
+    with observer.stage("labels by cross-validation", 2 * labels.FOLDS, "fits") as advance:
+        doubts = labels.doubts(data, settings.workers, settings.config.training.seed, advance)
+    for doubt in doubts:
+        photo, suggested = linked.photos[doubt.photo], names.classes[doubt.suggested]
+        evidence = (
+            f"{'high' if doubt.high else 'look'}: labelled {names.label(photo)}, probability {doubt.probability:.2f}; "
+            f"{suggested} {doubt.suggested_probability:.2f}, and {doubt.neighbours} of {doubt.of} nearest photos"
+        )
+        yield Finding("label", photo, names.path(photo), evidence, f"relabel: {suggested}", doubt.high)
+    for i, cosine, usual in outliers.outliers(rows, settings.workers):
+        photo = linked.photos[i]
+        evidence = f"unlike the others: cosine {cosine:.2f} to its tenth nearest photo, where {usual:.2f} is usual"
+        yield Finding("outlier", photo, names.path(photo), evidence, "drop, if it shows none of the classes")
+
+
+def _quality(samples: Sequence[Sample], settings: Settings, names: _Names, observer: Observer) -> Iterator[Finding]:
+    """Technical trouble, and photos that cannot be read any more."""
+
+    def measured(sample: Sample) -> Measured | None:
+        try:
+            content = scan.read_sample(sample)
+            header = decode.read_header(content, settings.image.max_pixels)
+            return quality.measure(decode.decode(content, settings.image), header.width, header.height)
+        except BadImage:
+            return None
+
+    found: list[tuple[Sample, Measured]] = []
+    with observer.stage("technical trouble", len(samples)) as advance:
+        for sample, photo in zip(samples, ordered_map(measured, samples, settings.workers), strict=True):
+            advance(1)
+            if photo is not None:
+                found.append((sample, photo))
+    usual = float(np.median([photo.sharpness for _sample, photo in found])) if found else 0.0
+    for sample, photo in found:
+        for fault in quality.faults(photo, usual):
+            yield Finding("quality", sample, names.path(sample), fault, "drop, if nothing can be seen on it")
