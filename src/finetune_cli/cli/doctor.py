@@ -35,7 +35,10 @@ def doctor(
     ] = Path(),
     fail_on: Annotated[
         list[Problem] | None,
-        typer.Option(metavar="PROBLEM", help="Exit with code 4 if a photo has this problem. Can be repeated."),
+        typer.Option(
+            metavar="PROBLEM",
+            help="Exit with code 4 if a photo has this problem; label: high ones only. Can be repeated.",
+        ),
     ] = None,
     quiet: QuietOption = False,
     debug: DebugOption = False,  # noqa: ARG001
@@ -54,10 +57,7 @@ def doctor(
     files.make_folder(output)
     kept = table.write(output / table.FILE, found.findings, before)
     page.write(output / page.FILE, found, console)
-    rows = []
-    for problem in examine.PROBLEMS:
-        own = [finding for finding in found.findings if finding.problem == problem]
-        rows.append((problem, found.count(problem), len({finding.path for finding in own if finding.serious})))
+    rows = [(problem, found.count(problem), found.count(problem, serious=True)) for problem in examine.PROBLEMS]
     console.table(("problem", "photos", "serious"), rows, right=(1, 2))
     if found.bad:
         console.print(f"{counted(len(found.bad), 'photo')} cannot be decoded; {page.FILE} lists them")
@@ -67,9 +67,10 @@ def doctor(
     if found.findings:
         fixes = shlex.quote(str(nearby((output / table.FILE).absolute())))
         console.print(f"edit its column action, then: finetune train {shlex.quote(str(source))} data.fixes={fixes}")
-    if failed := [problem.value for problem in fail_on or () if found.count(problem.value)]:
-        counts = ", ".join(f"{found.count(problem)} with {problem}" for problem in dict.fromkeys(failed))
-        raise GateError(f"there are photos with problems: {counts}", f"see {page.FILE} and {table.FILE}")
+    counts = {problem.value: found.count(problem.value, serious=problem == Problem.label) for problem in fail_on or ()}
+    if any(counts.values()):
+        listed = ", ".join(f"{count} with {problem}" for problem, count in counts.items() if count)
+        raise GateError(f"there are photos with problems: {listed}", f"see {page.FILE} and {table.FILE}")
 
 
 def _config(source: Path, overrides: list[str] | None) -> "Config":

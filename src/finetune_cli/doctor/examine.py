@@ -20,6 +20,7 @@ from finetune_cli.metrics.folds import group_numbers
 from finetune_cli.parallel import ordered_map
 from finetune_cli.photos import dataset, decode, fixes, scan, split
 from finetune_cli.photos.dataset import Dataset
+from finetune_cli.photos.listing import byte_order
 from finetune_cli.photos.scan import BadPhoto, Sample
 from finetune_cli.progress import Observer
 from finetune_cli.training import near, prepare
@@ -29,6 +30,7 @@ from finetune_cli.training.prepare import Extractor
 from finetune_cli.training.requirements import check_settings
 from finetune_cli.training.settings import Settings
 
+_ORDER = {"train": 0, "val": 1, "test": 2}
 PROBLEMS = ("duplicate", "near-duplicate", "label", "outlier", "quality")
 
 
@@ -59,9 +61,9 @@ class Examination:
     bad: tuple[BadPhoto, ...]
     large: tuple[int, ...]
 
-    def count(self, problem: str) -> int:
-        """How many photos have this problem."""
-        return len({finding.path for finding in self.findings if finding.problem == problem})
+    def count(self, problem: str, serious: bool = False) -> int:
+        """How many photos have this problem; with `serious`, only those of serious findings."""
+        return len({each.path for each in self.findings if each.problem == problem and (each.serious or not serious)})
 
 
 def examine(config: Config, observer: Observer) -> Examination:
@@ -77,7 +79,9 @@ def examine(config: Config, observer: Observer) -> Examination:
 
 
 def _examined(data: Dataset, settings: Settings, extractor: Extractor, observer: Observer) -> Examination:
-    samples = [sample for part in data.splits.values() for sample in part]
+    names = _names(data)
+    everything = [sample for part in data.splits.values() for sample in part]
+    samples = sorted(everything, key=lambda sample: (_ORDER[names.split(sample)], byte_order(names.path(sample))))
     with FeatureStore(settings.cache.path, settings.cache.writable) as store:
         features = extractor.first_views(store, samples)
     for warning in store.warnings:
@@ -85,7 +89,6 @@ def _examined(data: Dataset, settings: Settings, extractor: Extractor, observer:
     data = dataset.without(data, features.bad)
     dataset.refuse_empty(data.classes, data.splits, data.bad)
     linked = near.link([features], settings.cache.scratch, settings.workers, observer)
-    names = _names(data)
     found = [*_copies(features.samples, names), *_near_duplicates(linked, names)]
     found += _judged(features, linked, settings, names, observer)
     found += _quality(features.samples, settings, names, observer)

@@ -13,7 +13,7 @@ from finetune_cli.duplicates import neighbours
 from finetune_cli.head.data import HeadData, Ints
 from finetune_cli.head.l2 import L2Search, choose_l2
 from finetune_cli.head.lbfgs import fit_lbfgs
-from finetune_cli.metrics.calibration import softmax
+from finetune_cli.metrics.calibration import fit_temperature, softmax
 from finetune_cli.metrics.folds import group_folds
 from finetune_cli.progress import Advance, ignore_progress
 
@@ -21,7 +21,7 @@ FOLDS = 5
 FEWEST = 5  # photos of a class; with fewer, neither folds nor neighbours can judge a label
 _NEIGHBOURS = 10
 _AGREEING = 0.8  # of the neighbours, for the tier high
-_OWN = 0.1  # at most this share of them, and this probability, for the label itself
+_OWN, _PROBABILITY = 0.1, 0.2  # at most this share of them, and this probability, for the label itself
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ def doubts(data: HeadData, workers: int, seed: int = 0, advance: Advance = ignor
     enough = np.bincount(labels, minlength=n_classes) >= FEWEST
     if len(np.unique(labels)) < 2:
         return []
-    trusted = np.ones(len(labels), np.bool_)
-    p = _out_of_fold(data, trusted, seed, advance)
-    trusted = ~_suspected(p, labels, enough)
+    p = _out_of_fold(data, np.ones(len(labels), np.bool_), seed, advance)
+    before = _suspected(p, labels, enough)
+    trusted = ~before
     for label in range(n_classes):  # a class of which nothing is left is trusted as it is
         if not trusted[labels == label].any():
             trusted |= labels == label
@@ -67,7 +67,7 @@ def doubts(data: HeadData, workers: int, seed: int = 0, advance: Advance = ignor
     of = np.maximum(votes.sum(axis=1), 1)
     best, voted = p.argmax(axis=1), votes.argmax(axis=1)
     disagree = (voted != labels) & (votes[own, voted] >= _AGREEING * of) & (votes[own, labels] <= _OWN * of)
-    high = suspected & disagree & (best == voted) & (p[own, labels] <= _OWN) & enough[labels]
+    high = before & suspected & disagree & (best == voted) & (p[own, labels] <= _PROBABILITY) & enough[labels]
     found = []
     for i in np.flatnonzero((suspected | disagree) & enough[labels]):
         other = int(best[i] if suspected[i] else voted[i])
@@ -86,17 +86,17 @@ def doubts(data: HeadData, workers: int, seed: int = 0, advance: Advance = ignor
 
 
 def _out_of_fold(data: HeadData, trusted: NDArray[np.bool_], seed: int, advance: Advance) -> NDArray[np.float64]:
-    """Probabilities ``(n, C)`` by heads that were fitted on `trusted` photos of other folds."""
+    """Probabilities ``(n, C)``, with a temperature, by heads that were fitted on `trusted` photos of other folds."""
     l2 = choose_l2(data.part(trusted), L2Search(seed=seed))[0]
     fold = group_folds(data.labels, data.groups, FOLDS, seed)
-    p = np.zeros((len(data.labels), data.n_classes))
+    logits = np.zeros((len(data.labels), data.n_classes))
     for k in range(FOLDS):
         held_out, rest = np.flatnonzero(fold == k), np.flatnonzero((fold != k) & trusted)
         if len(held_out) and len(rest):
             head = fit_lbfgs(data.part(rest), l2 * trusted.sum() / len(rest))
-            p[held_out] = softmax(head.logits(data.features[held_out]))
+            logits[held_out] = head.logits(data.features[held_out])
         advance(1)
-    return p
+    return softmax(logits, fit_temperature(logits, data.labels))
 
 
 def _suspected(p: NDArray[np.float64], labels: Ints, enough: NDArray[np.bool_]) -> NDArray[np.bool_]:

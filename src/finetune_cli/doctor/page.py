@@ -16,6 +16,7 @@ from finetune_cli.parallel import ordered_map
 from finetune_cli.progress import Observer
 from finetune_cli.report import page
 from finetune_cli.report.thumbnails import THUMBNAIL, Figure, jpeg
+from finetune_cli.runs import run
 from finetune_cli.text import counted
 
 FILE = "doctor.html"
@@ -96,7 +97,7 @@ def write(path: Path, found: Examination, observer: Observer) -> None:
     ]
     data = found.data
     content = DoctorPage(
-        source=data.roots["train"].name or str(data.roots["train"]),
+        source=run.stem(found.settings.config.data.train),
         photos=data.photos,
         classes=len(data.classes),
         sections=tuple(sections),
