@@ -88,6 +88,20 @@ def test_what_is_in_the_cache_needs_no_process(made, keras_file):
         assert conversion.finish() == Converted.read(entry(made))
 
 
+def test_the_graph_is_there_before_it_is_compared_and_in_the_cache_after(tmp_path, made, keras_file):
+    photos = np.random.default_rng(0).integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8)
+    with conversion_of(tmp_path, keras_file) as conversion:
+        early = conversion.start()
+        features = runtimes.OpenVinoRuntime(early.openvino_model()).infer(photos)
+        assert conversion.start() is early
+        found = conversion.finish()
+        assert conversion.start() is conversion.finish() is found
+    assert (early.folder, early.fingerprint, early.width) == (found.folder, found.fingerprint, found.width)
+    assert found == Converted.read(found.folder)
+    read = Converted.read(entry(made)).openvino_model()
+    np.testing.assert_array_equal(features, runtimes.OpenVinoRuntime(read).infer(photos))
+
+
 @pytest.mark.parametrize("name", ["backbone.xml", "backbone.bin", "classifier.keras", "facts.json"])
 @pytest.mark.parametrize("fault", ["flipped", "cut", "gone"])
 def test_a_damaged_one_is_not_used(cache, name, fault):

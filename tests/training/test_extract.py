@@ -10,7 +10,7 @@ from PIL import Image
 
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.duplicates.thumbnails import SIDE
-from finetune_cli.errors import DataError, StorageError
+from finetune_cli.errors import DataError, GateError, StorageError
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.scan import Sample
 from finetune_cli.training import extract as features
@@ -67,14 +67,23 @@ def run(tmp_path):
     runtime = FakeRuntime()
     advanced = []
 
-    def extract(samples, views=3, fingerprint="f", precision="float32", batch_size=4, thumbnails=False, first=None):
+    def extract(
+        samples,
+        views=3,
+        fingerprint="f",
+        precision="float32",
+        batch_size=4,
+        thumbnails=False,
+        first=None,
+        prove=lambda: None,
+    ):
         runtime.photos = 0
         advanced.clear()
         request = features.FeatureRequest(
             ImageSettings(size=32), fingerprint, precision, FakeAugmenter(views) if views > 1 else None, thumbnails
         )
         with FeatureStore(tmp_path / "cache") as store:
-            resources = features.Resources(store, lambda _p: runtime, tmp_path, 3, batch_size, first)
+            resources = features.Resources(store, lambda _p: runtime, tmp_path, 3, batch_size, first, prove)
             return features.extract(samples, request, WIDTH, resources, advanced.append)
 
     extract.runtime, extract.advanced = runtime, advanced
@@ -90,6 +99,19 @@ def test_every_view_is_where_it_belongs(run, tmp_path, batch_size):
             np.testing.assert_array_equal(found.array[i, view], expected(i, view))
     assert (found.computed, found.cached) == (30, 0)
     assert sum(run.advanced) == 10
+
+
+def test_nothing_is_kept_of_a_backbone_that_is_not_proven(run, tmp_path):
+    def refuse():
+        raise GateError("the features differ", "take another backbone")
+
+    samples = photos(tmp_path, 6)
+    with pytest.raises(GateError):
+        run(samples, prove=refuse)
+    asked = []
+    assert run(samples, prove=lambda: asked.append(1)).computed == 18
+    assert asked
+    run(samples, prove=refuse)  # nothing new to keep
 
 
 def test_a_second_pass_computes_nothing(run, tmp_path):

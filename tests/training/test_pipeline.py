@@ -19,12 +19,13 @@ from finetune_cli.config.load import load_config
 from finetune_cli.errors import BadPhotos, DataError, FinetuneError, GateError, Interrupted, RunError, UsageError
 from finetune_cli.evaluation import evaluate as command_evaluate
 from finetune_cli.inference import predict as command_predict
+from finetune_cli.inference import runtimes
 from finetune_cli.metrics.scores import evaluate
 from finetune_cli.practice import sample
 from finetune_cli.progress import Silent
 from finetune_cli.runs.run import Run, read_split
 from finetune_cli.training import check as command_check
-from finetune_cli.training import outputs, prepare, resume
+from finetune_cli.training import converted, keras_process, keras_tasks, outputs, prepare, resume
 from finetune_cli.training import pipeline as command_train
 from finetune_cli.training.requirements import check_settings
 
@@ -333,13 +334,58 @@ def test_all_bad_photos_are_reported_at_once_before_the_backbone_is_needed(
 ):
     photos, cut = with_bad_photo  # only the decoder finds this one
     (photos / "forest" / "empty.jpg").write_bytes(b"")  # and the header tells this one
-    monkeypatch.setattr(prepare.Conversion, "finish", None)
+    monkeypatch.setattr(prepare.Conversion, "start", None)
     for command in (command_train.train, command_check.check):
         with pytest.raises(BadPhotos) as caught:
             command(load(tmp_path, photos, cache), Silent())
         heading, *lines = caught.value.problem.splitlines()
         assert heading == "2 of 33 photos cannot be used"
         assert [line.split(": ")[0] for line in lines] == [f"  {photos}/forest/empty.jpg", f"  {cut}"]
+
+
+class _KerasHere:
+    """`KerasProcess` without a process: what is asked of it is done when the answer is wanted."""
+
+    def __init__(self, _backend):
+        self.asked = []
+
+    def __exit__(self, *_exception):
+        pass
+
+    def start(self):
+        pass
+
+    def request(self, task, arguments):
+        self.asked.append((keras_tasks.TASKS[task], arguments))
+
+    def answer(self):
+        task, arguments = self.asked.pop(0)
+        return task(**arguments)
+
+
+def test_a_backbone_that_openvino_computes_otherwise_leaves_no_run_and_no_features(tmp_path, drawn, small, monkeypatch):
+    def refuse(*_arguments):
+        raise GateError("the features differ", "take another backbone")
+
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(converted, "KerasProcess", _KerasHere)
+    with monkeypatch.context() as patch:
+        patch.setattr(converted, "_compare", refuse)
+        with pytest.raises(GateError, match="the features differ"):
+            command_train.train(load(tmp_path, drawn, cache, *small), Silent())
+    assert not (tmp_path / "runs").exists()
+    assert not [path for path in (cache / "backbones").iterdir() if path.is_dir()]
+    views = command_train.train(load(tmp_path, drawn, cache, *small), Silent()).manifest.views
+    assert (views.computed, views.cached) == (32, 0)
+
+
+def test_on_a_gpu_the_backbone_is_not_converted_beside_the_training(tmp_path, drawn, small, monkeypatch):
+    monkeypatch.setattr(runtimes, "choose_device", lambda _wanted: "gpu")
+    monkeypatch.setattr(keras_process.KerasProcess, "start", None)
+    run = command_train.train(load(tmp_path, drawn, tmp_path / "cache", *small), Silent())
+    assert (run.manifest.device, run.manifest.feature_precision) == ("gpu", "mixed")
+    assert not (tmp_path / "cache" / "backbones").exists()
+    assert run.manifest.parity.openvino_against_keras < outputs.PARITY_LIMIT
 
 
 def test_a_class_that_decoding_leaves_empty_is_refused_by_check_and_train(tmp_path, drawn, cache, small):

@@ -69,7 +69,7 @@ class Examination:
 def examine(config: Config, observer: Observer) -> Examination:
     """Examine all photos of `config`. Raises what a training raises before it fits the head, but not for bad photos."""
     settings = check_settings(config)
-    context = contextlib.nullcontext() if settings.changes_backbone else prepare.conversion_of(settings)
+    context = contextlib.nullcontext() if settings.builds_backbone else prepare.conversion_of(settings)
     with context as conversion:
 
         def work(data: Dataset) -> Examination:
@@ -84,6 +84,7 @@ def _examined(data: Dataset, settings: Settings, extractor: Extractor, observer:
     samples = sorted(everything, key=lambda sample: (_ORDER[names.split(sample)], byte_order(names.path(sample))))
     with FeatureStore(settings.cache.path, settings.cache.writable) as store:
         features = extractor.first_views(store, samples)
+    extractor.prove()  # all features may have been in the cache
     for warning in store.warnings:
         observer.warn(warning)
     data = dataset.without(data, features.bad)

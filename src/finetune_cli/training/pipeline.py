@@ -100,7 +100,7 @@ def resume(folder: Path, config: Config, observer: Observer) -> Run:
 
 def _start_keras(keras: KerasProcess, settings: Settings) -> None:
     """Start the process that proves the saved model; with a tuned backbone, that is done in this process."""
-    if not settings.changes_backbone:
+    if not settings.builds_backbone:
         keras.start()  # it is needed in the end, and takes a while to be ready
 
 

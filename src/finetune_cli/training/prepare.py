@@ -111,6 +111,8 @@ def prepare(
         if check is not None:
             check(data, extractor.backbone)
         split = _split_and_extract(extractor, data, recorded, seconds)
+        with timed(seconds, "features"):
+            extractor.prove()  # all features may have been in the cache
         data, parts = split.data, split.parts
         _refuse_bad(data, parts, config.data.on_bad_image, observer)
         return Prepared(
@@ -126,7 +128,7 @@ def prepare(
             seconds=seconds,
         )
 
-    with contextlib.nullcontext() if settings.changes_backbone else conversion_of(settings) as conversion:
+    with contextlib.nullcontext() if settings.builds_backbone else conversion_of(settings) as conversion:
         if conversion is not None and not conversion.downloads:  # a download waits for photos that can be used
             conversion.begin()
         return with_photos(settings, observer, work, seconds)
@@ -170,12 +172,15 @@ def _note_augmentation(settings: Settings, observer: Observer) -> None:
 
 
 def make_extractor(settings: Settings, observer: Observer, conversion: Conversion | None = None) -> "Extractor":
-    """`conversion`: of the backbone; `None` for one that Keras builds here, see `Settings.changes_backbone`."""
+    """`conversion`: of the backbone; `None` for one that Keras builds here, see `Settings.builds_backbone`."""
     with observer.stage("backbone", None, "MB") as advance:
-        device = runtimes.choose_device(settings.config.runtime.device)
+        device = settings.device
         precision = runtimes.training_precision(device, settings.config.runtime.feature_precision)
-        built = build.build(settings.backbone, advance) if conversion is None else conversion.finish(advance)
-        return Extractor(settings, start_from.backbone_of(settings.start, built), device, precision, observer)
+        built = build.build(settings.backbone, advance) if conversion is None else conversion.start(advance)
+        extractor = Extractor(settings, start_from.backbone_of(settings.start, built), device, precision, observer)
+        if conversion is not None:
+            extractor.prove = conversion.finish
+        return extractor
 
 
 @dataclass
@@ -320,7 +325,8 @@ def decode_all(data: Dataset, image: ImageSettings, workers: int, observer: Obse
 class Extractor:
     """Computes the features of one split after another with one backbone.
 
-    Training photos get all views, in `precision`; the others are float32 and as they are.
+    Training photos get all views, in `precision`; the others are float32 and as they are. `prove`: see
+    `extract.Resources`.
     """
 
     settings: Settings
@@ -328,6 +334,7 @@ class Extractor:
     device: Device
     precision: Precision
     observer: Observer
+    prove: Callable[[], object] = field(default=lambda: None)
     _compiled: dict[Precision, Runtime] = field(default_factory=dict, init=False)
 
     @property
@@ -373,7 +380,7 @@ class Extractor:
         first: Features | None = None,
     ) -> Features:
         scratch = self.settings.cache.scratch
-        resources = Resources(store, self._runtime, scratch, self.workers, self.batch_size, first)
+        resources = Resources(store, self._runtime, scratch, self.workers, self.batch_size, first, self.prove)
         return extract.extract(samples, request, self.backbone.width, resources, advance)
 
     def _runtime(self, precision: Precision) -> Runtime:
@@ -387,9 +394,8 @@ class Extractor:
 
     @cached_property
     def _keras_model(self) -> Any:
-        return (
-            build.build(self.settings.backbone).model if isinstance(self.backbone, Converted) else self.backbone.model
-        )
+        assert isinstance(self.backbone, Backbone)  # on a GPU, see `Settings.builds_backbone`
+        return self.backbone.model
 
     @cached_property
     def _converted(self) -> Any:

@@ -4,10 +4,13 @@
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from finetune_cli.backbones.source import Wanted
 from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.config.schema import Config
+from finetune_cli.devices import Device
+from finetune_cli.inference import runtimes
 from finetune_cli.parallel import worker_count
 from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import DataSettings
@@ -35,12 +38,22 @@ class Settings:
         """Threads that decode and infer."""
         return worker_count(self.config.runtime.workers)
 
+    @cached_property
+    def device(self) -> Device:
+        """Where the backbone runs. Raises `UsageError` when a GPU is demanded and there is none."""
+        return runtimes.choose_device(self.config.runtime.device)
+
+    @property
+    def builds_backbone(self) -> bool:
+        """Whether Keras builds the backbone in this process, because its weights change, or because a GPU runs it.
+
+        Any other is converted once, and kept in the cache.
+        """
+        return self.changes_backbone or self.device == "gpu"
+
     @property
     def changes_backbone(self) -> bool:
-        """Whether fine-tuning changes the weights of the backbone, or has changed those that `start` brings.
-
-        Keras builds such a backbone in this process; any other is converted once, and kept in the cache.
-        """
+        """Whether fine-tuning changes the weights of the backbone, or has changed those that `start` brings."""
         if self.config.fine_tuning is not None:
             return True
         return self.start is not None and self.start.manifest.backbone.tuned

@@ -36,7 +36,7 @@ def backbone_of(start: Run | None, backbone: AnyBackbone) -> AnyBackbone:
             f"model.start_from: {start.folder} was trained on another backbone ({old.name})",
             "use the same model.backbone, model.weights and image.size, or drop model.start_from",
         )
-    assert isinstance(backbone, Backbone)  # a tuned one is not converted, see `Settings.changes_backbone`
+    assert isinstance(backbone, Backbone)  # a tuned one is not converted, see `Settings.builds_backbone`
     path = start.file("model.keras")
     tuned = build.with_weights_of(backbone, path)
     if tuned.fingerprint != old.fingerprint:
