@@ -35,8 +35,8 @@ def test_names_aliases_and_options_are_unambiguous():
     words = [word for entry in FORMS.values() for word in (entry.name, *entry.aliases)] + [registry.ALL]
     assert len(words) == len(set(words))
     assert all(word == word.lower() and "," not in word for word in words)
-    options = [option for entry in FORMS.values() for option in entry.options]
-    assert len(options) == len(set(options))
+    for option in {option for entry in FORMS.values() for option in entry.options}:
+        assert len({entry.options[option] for entry in registry.owners(option)}) == 1, option
     assert len(registry.suffixes()) == len(set(registry.suffixes()))
 
 

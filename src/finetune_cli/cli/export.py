@@ -18,9 +18,9 @@ DEFAULT_FORMAT = "savedmodel"
 
 
 def _form_option(option: str, what: str) -> "OptionInfo":
-    """The option of one format, with the choices that the registry lists."""
+    """The option of some formats, with the choices that the registry lists."""
     choices = registry.choices(option)
-    text = f"{registry.owner(option).name}: {what}. [default: {choices[0]}]"
+    text = f"{', '.join(entry.name for entry in registry.owners(option))}: {what}. [default: {choices[0]}]"
     return typer.Option(metavar="|".join(choices), help=text)  # type: ignore[no-any-return]
 
 
@@ -43,6 +43,10 @@ def export(
     ] = None,
     quantize: Annotated[str | None, _form_option("quantize", "how to quantize the model")] = None,
     precision: Annotated[str | None, _form_option("precision", "the type of the weights")] = None,
+    pixels: Annotated[
+        str | None,
+        _form_option("pixels", "float32 pixels of the model's size, or uint8 pixels of any size, resized by the model"),
+    ] = None,
     root: DataOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an export that already exists.")] = False,
     quiet: QuietOption = False,
@@ -57,7 +61,7 @@ def export(
         names=registry.parse(format or [DEFAULT_FORMAT]),
         output=output,
         version=version,
-        options={"quantize": quantize, "precision": precision},
+        options={"quantize": quantize, "precision": precision, "pixels": pixels},
         root=root,
         force=force,
     )

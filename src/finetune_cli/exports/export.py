@@ -11,7 +11,7 @@ from pathlib import Path
 
 from finetune_cli import files, signals
 from finetune_cli.errors import FinetuneError, GateError, UsageError
-from finetune_cli.exports import manifest, parity, place, registry
+from finetune_cli.exports import manifest, parity, photo_files, place, registry
 from finetune_cli.exports.forms import Form, Source
 from finetune_cli.exports.parity import Check, Replay
 from finetune_cli.exports.registry import FORMS, Entry
@@ -99,12 +99,12 @@ def make_forms(request: ExportRequest) -> tuple[list[Form], tuple[Entry, ...]]:
     """
     entries = [FORMS[name] for name in registry.parse(request.names)]
     if request.version is not None:
-        _check_belongs("version", next(entry for entry in FORMS.values() if entry.numbered), entries)
+        _check_belongs("version", [entry for entry in FORMS.values() if entry.numbered], entries)
         if request.version < 1:
             raise UsageError(f"--version {request.version} is not a positive number", "choose 1 or more")
     for option, value in request.options.items():
         if value is not None:
-            _check_belongs(option, registry.owner(option), entries)
+            _check_belongs(option, registry.owners(option), entries)
             if value not in registry.choices(option):
                 known = ", ".join(registry.choices(option))
                 raise UsageError(f"--{option} {value} is unknown", f"choose one of {known}")
@@ -118,10 +118,12 @@ def make_forms(request: ExportRequest) -> tuple[list[Form], tuple[Entry, ...]]:
     return [entry.load()(**chosen) for entry, chosen in zip(possible, options, strict=True)], not_installed
 
 
-def _check_belongs(option: str, owner: Entry, entries: Sequence[Entry]) -> None:
-    if owner not in entries:
+def _check_belongs(option: str, owners: Sequence[Entry], entries: Sequence[Entry]) -> None:
+    names = [entry.name for entry in owners]
+    if not set(names) & {entry.name for entry in entries}:
         raise UsageError(
-            f"--{option} belongs to the format {owner.name}", f"add --format {owner.name}, or drop --{option}"
+            f"--{option} belongs to the format{'s' * (len(names) > 1)} {' and '.join(names)}",
+            f"add --format {names[0]}, or drop --{option}",
         )
 
 
@@ -178,6 +180,7 @@ def _build(form: Form, source: Source, folder: Path, replay: Replay, observer: O
         with observer.stage(f"{form.name}: converting and writing", None):
             form.write(source, folder)
             source.card.write(folder)
+            photo_files.write(folder)
         with observer.stage(f"{form.name}: loading what was written", None):
             opened = form.open(folder / main if main else folder, cores())
         try:

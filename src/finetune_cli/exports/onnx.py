@@ -1,7 +1,7 @@
 """The form `onnx`: one file for ONNX Runtime and everything else that reads ONNX.
 
-``image float32 (N, size, size, 3)`` RGB 0..255 in, ``probabilities float32 (N, C)`` out, N free. The card is in the
-file's metadata.
+``image float32 (N, size, size, 3)`` RGB 0..255 in, ``probabilities float32 (N, C)`` out, N free; with `any-size`, image
+is ``uint8 (N, H, W, 3)``, any H and W. The card is in the file's metadata.
 """
 
 import os
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from finetune_cli.errors import FinetuneError, MissingExtra, WeightsError
+from finetune_cli.exports import any_size
 from finetune_cli.exports.card import EXPORT_IT, KEY, Card
 from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, quiet
 from finetune_cli.exports.tf_graph import with_constants
@@ -26,7 +27,10 @@ class Onnx:
 
     name: ClassVar[str] = "onnx"
     exact = True
-    options: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, pixels: any_size.Input = "fixed") -> None:
+        self.pixels = pixels
+        self.options: dict[str, str] = {"pixels": pixels}
 
     def write(self, source: Source, folder: Path) -> None:
         """Convert the run's model. Raises `FinetuneError` when tf2onnx lacks an operation."""
@@ -38,6 +42,8 @@ class Onnx:
             try:
                 function = with_constants(model, card.settings.size, photos=None)
                 converted, _ = tf2onnx.convert.from_function(function, function.input_signature, opset=_OPSET)
+                if self.pixels == "any-size":
+                    any_size.before_onnx(converted, card.settings, _OPSET)
                 _rename_by_position(converted.graph)
                 onnx.helper.set_model_props(converted, {KEY: card.text()})
                 onnx.checker.check_model(converted)
@@ -100,12 +106,14 @@ class OpenedOnnx:
             raise WeightsError(f"{path} names no classes: it was not made by finetune export", EXPORT_IT)
         card = Card.parse(text, path)
         self.classes, self.settings = card.classes, card.settings
+        self._any_size = self._session.get_inputs()[0].type == "tensor(uint8)"
 
     def probabilities(self, photos: Pixels) -> Floats:
         """``uint8 (n, size, size, 3)`` RGB -> ``float32 (n, C)``."""
-        (answer,) = self._session.run(["probabilities"], {"image": photos.astype(np.float32)})
+        image = photos if self._any_size else photos.astype(np.float32)
+        (answer,) = self._session.run(["probabilities"], {"image": image})
         return np.asarray(answer, np.float32)
 
     def signatures(self) -> tuple[Signature, ...]:
         """The model's only input."""
-        return (Signature("image", "pixels", self.probabilities),)
+        return (Signature("image", "pixels", self.probabilities, self._any_size),)

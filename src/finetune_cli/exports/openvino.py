@@ -1,13 +1,15 @@
 """The form `openvino`: OpenVINO's IR, an ``.xml`` file and the ``.bin`` file beside it.
 
-``image float32 (N, size, size, 3)`` RGB 0..255 in, ``probabilities float32 (N, C)`` out, N free. `float16` halves the
-weights; they are calculated with in float32. The card is in the model's `rt_info`.
+``image float32 (N, size, size, 3)`` RGB 0..255 in, ``probabilities float32 (N, C)`` out, N free; with `any-size`, image
+is ``uint8 (N, H, W, 3)``, any H and W. `float16` halves the weights; they are calculated with in float32. The card is
+in the model's `rt_info`.
 """
 
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from finetune_cli.errors import RunError, StorageError, WeightsError
+from finetune_cli.exports import any_size
 from finetune_cli.exports.card import EXPORT_IT, KEY, Card
 from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source
 from finetune_cli.inference.predictor import read_model
@@ -22,15 +24,18 @@ class OpenVino:
 
     name: ClassVar[str] = "openvino"
 
-    def __init__(self, precision: Precision = "float32") -> None:
+    def __init__(self, precision: Precision = "float32", pixels: any_size.Input = "fixed") -> None:
         self.precision = precision
+        self.pixels = pixels
         self.exact = precision == "float32"
-        self.options: dict[str, str] = {"precision": precision}
+        self.options: dict[str, str] = {"precision": precision, "pixels": pixels}
 
     def write(self, source: Source, folder: Path) -> None:
         """Write the run's own OpenVINO model with names for its ends and the card inside."""
         ov = import_openvino()
         model = read_model(source.run)
+        if self.pixels == "any-size":
+            model = any_size.before_openvino(model, source.card.settings)
         model.inputs[0].get_tensor().set_names({"image"})
         model.outputs[0].get_tensor().set_names({"probabilities"})
         model.set_rt_info(source.card.text(), KEY)
@@ -51,7 +56,7 @@ class OpenedOpenVino:
 
     def __init__(self, path: Path, workers: int) -> None:
         try:
-            model = read_ir(path)
+            model = read_ir(path, any_size.without_resizing)
         except RunError as exc:
             raise WeightsError(exc.problem, "export again") from exc
         if not model.has_rt_info(KEY):
@@ -59,11 +64,16 @@ class OpenedOpenVino:
         card = Card.parse(model.get_rt_info(KEY).astype(str), path)
         self.classes, self.settings = card.classes, card.settings
         self._runtime = OpenVinoRuntime(model, "float32", workers)
+        self._path, self._workers = path, workers
 
     def probabilities(self, photos: Pixels) -> Floats:
         """``uint8 (n, size, size, 3)`` RGB -> ``float32 (n, C)``."""
         return self._runtime.infer(photos)
 
     def signatures(self) -> tuple[Signature, ...]:
-        """The model's only input."""
-        return (Signature("image", "pixels", self.probabilities),)
+        """The model's only input, with all that is behind it; only for files that were written here."""
+        model = import_openvino().Core().read_model(self._path)
+        if model.input(0).element_type.get_type_name() != "u8":
+            return (Signature("image", "pixels", self.probabilities),)
+        whole = OpenVinoRuntime(model, "float32", self._workers)
+        return (Signature("image", "pixels", whole.infer, any_size=True),)

@@ -26,8 +26,8 @@ class Entry:
     main: the file that other programs load; None: the folder itself. aliases: other names that people type.
     extra: the extra of this package that installs `packages`, the modules that the form needs. versions: the
     distributions whose versions the manifest records. knows_classes: the main file alone holds the class
-    names. options: what its class takes, option -> choices, the default first. numbered: exports go into folders of
-    their version. load: imports the module and returns the class.
+    names. options: what its class takes, option -> choices, the default first; forms may share some. numbered: exports
+    go into folders of their version. load: imports the module and returns the class.
     """
 
     name: str
@@ -80,6 +80,8 @@ def _openvino() -> "type[Form]":
 # The order is that of the work, whatever order is asked for: TensorFlow numbers functions through the life of a
 # process, and writes the numbers.
 _TENSORFLOW = ("tensorflow", "keras")
+# `fixed`: float32 of the model's size; `any-size`: uint8 of any size, which the model resizes as training did.
+_PIXELS = ("fixed", "any-size")
 _ENTRIES = (
     Entry("savedmodel", None, _savedmodel, ("tensorflow",), _TENSORFLOW, aliases=("saved_model",), numbered=True),
     Entry("keras", "model.keras", _keras, ("keras",), _TENSORFLOW),
@@ -91,6 +93,7 @@ _ENTRIES = (
         (*_TENSORFLOW, "tf2onnx", "onnx", "onnxruntime"),
         extra="onnx",
         knows_classes=True,
+        options={"pixels": _PIXELS},
     ),
     Entry(
         "litert",
@@ -110,7 +113,7 @@ _ENTRIES = (
         ("openvino",),
         ("openvino",),
         knows_classes=True,
-        options={"precision": ("float32", "float16")},
+        options={"precision": ("float32", "float16"), "pixels": _PIXELS},
     ),
 )
 FORMS: Mapping[str, Entry] = {entry.name: entry for entry in _ENTRIES}
@@ -137,14 +140,14 @@ def parse(texts: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in FORMS if name in wanted)
 
 
-def owner(option: str) -> Entry:
-    """The form that takes `option`."""
-    return next(entry for entry in FORMS.values() if option in entry.options)
+def owners(option: str) -> tuple[Entry, ...]:
+    """The forms that take `option`."""
+    return tuple(entry for entry in FORMS.values() if option in entry.options)
 
 
 def choices(option: str) -> tuple[str, ...]:
     """The values that `option` takes, the default first."""
-    return owner(option).options[option]
+    return owners(option)[0].options[option]
 
 
 def by_suffix(path: PurePath) -> Entry | None:
