@@ -230,6 +230,7 @@ class Classifier:
         quantize: Literal["none", "float16", "int8"] | None = None,
         precision: Literal["float32", "float16"] | None = None,
         pixels: Literal["fixed", "any-size"] | None = None,
+        page: bool = False,
         root: str | os.PathLike[str] | None = None,
         force: bool = False,
         observer: Observer | None = None,
@@ -238,8 +239,9 @@ class Classifier:
 
         format: savedmodel, keras, onnx, litert or openvino. output: a new or empty folder; the result is the folder
         with the model, which for savedmodel is ``output/VERSION``. The options are those of ``finetune export``:
-        `version` for savedmodel, `quantize` for litert, `precision` for openvino, `pixels` for onnx and openvino;
-        `root`: where the run's own photos are now (``--data``); `force` replaces an export that already exists.
+        `version` for savedmodel, `quantize` for litert, `precision` for openvino, `pixels` for onnx and openvino,
+        `page` for onnx; `root`: where the run's own photos are now (``--data``); `force` replaces an export that
+        already exists.
 
         Raises `UsageError` for an unknown format, an option of another format or a folder in use,
         `MissingExtra` when the format needs a package, `DataError` when the validation photos are missing, `GateError`
@@ -247,7 +249,12 @@ class Classifier:
         """
         from finetune_cli.exports.export import ExportRequest, export
 
-        options = {"quantize": quantize, "precision": precision, "pixels": pixels}
+        options = {
+            "quantize": quantize,
+            "precision": precision,
+            "pixels": pixels,
+            "page": "page" if page else None,
+        }
         request = ExportRequest([format], Path(output), version, options, _path(root), force)
         (exported,) = export(self.run, request, observer or _LogObserver()).exports
         return exported.folder

@@ -1,8 +1,9 @@
-"""The ImageNet weights that Keras publishes: found in Keras's own cache, or downloaded into it."""
+"""The ImageNet weights that Keras publishes: found in Keras's own cache, or downloaded into it; and any download."""
 
 import hashlib
 import os
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_cli.backbones.registry import BackboneInfo
@@ -12,6 +13,19 @@ from finetune_cli.progress import Advance, ignore_progress
 
 _TIMEOUT = 20.0  # seconds without an answer before a download is given up
 _MEGABYTE = 10**6
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A file on the web. digest: its MD5 or SHA-256 in hexadecimal, None if it is not known. what: its name in errors.
+
+    otherwise: what else a user can do who cannot download it.
+    """
+
+    url: str
+    digest: str | None
+    what: str
+    otherwise: str
 
 
 def imagenet_path(info: BackboneInfo, size: int) -> Path:
@@ -29,7 +43,8 @@ def find_imagenet(info: BackboneInfo, size: int, advance: Advance = ignore_progr
     (url, _name), digest = info.weights_file(size), info.digest
     path = imagenet_path(info, size)
     if not path.exists():
-        _download(url, path, digest, advance)
+        otherwise = "set model.backbone: efficientnet_lite0, which is bundled"
+        download(Published(url, digest, "the ImageNet weights", otherwise), path, advance)
     elif not has_digest(path, digest):
         # Keras would overwrite it; but it may be the only copy, and without a connection nothing would replace it.
         raise WeightsError(
@@ -47,32 +62,36 @@ def has_digest(path: Path, digest: str | None) -> bool:
         return hashlib.file_digest(file, "md5" if len(digest) == 32 else "sha256").hexdigest() == digest
 
 
-def _download(url: str, path: Path, digest: str | None, advance: Advance) -> None:
+def download(file: Published, path: Path, advance: Advance = ignore_progress) -> None:
+    """Download `file` to `path`; `advance` counts megabytes.
+
+    Raises `WeightsError` when there is no connection, and when the content has another hash.
+    """
     try:
-        response = urllib.request.urlopen(url, timeout=_TIMEOUT)  # noqa: S310 - an https URL of our own table
+        response = urllib.request.urlopen(file.url, timeout=_TIMEOUT)  # noqa: S310 - an https URL of our own tables
     except OSError as exc:
-        raise _unreachable(url, path, digest, exc) from exc
-    with response, atomic_path(path) as temporary, temporary.open("wb") as file:
+        raise _unreachable(file, path, exc) from exc
+    with response, atomic_path(path) as temporary, temporary.open("wb") as stream:
         total = int(response.headers.get("Content-Length") or 0) // _MEGABYTE or None
         megabytes = 0
         while True:
             try:
                 chunk = response.read(_MEGABYTE)
             except OSError as exc:
-                raise _unreachable(url, path, digest, exc) from exc
+                raise _unreachable(file, path, exc) from exc
             if not chunk:
                 break
-            file.write(chunk)
-            advance(file.tell() // _MEGABYTE - megabytes, total)
-            megabytes = file.tell() // _MEGABYTE
-        file.flush()
-        if not has_digest(temporary, digest):
-            raise WeightsError(f"the download of {url} is damaged (its hash is not {digest})", "try again")
+            stream.write(chunk)
+            advance(stream.tell() // _MEGABYTE - megabytes, total)
+            megabytes = stream.tell() // _MEGABYTE
+        stream.flush()
+        if not has_digest(temporary, file.digest):
+            raise WeightsError(f"the download of {file.url} is damaged (its hash is not {file.digest})", "try again")
 
 
-def _unreachable(url: str, path: Path, digest: str | None, exc: OSError) -> WeightsError:
-    known = f" (hash {digest})" if digest else ""
+def _unreachable(file: Published, path: Path, exc: OSError) -> WeightsError:
+    known = f" (hash {file.digest})" if file.digest else ""
     return WeightsError(
-        f"cannot download the ImageNet weights: {getattr(exc, 'reason', exc)}",
-        f"save {url}{known} as {path}, or set model.backbone: efficientnet_lite0, which is bundled",
+        f"cannot download {file.what}: {getattr(exc, 'reason', exc)}",
+        f"save {file.url}{known} as {path}, or {file.otherwise}",
     )

@@ -47,6 +47,12 @@ def export(
         str | None,
         _form_option("pixels", "float32 pixels of the model's size, or uint8 pixels of any size, resized by the model"),
     ] = None,
+    page: Annotated[
+        bool,
+        typer.Option(
+            "--page", help="onnx: also write page.html, which classifies photos in a browser, without a server."
+        ),
+    ] = False,
     root: DataOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an export that already exists.")] = False,
     quiet: QuietOption = False,
@@ -61,7 +67,7 @@ def export(
         names=registry.parse(format or [DEFAULT_FORMAT]),
         output=output,
         version=version,
-        options={"quantize": quantize, "precision": precision, "pixels": pixels},
+        options={"quantize": quantize, "precision": precision, "pixels": pixels, "page": "page" if page else None},
         root=root,
         force=force,
     )

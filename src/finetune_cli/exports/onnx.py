@@ -6,12 +6,12 @@ is ``uint8 (N, H, W, 3)``, any H and W. The card is in the file's metadata.
 
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from finetune_cli.errors import FinetuneError, MissingExtra, WeightsError
-from finetune_cli.exports import any_size
+from finetune_cli.errors import FinetuneError, MissingExtra, UsageError, WeightsError
+from finetune_cli.exports import any_size, page
 from finetune_cli.exports.card import EXPORT_IT, KEY, Card
 from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature, Source, quiet
 from finetune_cli.exports.tf_graph import with_constants
@@ -28,12 +28,17 @@ class Onnx:
     name: ClassVar[str] = "onnx"
     exact = True
 
-    def __init__(self, pixels: any_size.Input = "fixed") -> None:
-        self.pixels = pixels
-        self.options: dict[str, str] = {"pixels": pixels}
+    def __init__(self, pixels: any_size.Input = "fixed", page: Literal["no page", "page"] = "no page") -> None:
+        if (pixels, page) == ("any-size", "page"):
+            raise UsageError("the page resizes photos by itself", "leave out --page or --pixels any-size")
+        self.pixels, self.page = pixels, page
+        self.options: dict[str, str] = {"pixels": pixels, "page": page}
 
     def write(self, source: Source, folder: Path) -> None:
-        """Convert the run's model. Raises `FinetuneError` when tf2onnx lacks an operation."""
+        """Convert the run's model. Raises `FinetuneError` when tf2onnx lacks an operation.
+
+        Raises `WeightsError` when the library for the page cannot be downloaded.
+        """
         model, card = source.model, source.card
         with quiet():
             import onnx
@@ -51,7 +56,10 @@ class Onnx:
                 raise FinetuneError(
                     f"tf2onnx cannot convert this model: {first_line(exc)}", "choose another --format"
                 ) from exc
-        (folder / "model.onnx").write_bytes(converted.SerializeToString())
+        model_file = converted.SerializeToString()
+        (folder / "model.onnx").write_bytes(model_file)
+        if self.page == "page":
+            page.write(folder, model_file, card, source.run.name)
 
     @staticmethod
     def open(path: Path, workers: int) -> Opened:  # noqa: ARG004 - ONNX Runtime shares out its work by itself

@@ -5,11 +5,15 @@ from pathlib import Path
 
 from finetune_cli import files
 
-PYTHON = "photo.py"
-_SOURCES = {PYTHON: "finetune_cli.photos"}
+_PACKAGES = {"photo.py": "finetune_cli.photos", "photo.mjs": "finetune_cli.exports"}
+
+
+def text(name: str) -> str:
+    """The content of the file `name`."""
+    return (resources.files(_PACKAGES[name]) / name).read_text("utf-8")
 
 
 def write(folder: Path) -> None:
     """Write the files into `folder`, where `classes.json` tells them the size and the kind of resizing."""
-    for name, package in _SOURCES.items():
-        files.write_text(folder / name, (resources.files(package) / name).read_text("utf-8"))
+    for name in _PACKAGES:
+        files.write_text(folder / name, text(name))

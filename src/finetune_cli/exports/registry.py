@@ -93,7 +93,7 @@ _ENTRIES = (
         (*_TENSORFLOW, "tf2onnx", "onnx", "onnxruntime"),
         extra="onnx",
         knows_classes=True,
-        options={"pixels": _PIXELS},
+        options={"pixels": _PIXELS, "page": ("no page", "page")},
     ),
     Entry(
         "litert",
