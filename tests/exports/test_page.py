@@ -31,10 +31,10 @@ def library(tmp_path, monkeypatch):
     folder.mkdir()
     monkeypatch.setattr(page, "library_folder", lambda: folder)
     digests = {}
-    for name in page._DIGESTS:
+    for name in page.LIBRARY:
         (folder / name).write_bytes(name.encode())
         digests[name] = hashlib.sha256(name.encode()).hexdigest()
-    monkeypatch.setattr(page, "_DIGESTS", digests)
+    monkeypatch.setattr(page, "LIBRARY", digests)
 
     def no_connection(*_arguments, **_options):
         raise OSError("no connection")
@@ -92,7 +92,7 @@ def test_chromium_gives_the_answers_of_the_run(tiny_run, tmp_path):
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("Chromium is not installed (Debian: apt-get install chromium)")
-    if not all((page.library_folder() / name).exists() for name in page._DIGESTS):
+    if not all((page.library_folder() / name).exists() for name in page.LIBRARY):
         pytest.skip("ONNX Runtime Web is not in the cache; make test-clients brings it there")
     request = ExportRequest(("onnx",), tmp_path / "x", options={"page": "page"})
     (exported,) = export(tiny_run.run, request, Silent()).exports

@@ -19,9 +19,9 @@ from finetune_cli.exports.card import Card
 FILE = "page.html"
 VERSION = "1.30.0"  # of ONNX Runtime Web
 _WHERE = f"https://cdn.jsdelivr.net/npm/onnxruntime-web@{VERSION}/dist"
-_LIBRARY, _WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
-_DIGESTS = {
-    _LIBRARY: "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
+_SCRIPT, _WASM = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
+LIBRARY = {
+    _SCRIPT: "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
     _WASM: "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
 }
 
@@ -40,7 +40,7 @@ def write(folder: Path, model: bytes, card: Card, title: str) -> None:
     import jinja2
 
     assets = {
-        "library": _library_file(_LIBRARY),
+        "library": _library_file(_SCRIPT),
         "wasm": _library_file(_WASM),
         "photo": photo_files.text("photo.mjs").encode(),
         "card": json.dumps(card.to_json()).encode(),
@@ -59,7 +59,7 @@ def _packed(data: bytes) -> str:
 
 
 def _library_file(name: str) -> bytes:
-    path, digest = library_folder() / name, _DIGESTS[name]
+    path, digest = library_folder() / name, LIBRARY[name]
     if not path.exists() or not has_digest(path, digest):
         files.make_folder(path.parent)
         download(Published(f"{_WHERE}/{name}", digest, "ONNX Runtime Web", "leave out --page"), path)
