@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help quickstart test test-slow lint format docs bad-images clean
+.PHONY: help quickstart test test-slow test-clients lint format docs bad-images clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,9 @@ test: $(VENV)/.installed-dev  ## run the test suite (under 10 minutes)
 test-slow: $(VENV)/.installed-dev  ## run the long tests, too: faults, all backbones, exports
 	$(BIN)/python -m pytest -m slow -o timeout=1200
 
+test-clients: $(VENV)/.installed-dev  ## let other programs answer for exports: all, or make test-clients CLIENTS="litert"
+	$(BIN)/python tools/test_clients.py $(CLIENTS)
+
 lint: $(VENV)/.installed-dev  ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,4 +53,4 @@ bad-images: $(VENV)/.installed-dev  ## fetch the odd, broken and hostile picture
 	$(BIN)/python tools/fetch_bad_images.py
 
 clean:  ## remove what make created
-	rm -rf .venv* quickstart-photos
+	rm -rf .venv* .clients quickstart-photos

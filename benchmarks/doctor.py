@@ -4,8 +4,8 @@
 
 DATA holds the folders hymenoptera, scenes and digits. Some training labels are changed to another class, drawn by a
 seed. The head is fitted by L-BFGS, with l2 by cross-validation, on features of the bundled backbone (float32, view 0),
-and scored on the untouched test photos: with the wrong labels, after all suggestions of the tier high were accepted, and
-with the right labels. Labels that were wrong before count as right, so precision is rather too low.
+and scored on the untouched test photos: with the wrong labels, after all suggestions of the tier high were accepted,
+and with the right labels. Labels that were wrong before count as right, so precision is rather too low.
 """
 
 import sys

@@ -229,6 +229,8 @@ class Classifier:
         version: int | None = None,
         quantize: Literal["none", "float16", "int8"] | None = None,
         layout: Literal["nhwc", "nchw"] | None = None,
+        pixels: Literal["fixed", "any-size"] | None = None,
+        page: bool = False,
         root: str | os.PathLike[str] | None = None,
         force: bool = False,
         observer: Observer | None = None,
@@ -237,8 +239,9 @@ class Classifier:
 
         format: savedmodel, keras, onnx, litert or openvino. output: a new or empty folder; the result is the folder
         with the model, which for savedmodel and with `version` is ``output/VERSION``. The options are those of
-        ``finetune export``: `quantize` for onnx, litert and openvino, `layout` for onnx; `root`: where the run's
-        own photos are now (``--data``); `force` replaces an export that already exists.
+        ``finetune export``: `quantize` for onnx, litert and openvino, `pixels` for onnx and openvino, `layout` and
+        `page` for onnx; `root`: where the run's own photos are now (``--data``); `force` replaces an export that
+        already exists.
 
         Raises `UsageError` for an unknown format, an option of another format or a folder in use,
         `MissingExtra` when the format needs a package, `DataError` when the validation photos are missing, `GateError`
@@ -246,7 +249,7 @@ class Classifier:
         """
         from finetune_cli.exports.export import ExportRequest, export
 
-        options = {"quantize": quantize, "layout": layout}
+        options = {"quantize": quantize, "layout": layout, "pixels": pixels, "page": "page" if page else None}
         request = ExportRequest([format], Path(output), version, options, _path(root), force)
         (exported,) = export(self.run, request, observer or _LogObserver()).exports
         return exported.folder

@@ -95,7 +95,7 @@ def test_the_manifest_knows_every_file(tmp_path):
     said = manifest.verify(tmp_path / "a")
     assert set(said.files) == {"model.xml", "deep/model.bin"}
     assert said.files["model.xml"] == files.sha256(tmp_path / "a" / "model.xml")
-    assert (said.form, said.options, said.run) == ("openvino", {"quantize": "none"}, "r-1")
+    assert (said.form, said.options, said.run) == ("openvino", {"quantize": "none", "pixels": "fixed"}, "r-1")
     assert said.versions["openvino"]
     assert manifest.is_export(tmp_path / "a")
 

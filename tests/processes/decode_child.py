@@ -8,11 +8,15 @@ import json
 import resource
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
+import pillow_heif
+from PIL import Image
 
 from finetune_cli.errors import BadImage
+from finetune_cli.photos import photo
 from finetune_cli.photos.decode import ImageSettings, decode
 
 ADDRESS_SPACE = 6 << 30  # more than may be used, so that the peak is measured and not hidden by a `MemoryError`
@@ -33,12 +37,24 @@ def outcome(path, settings):
         return f"FAULT: reason {exc.reason!r}" if fault else f"refused: {exc.reason}"
     except BaseException as exc:
         return f"FAULT: {type(exc).__name__}: {exc}"
-    good = pixels.dtype == np.uint8 and pixels.shape == (settings.size, settings.size, 3)
-    return "decoded" if good else f"FAULT: {pixels.dtype} {pixels.shape}"
+    if pixels.dtype != np.uint8 or pixels.shape != (settings.size, settings.size, 3):
+        return f"FAULT: {pixels.dtype} {pixels.shape}"
+    if not np.array_equal(pixels, from_photo_py(path, settings)):
+        return "FAULT: photo.py beside an export gives other pixels"
+    return "decoded"
+
+
+def from_photo_py(path, settings):
+    """The pixels that `photo.py` gives, which opens files with Pillow alone."""
+    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+        extent = photo.reduced(image, settings.size, settings.resize)
+        return photo.square(image, extent, settings.size, settings.resize)
 
 
 def main():
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    Image.MAX_IMAGE_PIXELS = None
+    pillow_heif.register_heif_opener()
     for line in sys.stdin:
         path = Path(json.loads(line))
         started = time.monotonic()

@@ -1,6 +1,7 @@
-"""The ImageNet weights that Keras publishes: found in Keras's own cache, or downloaded into it."""
+"""The ImageNet weights that Keras publishes: found in Keras's own cache, or downloaded into it; and any download."""
 
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_cli.backbones.registry import PublishedWeights
@@ -12,6 +13,19 @@ _TIMEOUT = 20.0  # seconds without an answer before a download is given up
 _MEGABYTE = 10**6
 
 
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A file on the web. digest: its MD5 or SHA-256 in hexadecimal, None if it is not known. what: its name in errors.
+
+    otherwise: what else a user can do who cannot download it.
+    """
+
+    url: str
+    digest: str | None
+    what: str
+    otherwise: str
+
+
 def fetch(weights: PublishedWeights, advance: Advance = ignore_progress) -> Path:
     """The file of published weights: from Keras's cache, else downloaded into it; `advance` counts megabytes.
 
@@ -20,7 +34,8 @@ def fetch(weights: PublishedWeights, advance: Advance = ignore_progress) -> Path
     """
     path = weights.path
     if not path.exists():
-        _download(weights, path, advance)
+        otherwise = "set model.backbone: efficientnet_lite0, which is bundled"
+        download(Published(weights.url, weights.digest, "the ImageNet weights", otherwise), path, advance)
     elif not has_digest(path, weights.digest):
         # Keras would overwrite it; but it may be the only copy, and without a connection nothing would replace it.
         raise WeightsError(
@@ -30,34 +45,36 @@ def fetch(weights: PublishedWeights, advance: Advance = ignore_progress) -> Path
     return path
 
 
-def _download(weights: PublishedWeights, path: Path, advance: Advance) -> None:
+def download(file: Published, path: Path, advance: Advance = ignore_progress) -> None:
+    """Download `file` to `path`; `advance` counts megabytes.
+
+    Raises `WeightsError` when there is no connection, and when the content has another hash.
+    """
     try:
-        response = urllib.request.urlopen(weights.url, timeout=_TIMEOUT)  # noqa: S310 - an https URL of our own table
+        response = urllib.request.urlopen(file.url, timeout=_TIMEOUT)  # noqa: S310 - an https URL of our own tables
     except OSError as exc:
-        raise _unreachable(weights, path, exc) from exc
-    with response, atomic_path(path) as temporary, temporary.open("wb") as file:
+        raise _unreachable(file, path, exc) from exc
+    with response, atomic_path(path) as temporary, temporary.open("wb") as stream:
         total = int(response.headers.get("Content-Length") or 0) // _MEGABYTE or None
         megabytes = 0
         while True:
             try:
                 chunk = response.read(_MEGABYTE)
             except OSError as exc:
-                raise _unreachable(weights, path, exc) from exc
+                raise _unreachable(file, path, exc) from exc
             if not chunk:
                 break
-            file.write(chunk)
-            advance(file.tell() // _MEGABYTE - megabytes, total)
-            megabytes = file.tell() // _MEGABYTE
-        file.flush()
-        if not has_digest(temporary, weights.digest):
-            raise WeightsError(
-                f"the download of {weights.url} is damaged (its hash is not {weights.digest})", "try again"
-            )
+            stream.write(chunk)
+            advance(stream.tell() // _MEGABYTE - megabytes, total)
+            megabytes = stream.tell() // _MEGABYTE
+        stream.flush()
+        if not has_digest(temporary, file.digest):
+            raise WeightsError(f"the download of {file.url} is damaged (its hash is not {file.digest})", "try again")
 
 
-def _unreachable(weights: PublishedWeights, path: Path, exc: OSError) -> WeightsError:
-    known = f" (hash {weights.digest})" if weights.digest else ""
+def _unreachable(file: Published, path: Path, exc: OSError) -> WeightsError:
+    known = f" (hash {file.digest})" if file.digest else ""
     return WeightsError(
-        f"cannot download the ImageNet weights: {getattr(exc, 'reason', exc)}",
-        f"save {weights.url}{known} as {path}, or set model.backbone: efficientnet_lite0, which is bundled",
+        f"cannot download {file.what}: {getattr(exc, 'reason', exc)}",
+        f"save {file.url}{known} as {path}, or {file.otherwise}",
     )

@@ -55,6 +55,16 @@ def export(
     layout: Annotated[
         str | None, _form_option("layout", "the order of the input's axes: channels last or channels first")
     ] = None,
+    pixels: Annotated[
+        str | None,
+        _form_option("pixels", "float32 pixels of the model's size, or uint8 pixels of any size, resized by the model"),
+    ] = None,
+    page: Annotated[
+        bool,
+        typer.Option(
+            "--page", help="onnx: also write page.html, which classifies photos in a browser, without a server."
+        ),
+    ] = False,
     benchmark: Annotated[
         bool, typer.Option("--benchmark", help="Measure speed and accuracy on all test photos, else validation photos.")
     ] = False,
@@ -72,7 +82,7 @@ def export(
         names=registry.parse(format or [DEFAULT_FORMAT]),
         output=output,
         version=version,
-        options={"quantize": quantize, "layout": layout},
+        options={"quantize": quantize, "layout": layout, "pixels": pixels, "page": "page" if page else None},
         root=root,
         force=force,
         benchmark=benchmark,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from finetune_cli import files, signals
 from finetune_cli.errors import FinetuneError, GateError, UsageError
-from finetune_cli.exports import manifest, parity, place, registry, triton
+from finetune_cli.exports import manifest, parity, photo_files, place, registry, triton
 from finetune_cli.exports.benchmark import Benchmark, Figures
 from finetune_cli.exports.forms import Form, Served, Source
 from finetune_cli.exports.parity import Check, Replay
@@ -221,6 +221,7 @@ def _build(form: Form, source: Source, folder: Path, proof: _Proof, observer: Ob
         with observer.stage(f"{form.name}: converting and writing", None):
             form.write(source, folder)
             source.card.write(folder)
+            photo_files.write(folder)
         with observer.stage(f"{form.name}: loading what was written", None):
             opened = form.open(folder / main if main else folder, cores(), latency=True)
         try:

@@ -2,10 +2,11 @@
 
 ``image float32 (1, size, size, 3)`` RGB 0..255 in, ``probabilities float32 (1, C)`` out, in every variant: `none`
 keeps float32 weights, `float16` halves the file, `int8` quantizes weights and activations with ranges seen on training
-photos of the run. The labels are in a zip archive at the end of the file, as TensorFlow Lite's metadata put them
-(https://ai.google.dev/edge/litert/models/metadata), so that ``unzip model.tflite`` shows them.
+photos of the run. The metadata name the labels (`litert_metadata.py`), which are in a zip archive at the end of the
+file, so that ``unzip model.tflite`` shows them.
 """
 
+import io
 import os
 import threading
 import zipfile
@@ -15,14 +16,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from finetune_cli import files
 from finetune_cli.errors import FinetuneError, MissingExtra, WeightsError
 from finetune_cli.exports import card as cards
 from finetune_cli.exports.card import EXPORT_IT, Card
 from finetune_cli.exports.forms import Floats, Opened, Pixels, Quantize, Signature, Source, quiet
+from finetune_cli.exports.litert_metadata import LABELS, card_text, with_metadata
 from finetune_cli.exports.tf_graph import with_constants
 from finetune_cli.text import first_line, shown
-
-LABELS = "labels.txt"
 
 
 class LiteRt:
@@ -48,10 +49,9 @@ class LiteRt:
             ) from exc
         labels = "".join(f"{shown(name)}\n" for name in source.card.classes)
         path = folder / "model.tflite"
-        path.write_bytes(converted)
+        path.write_bytes(with_metadata(converted, source.card.text(), source.run.name))
         with zipfile.ZipFile(path, "a") as archive:
             archive.writestr(_member(LABELS), labels)
-            archive.writestr(_member(cards.FILE), source.card.text())
         (folder / LABELS).write_text(labels, "utf-8", newline="\n")
 
     def _convert(self, model: Any, card: Card, photos: list[Pixels]) -> bytes:
@@ -116,9 +116,13 @@ class OpenedLiteRt:
 
 def _read_card(path: Path) -> Card:
     try:
-        with zipfile.ZipFile(path) as archive:
-            return Card.parse(archive.read(cards.FILE).decode("utf-8"), path)
+        data = files.read_regular(path)
+        text = card_text(data)
+        if text is None:  # of an export that kept its card beside the labels
+            with zipfile.ZipFile(io.BytesIO(data)) as archive:
+                text = archive.read(cards.FILE).decode("utf-8")
     except (OSError, KeyError, UnicodeDecodeError, zipfile.BadZipFile) as exc:
         raise WeightsError(
             f"{path} names no classes: it is damaged, or was not made by finetune export", EXPORT_IT
         ) from exc
+    return Card.parse(text, path)

@@ -129,5 +129,6 @@ def is_export(folder: Path) -> bool:
 
 
 def _present(folder: Path) -> set[str]:
-    inside = folder.rglob("*")
+    """What is in `folder`, without the compiled copies that Python makes of `photo.py`."""
+    inside = [path for path in folder.rglob("*") if path.parent != folder / "__pycache__"]
     return {path.relative_to(folder).as_posix() for path in inside if path.is_symlink() or not path.is_dir()}

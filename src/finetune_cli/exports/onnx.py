@@ -1,9 +1,10 @@
 """The form `onnx`: one file for ONNX Runtime and everything else that reads ONNX.
 
-``image float32 (N, size, size, 3)`` RGB 0..255 in, or ``(N, 3, size, size)`` with layout `nchw`; ``probabilities
-float32 (N, C)`` out, N free. The card is in the file's metadata. In every variant of `quantize` the ends are float32:
-`float16` halves the weights, which are calculated with in float32; `int8` quantizes weights and activations with ONNX
-Runtime's own quantizer, in the format that puts a pair of QuantizeLinear and DequantizeLinear around every operation
+``image float32 (N, size, size, 3)`` RGB 0..255 in, or ``(N, 3, size, size)`` with layout `nchw`, or ``uint8 (N, H, W,
+3)``, any H and W, with pixels `any-size`; ``probabilities float32 (N, C)`` out, N free. The card is in the file's
+metadata. In every variant of `quantize` the ends are the same: `float16` halves the weights, which are calculated with
+in float32; `int8` quantizes weights and activations with ONNX Runtime's own quantizer, in the format that puts a pair
+of QuantizeLinear and DequantizeLinear around every operation
 (https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html).
 """
 
@@ -16,7 +17,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from finetune_cli import __version__
-from finetune_cli.errors import FinetuneError, MissingExtra, WeightsError
+from finetune_cli.errors import FinetuneError, MissingExtra, UsageError, WeightsError
+from finetune_cli.exports import any_size, page
 from finetune_cli.exports.card import EXPORT_IT, KEY, Card
 from finetune_cli.exports.forms import Floats, Opened, Pixels, Quantize, Signature, Source, quiet
 from finetune_cli.exports.tf_graph import with_constants
@@ -36,14 +38,27 @@ class Onnx:
 
     name: ClassVar[str] = "onnx"
 
-    def __init__(self, quantize: Quantize = "none", layout: Layout = "nhwc") -> None:
-        self.quantize = quantize
-        self.layout = layout
+    def __init__(
+        self,
+        quantize: Quantize = "none",
+        layout: Layout = "nhwc",
+        pixels: any_size.Input = "fixed",
+        page: Literal["no page", "page"] = "no page",
+    ) -> None:
+        if (pixels, page) == ("any-size", "page"):
+            raise UsageError("the page resizes photos by itself", "leave out --page or --pixels any-size")
+        if layout == "nchw" and (pixels, page) != ("fixed", "no page"):
+            option = "--page" if page == "page" else "--pixels any-size"
+            raise UsageError(f"{option} takes photos with channels last", f"leave out {option} or --layout nchw")
+        self.quantize, self.layout, self.pixels, self.page = quantize, layout, pixels, page
         self.exact = quantize == "none"
-        self.options: dict[str, str] = {"quantize": quantize, "layout": layout}
+        self.options: dict[str, str] = {"quantize": quantize, "layout": layout, "pixels": pixels, "page": page}
 
     def write(self, source: Source, folder: Path) -> None:
-        """Convert the run's model. Raises `FinetuneError` when tf2onnx lacks an operation."""
+        """Convert the run's model. Raises `FinetuneError` when tf2onnx lacks an operation.
+
+        Raises `WeightsError` when the library for the page cannot be downloaded.
+        """
         photos = source.calibration_photos() if self.quantize == "int8" else []
         model, card = source.model, source.card
         with quiet():
@@ -63,6 +78,8 @@ class Onnx:
                     _halve_weights(converted.graph)
                 if self.quantize == "int8":
                     converted = _quantized(converted, (self._given(photo[None]) for photo in photos))
+                if self.pixels == "any-size":
+                    any_size.before_onnx(converted, card.settings, _OPSET)
                 converted.producer_name, converted.producer_version = "finetune-cli", __version__
                 converted.graph.name, converted.doc_string = shown(source.run.name), source.describe()
                 onnx.helper.set_model_props(converted, {KEY: card.text()})
@@ -71,7 +88,10 @@ class Onnx:
                 raise FinetuneError(
                     f"the model cannot be converted to ONNX: {first_line(exc)}", "choose another --format"
                 ) from exc
-        (folder / "model.onnx").write_bytes(converted.SerializeToString())
+        model_file = converted.SerializeToString()
+        (folder / "model.onnx").write_bytes(model_file)
+        if self.page == "page":
+            page.write(folder, model_file, card, source.run.name)
 
     def _given(self, photos: Pixels) -> Floats:
         """`photos` ``uint8 (n, size, size, 3)`` as the model's input wants them."""
@@ -180,13 +200,15 @@ class OpenedOnnx:
             raise WeightsError(f"{path} names no classes: it was not made by finetune export", EXPORT_IT)
         card = Card.parse(text, path)
         self.classes, self.settings = card.classes, card.settings
+        self._any_size = self._session.get_inputs()[0].type == "tensor(uint8)"
         # No photo is 3 pixels high.
         self._channels_first = any(end.name == "image" and end.shape[1:2] == [3] for end in self._session.get_inputs())
 
     def probabilities(self, photos: Pixels) -> Floats:
         """``uint8 (n, size, size, 3)`` RGB -> ``float32 (n, C)``."""
-        given = photos.transpose(0, 3, 1, 2) if self._channels_first else photos
-        (answer,) = self._session.run(["probabilities"], {"image": given.astype(np.float32)})
+        image = photos.transpose(0, 3, 1, 2) if self._channels_first else photos
+        image = image if self._any_size else image.astype(np.float32)
+        (answer,) = self._session.run(["probabilities"], {"image": image})
         return np.asarray(answer, np.float32)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -196,9 +218,11 @@ class OpenedOnnx:
 
     def signatures(self) -> tuple[Signature, ...]:
         """The model's only input."""
-        return (Signature("image", "pixels", self.probabilities),)
+        return (Signature("image", "pixels", self.probabilities, self._any_size),)
 
 
 def _tensor(end: Any) -> Tensor:
     lengths = [length if isinstance(length, int) else -1 for length in end.shape[1:]]
-    return Tensor(end.name, {"tensor(float)": "float32"}.get(end.type, end.type), tuple(lengths))
+    return Tensor(
+        end.name, {"tensor(float)": "float32", "tensor(uint8)": "uint8"}.get(end.type, end.type), tuple(lengths)
+    )

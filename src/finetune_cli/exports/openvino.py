@@ -1,9 +1,9 @@
 """The form `openvino`: OpenVINO's IR, an ``.xml`` file and the ``.bin`` file beside it.
 
-``image float32 (N, size, size, 3)`` RGB 0..255 in, ``probabilities float32 (N, C)`` out, N from 1 to
-`triton.MOST_PHOTOS`; the layout, NHWC, is declared. `float16` halves the weights, which are calculated with in float32;
-`int8` quantizes weights and activations with NNCF (https://docs.openvino.ai/nncf), OpenVINO's own quantizer. The card
-is in the model's `rt_info`.
+``image float32 (N, size, size, 3)`` RGB 0..255 in, or ``uint8 (N, H, W, 3)``, any H and W, with pixels `any-size`;
+``probabilities float32 (N, C)`` out, N from 1 to `triton.MOST_PHOTOS`; the layout, NHWC, is declared. `float16` halves
+the weights, which are calculated with in float32; `int8` quantizes weights and activations with NNCF
+(https://docs.openvino.ai/nncf), OpenVINO's own quantizer. The card is in the model's `rt_info`.
 """
 
 import logging
@@ -14,6 +14,7 @@ import numpy as np
 
 from finetune_cli import __version__
 from finetune_cli.errors import FinetuneError, RunError, StorageError, WeightsError
+from finetune_cli.exports import any_size
 from finetune_cli.exports.card import EXPORT_IT, KEY, Card
 from finetune_cli.exports.forms import Floats, Opened, Pixels, Quantize, Signature, Source, quiet
 from finetune_cli.exports.triton import MOST_PHOTOS, Tensor
@@ -31,10 +32,10 @@ class OpenVino:
 
     name: ClassVar[str] = "openvino"
 
-    def __init__(self, quantize: Quantize = "none") -> None:
-        self.quantize = quantize
+    def __init__(self, quantize: Quantize = "none", pixels: any_size.Input = "fixed") -> None:
+        self.quantize, self.pixels = quantize, pixels
         self.exact = quantize == "none"
-        self.options: dict[str, str] = {"quantize": quantize}
+        self.options: dict[str, str] = {"quantize": quantize, "pixels": pixels}
 
     def write(self, source: Source, folder: Path) -> None:
         """Write the run's own OpenVINO model with names for its ends and the card inside."""
@@ -42,6 +43,8 @@ class OpenVino:
         model = read_model(source.run)
         if self.quantize == "int8":
             model = _quantized(model, source.calibration_photos())
+        if self.pixels == "any-size":
+            model = any_size.before_openvino(model, source.card.settings)
         image = model.get_parameters()[0]
         image.set_friendly_name("image")
         image.set_layout(ov.Layout("NHWC"))
@@ -94,28 +97,37 @@ class OpenedOpenVino:
 
     def __init__(self, path: Path, workers: int, latency: bool = False) -> None:
         try:
-            model = read_ir(path)
+            model = read_ir(path, any_size.without_resizing)
         except RunError as exc:
             raise WeightsError(exc.problem, "export again") from exc
         if not model.has_rt_info(KEY):
             raise WeightsError(f"{path} names no classes: it was not made by finetune export", EXPORT_IT)
         card = Card.parse(model.get_rt_info(KEY).astype(str), path)
         self.classes, self.settings = card.classes, card.settings
-        self._tensors = _tensor(model.input(0)), _tensor(model.output(0))
         model.reshape([-1, *list(model.input(0).partial_shape)[1:]])  # any number of photos, as in the other forms
         self._runtime = OpenVinoRuntime(model, "float32", workers, latency)
+        self._path, self._workers = path, workers
 
     def probabilities(self, photos: Pixels) -> Floats:
         """``uint8 (n, size, size, 3)`` RGB -> ``float32 (n, C)``."""
         return self._runtime.infer(photos)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
-        """Its input and its output, as they are in the file."""
-        return self._tensors
+        """Its input and its output, as they are in the file; only for files that were written here."""
+        model = self._whole()
+        return _tensor(model.input(0)), _tensor(model.output(0))
 
     def signatures(self) -> tuple[Signature, ...]:
-        """The model's only input."""
-        return (Signature("image", "pixels", self.probabilities),)
+        """The model's only input, with all that is behind it; only for files that were written here."""
+        model = self._whole()
+        if model.input(0).element_type.get_type_name() != "u8":
+            return (Signature("image", "pixels", self.probabilities),)
+        model.reshape([-1, *list(model.input(0).partial_shape)[1:]])
+        whole = OpenVinoRuntime(model, "float32", self._workers)
+        return (Signature("image", "pixels", whole.infer, any_size=True),)
+
+    def _whole(self) -> "openvino.Model":
+        return import_openvino().Core().read_model(self._path)
 
 
 def _tensor(end: "openvino.Output") -> Tensor:

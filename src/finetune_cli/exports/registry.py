@@ -100,6 +100,8 @@ _TENSORFLOW = ("tensorflow", "keras")
 # `float16` halves the weights, which are calculated with in float32; `int8` quantizes weights and activations with
 # ranges seen on training photos of the run.
 _QUANTIZE = ("none", "float16", "int8")
+# `fixed`: float32 of the model's size; `any-size`: uint8 of any size, which the model resizes as training did.
+_PIXELS = ("fixed", "any-size")
 _ENTRIES = (
     Entry("savedmodel", None, _savedmodel, ("tensorflow",), _TENSORFLOW, aliases=("saved_model",), numbered=True),
     Entry("keras", "model.keras", _keras, ("keras",), _TENSORFLOW),
@@ -111,7 +113,7 @@ _ENTRIES = (
         (*_TENSORFLOW, "tf2onnx", "onnx", "onnxruntime"),
         extra="onnx",
         knows_classes=True,
-        options={"quantize": _QUANTIZE, "layout": ("nhwc", "nchw")},
+        options={"quantize": _QUANTIZE, "layout": ("nhwc", "nchw"), "pixels": _PIXELS, "page": ("no page", "page")},
         triton="onnxruntime",
     ),
     Entry(
@@ -132,7 +134,7 @@ _ENTRIES = (
         ("openvino",),
         ("openvino",),
         knows_classes=True,
-        options={"quantize": _QUANTIZE},
+        options={"quantize": _QUANTIZE, "pixels": _PIXELS},
         quantizer=("nncf", "int8"),
         triton="openvino",
     ),

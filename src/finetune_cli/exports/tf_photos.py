@@ -106,7 +106,7 @@ class PhotoGraph:
         few = tf.debugging.Assert(scanned <= MOST_SCANNED_PIXELS, ["a JPEG file has too many scans:", scans])
         with tf.control_dependencies([few, self._small_enough(shape[0], shape[1])]):
             height, width = tf.cast(shape[0], tf.float64), tf.cast(shape[1], tf.float64)
-        _top, _left, _rows, _columns, target_rows, target_columns = self._geometry(height, width)
+        _top, _left, _rows, _columns, target_rows, target_columns = self.geometry(height, width)
         spare = tf.minimum(height // (2 * target_rows), width // (2 * target_columns))
         # libjpeg reduces by 1, 2, 4 or 8 while it decodes; Pillow lets it where that leaves twice the pixels needed.
         choice = tf.reduce_sum(tf.cast(spare >= tf.constant([2, 4, 8], tf.float64), tf.int32))
@@ -149,7 +149,7 @@ class PhotoGraph:
         darkness, alpha = (tf.cast(part, tf.uint16) for part in (255 - pixels[..., :3], pixels[..., 3:]))
         return 255 - tf.cast((darkness * alpha + 127) // 255, tf.uint8)
 
-    def _geometry(self, height: Any, width: Any) -> tuple[Any, ...]:
+    def geometry(self, height: Any, width: Any) -> tuple[Any, ...]:
         """Top, left, height and width of the part that is used, and its height and width afterwards; all float64."""
         tf, resize = self._tf, self._settings.resize
         size, zero = tf.constant(self._settings.size, tf.float64), tf.constant(0, tf.float64)
@@ -165,19 +165,19 @@ class PhotoGraph:
     def _resized(self, photos: Any, height: Any, width: Any, orientation: Any = None) -> Any:
         """``(n, h, w, 3)``, whose true extent is `height` x `width` -> ``float32 (n, size, size, 3)``, upright."""
         tf = self._tf
-        top, left, rows, columns, target_rows, target_columns = self._geometry(height, width)
+        top, left, rows, columns, target_rows, target_columns = self.geometry(height, width)
         shrinks = tf.logical_and(rows >= target_rows, columns >= target_columns)
         shape = tf.shape(photos)
-        down = _Axis(tf, shape[1], (top, rows), target_rows, shrinks)
-        along = _Axis(tf, shape[2], (left, columns), target_columns, shrinks)
+        down = Axis(tf, shape[1], (top, rows), target_rows, shrinks)
+        along = Axis(tf, shape[2], (left, columns), target_columns, shrinks)
         photos = photos[:, down.first : down.last, along.first : along.last]
         photos = tf.cond(
             down.block * along.block > 1,
-            lambda: _grey(tf, tf.raw_ops.ResizeArea(images=photos, size=[down.length, along.length])),
+            lambda: grey(tf, tf.raw_ops.ResizeArea(images=photos, size=[down.length, along.length])),
             lambda: tf.cast(photos, tf.float32),
         )
-        photos = _grey(tf, tf.einsum("tw,nhwc->nhtc", along.weights(), photos))
-        photos = _grey(tf, tf.einsum("th,nhwc->ntwc", down.weights(), photos))
+        photos = grey(tf, tf.einsum("tw,nhwc->nhtc", _all_weights(tf, along), photos))
+        photos = grey(tf, tf.einsum("th,nhwc->ntwc", _all_weights(tf, down), photos))
         return self._padded(photos if orientation is None else tf_exif.upright(tf, photos, orientation))
 
     def _padded(self, photos: Any) -> Any:
@@ -186,36 +186,43 @@ class PhotoGraph:
         return self._tf.pad(photos, [[0, 0], [top, size - rows - top], [left, size - columns - left], [0, 0]])
 
 
-class _Axis:
+class Axis:
     """How the pixels of one axis become `target` pixels, as ``Image.resize(reducing_gap=3)`` of Pillow does it.
 
-    part: start and length of what is used, in pixels and fractions of them. Pixels `first` to `last` are read; each
-    `block` of them is averaged, which leaves `length`.
+    part: start and length of what is used, in pixels and fractions of them. Pixels `first` to `end` are used; each
+    `block` of them is averaged. Without a shorter block at the end, `length` are left, of the pixels up to `last`.
     """
 
     def __init__(self, tf: Any, pixels: Any, part: tuple[Any, Any], target: Any, shrinks: Any) -> None:
-        self._tf, self._target, self._shrinks = tf, target, shrinks
+        self._tf, self._shrinks, self.target = tf, shrinks, target
         start, side = part
         scale = side / target
         one = tf.constant(1, tf.float64)
         reach = tf.where(shrinks, one, 2 * one) * tf.maximum(scale, 1) - scale / 2
         self.first = tf.cast(tf.maximum(start - reach, 0), tf.int32)
-        last = tf.minimum(tf.cast(tf.math.ceil(start + side + reach), tf.int32), pixels)
+        self.end = tf.minimum(tf.cast(tf.math.ceil(start + side + reach), tf.int32), pixels)
         self.block = tf.maximum(tf.cast(scale / 3, tf.int32), 1)
-        self.length = (last - self.first) // self.block
+        self.length = tf.cast((self.end - self.first) / self.block, tf.int32)
         self.last = self.first + self.length * self.block
         block = tf.cast(self.block, tf.float64)
         self._start = (start - tf.cast(self.first, tf.float64)) / block
         self._scale = scale / block
 
-    def weights(self) -> Any:
-        """``float32 (target, length)``: the share of every pixel in each new one (Pillow's Resample.c)."""
+    def weights(self, pixels: Any, targets: Any) -> Any:
+        """``float32 (t, p)``: the share of each of p pixels in each of t new ones (Pillow's Resample.c).
+
+        Both are float64 and given by their middles: 0.5 is the first of the pixels, or of the new ones.
+        """
         tf = self._tf
-        centres = self._start + (tf.range(self._target) + 0.5) * self._scale
-        pixels = tf.range(tf.cast(self.length, tf.float64)) + 0.5
+        centres = self._start + targets * self._scale
         distance = tf.abs(pixels - centres[:, tf.newaxis]) / tf.maximum(self._scale, 1)
         shares = tf.where(self._shrinks, _hamming(tf, distance), _cubic(tf, distance))
         return tf.cast(shares / tf.reduce_sum(shares, axis=1, keepdims=True), tf.float32)
+
+
+def _all_weights(tf: Any, axis: Axis) -> Any:
+    """``float32 (axis.target, axis.length)``."""
+    return axis.weights(tf.range(tf.cast(axis.length, tf.float64)) + 0.5, tf.range(axis.target) + 0.5)
 
 
 def _hamming(tf: Any, x: Any) -> Any:
@@ -231,6 +238,6 @@ def _cubic(tf: Any, x: Any) -> Any:
     return tf.where(x < 1, near, tf.where(x < 2, far, 0))
 
 
-def _grey(tf: Any, values: Any) -> Any:
+def grey(tf: Any, values: Any) -> Any:
     """Rounded to whole grey levels, halves up."""
     return tf.clip_by_value(tf.floor(values + 0.5), 0, 255)

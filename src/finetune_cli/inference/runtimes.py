@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -219,15 +220,7 @@ def convert(model: Any) -> "openvino.Model":
 
     Raises `FinetuneError` when OpenVINO lacks an operation, or when the result is nothing that `read_ir` would read.
     """
-    ov = import_openvino()
-    import tensorflow as tf
-    from openvino.frontend.tensorflow import utils
-    from openvino.tools.ovc import convert_model
-
-    ov.convert_model = convert_model  # where its own front end looks for it
-    # Its own way to find TensorFlow's version is an `exec` that sets a local variable, which Python 3.13 ended
-    # (PEP 667; https://github.com/openvinotoolkit/openvino/pull/32482).
-    utils.get_environment_setup = lambda _framework: {"tensorflow": tf.__version__}
+    convert_model = converter()
     try:
         with warnings.catch_warnings():
             # The converter calls the model with a tuple of one; Keras takes it, and grumbles.
@@ -250,6 +243,20 @@ def convert(model: Any) -> "openvino.Model":
     return converted
 
 
+def converter() -> Callable[[Any], "openvino.Model"]:
+    """OpenVINO's `convert_model`, ready for models and functions of TensorFlow."""
+    ov = import_openvino()
+    import tensorflow as tf
+    from openvino.frontend.tensorflow import utils
+    from openvino.tools.ovc import convert_model
+
+    ov.convert_model = convert_model  # where its own front end looks for it
+    # Its own way to find TensorFlow's version is an `exec` that sets a local variable, which Python 3.13 ended
+    # (PEP 667; https://github.com/openvinotoolkit/openvino/pull/32482).
+    utils.get_environment_setup = lambda _framework: {"tensorflow": tf.__version__}
+    return convert_model  # type: ignore[no-any-return]
+
+
 def save_ir(model: "openvino.Model", xml: Path, folder: Path, size: int) -> None:
     """Write an OpenVINO model as `xml` and the `.bin` file beside it.
 
@@ -265,15 +272,20 @@ def save_ir(model: "openvino.Model", xml: Path, folder: Path, size: int) -> None
         ) from exc
 
 
-def read_ir(xml: Path) -> "openvino.Model":
-    """The OpenVINO model in `xml` and the `.bin` file beside it.
+def read_ir(xml: Path, part: "Callable[[openvino.Model], openvino.Model] | None" = None) -> "openvino.Model":
+    """The OpenVINO model in `xml` and the `.bin` file beside it; `part` returns what is used of it, by default all.
 
     Raises `RunError` when it is damaged, or not such a model as `train` writes (see `untrusted/openvino_ir.py`).
     """
-    return parse_ir(*openvino_ir.read_files(xml), xml)
+    return parse_ir(*openvino_ir.read_files(xml), xml, part)
 
 
-def parse_ir(graph: bytes, weights: bytes, xml: Path) -> "openvino.Model":
+def parse_ir(
+    graph: bytes,
+    weights: bytes,
+    xml: Path,
+    part: "Callable[[openvino.Model], openvino.Model] | None" = None,
+) -> "openvino.Model":
     """As `read_ir`, of the bytes that were read from the file `xml` and the `.bin` file beside it.
 
     OpenVINO gets the bytes that were checked, and not the names of files, which may have changed since. It copies the
@@ -282,6 +294,7 @@ def parse_ir(graph: bytes, weights: bytes, xml: Path) -> "openvino.Model":
     openvino_ir.check_ir(graph, len(weights), xml)
     try:
         model = _core().read_model(graph, weights)
+        model = part(model) if part else model
     except RuntimeError as exc:
         raise RunError(
             f"{xml} cannot be read as an OpenVINO model: {openvino_ir.reason(exc)}", openvino_ir.REMEDY
