@@ -75,7 +75,8 @@ def test_what_int8_needs_besides():
     assert (int8.packages, int8.versions, int8.extra) == (("openvino", "nncf"), ("openvino", "nncf"), "int8")
     assert FORMS["onnx"].made_with({"quantize": "int8"}) == FORMS["onnx"]
     assert FORMS["keras"].made_with({"quantize": "int8"}) == FORMS["keras"]
-    assert FORMS["onnx"].chosen({"quantize": None, "layout": "nchw"}) == {"quantize": "none", "layout": "nchw"}
+    chosen = FORMS["onnx"].chosen({"quantize": None, "layout": "nchw"})
+    assert chosen == {"quantize": "none", "layout": "nchw", "pixels": "fixed", "page": "no page"}
 
 
 def test_the_registry_imports_no_form():
