@@ -48,6 +48,7 @@ class Card:
                 + " (Hamming filter to shrink, bicubic to enlarge)",
                 f"pass RGB values 0 to 255 of shape (N, {settings.size}, {settings.size}, 3); all scaling is inside",
             ],
+            "unknown": "cannot tell: a photo that shows none of the classes gets the probabilities of some class, too",
         }
 
     def text(self) -> str:
