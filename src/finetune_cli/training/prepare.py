@@ -75,12 +75,10 @@ class Prepared:
         return self.backbone
 
 
-def prepare(
-    settings: Settings, observer: Observer, check: Callable[[Dataset, AnyBackbone], None] | None = None
-) -> Prepared:
+def prepare(settings: Settings, observer: Observer, *checks: Callable[[Dataset, AnyBackbone], None]) -> Prepared:
     """Index the photos, build the backbone, and compute (or find in the cache) every feature.
 
-    `check` may raise when it sees the photos and the backbone, before any feature is computed.
+    `checks` may raise when they see the photos and the backbone, before any feature is computed.
 
     Raises `DataError` when photos are bad and `data.on_bad_image` does not allow skipping them; what was computed until
     then stays in the cache. Raises `StorageError` when there is no room for the features or for the run.
@@ -100,7 +98,7 @@ def prepare(
             with timed(seconds, "backbone"):
                 extractor = make_extractor(settings, observer, conversion)
         check_room(settings, data, extractor.backbone)
-        if check is not None:
+        for check in checks:
             check(data, extractor.backbone)
         with timed(seconds, "features"):
             parts, cache_bytes = _all_features(extractor, data)
