@@ -63,14 +63,15 @@ def config_block() -> str:
 
 
 def documented_config() -> Config:
-    """All defaults, with the section that is off by default."""
-    return Config(data={"train": Path("PATH")}, fine_tuning="auto")
+    """All defaults, with the sections that are off by default."""
+    return Config(data={"train": Path("PATH")}, fine_tuning="auto", unknown="auto")
 
 
 def test_the_config_block_holds_every_key_with_its_default_and_no_other():
     shown = yaml.safe_load(config_block())
     assert shown["data"].pop("train") == "PATH"
     assert Config(data={"train": Path("PATH")}).fine_tuning is None
+    assert Config(data={"train": Path("PATH")}).unknown is None
     defaults = documented_config().model_dump(mode="json")
     del defaults["data"]["train"]
     assert shown.keys() == defaults.keys()

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from finetune_cli.config.load import load_config, merge
 from finetune_cli.config.schema import Config
 from finetune_cli.errors import BadImage, BadPhotos, UsageError
-from finetune_cli.inference.predictor import RunPredictor, answers, best, chunks
+from finetune_cli.inference.predict import Limits, labelled
+from finetune_cli.inference.predictor import Answer, RunPredictor, answers, best, chunks, unknown_rate
 from finetune_cli.metrics.scores import Evaluation
 from finetune_cli.parallel import cores
 from finetune_cli.photos import decode as images
@@ -53,15 +54,18 @@ class _LogObserver(Silent):
 class Prediction:
     """The prediction for one photo.
 
-    label: the most probable class. probability: its probability, from 0 to 1. top: the most probable classes as
-    (name, probability), best first. probabilities: ``float32 (C,)`` of all classes, in the order of
-    `Classifier.classes`; read-only, and ignored when predictions are compared.
+    label: the most probable class, or ``unknown`` for a photo that is unlike the training photos. probability: that of
+    the most probable class, from 0 to 1. top: the most probable classes as (name, probability), best first.
+    probabilities: ``float32 (C,)`` of all classes, in the order of `Classifier.classes`; read-only, and ignored when
+    predictions are compared. p_value: about the share of held-out photos that is less like the training photos than
+    this one; None if the run was trained without ``unknown``.
     """
 
     label: str
     probability: float
     top: tuple[tuple[str, float], ...]
     probabilities: NDArray[np.float32] = field(repr=False, compare=False)
+    p_value: float | None = None
 
 
 def train(
@@ -138,14 +142,24 @@ class Classifier:
         return self.run.classes
 
     @overload
-    def predict(self, photos: Photo, *, top_k: int = 3) -> Prediction: ...
+    def predict(self, photos: Photo, *, top_k: int = 3, unknown: float | None = None) -> Prediction: ...
     @overload
     def predict(
-        self, photos: list[_P] | tuple[_P, ...], *, top_k: int = 3, on_bad_image: Literal["error"] = "error"
+        self,
+        photos: list[_P] | tuple[_P, ...],
+        *,
+        top_k: int = 3,
+        on_bad_image: Literal["error"] = "error",
+        unknown: float | None = None,
     ) -> list[Prediction]: ...
     @overload
     def predict(
-        self, photos: list[_P] | tuple[_P, ...], *, top_k: int = 3, on_bad_image: Literal["skip"]
+        self,
+        photos: list[_P] | tuple[_P, ...],
+        *,
+        top_k: int = 3,
+        on_bad_image: Literal["skip"],
+        unknown: float | None = None,
     ) -> list[Prediction | None]: ...
     def predict(
         self,
@@ -153,6 +167,7 @@ class Classifier:
         *,
         top_k: int = 3,
         on_bad_image: Literal["error", "skip"] = "error",
+        unknown: float | None = None,
     ) -> Prediction | list[Prediction] | list[Prediction | None]:
         """Classify a photo, or each photo of a list, on all cores.
 
@@ -162,28 +177,33 @@ class Classifier:
         fraction of its size, nearly the same. A Pillow image is turned upright by its Exif data; an array has none.
 
         top_k: how many classes `Prediction.top` holds. on_bad_image: with ``skip``, a photo of a list that cannot
-        be decoded gives None and a warning in the log, instead of an exception for the whole list.
+        be decoded gives None and a warning in the log, instead of an exception for the whole list. unknown: the p-value
+        up to which a photo is answered ``unknown``, for runs that were trained with ``unknown``; by default their
+        `false_rejects`, 0 for never.
 
         May be called from several threads at once, but not in a process that was forked after `load`, because a fork
         does not copy the threads that compute: that is an error.
 
         Raises `BadImage` (its `path` names the photo) when a photo cannot be decoded, `UsageError` for anything that
-        is not a photo, such as an array of another type or shape.
+        is not a photo, such as an array of another type or shape, and for an `unknown` that the run cannot give.
         """
         if top_k < 1:
             raise UsageError(f"top_k is {top_k}, which is not a positive number", "choose 1 or more")
         if on_bad_image not in {"error", "skip"}:
             raise UsageError(f"on_bad_image is {on_bad_image!r}", "choose error or skip")
+        if unknown is not None and not 0 <= unknown <= 1:
+            raise UsageError(f"unknown is {unknown}", "choose a number from 0 to 1")
+        limits = Limits(unknown=unknown_rate(self._predictor, unknown))
         if not isinstance(photos, list | tuple):
-            rows = self._predictor.probabilities(_pixels(photos, self._predictor.settings)[None])
-            return self._prediction(rows[0], top_k)
+            rows = self._predictor.answers(_pixels(photos, self._predictor.settings)[None])
+            return self._prediction(rows[0], top_k, limits)
         for i, photo in enumerate(photos):
             _check(photo, f"photos[{i}]")
         found: list[Prediction | None] = []
         decode = partial(_pixels, settings=self._predictor.settings)
         for photo, answer in answers(self._predictor, chunks(photos), decode, cores()):
             if not isinstance(answer, BadImage):
-                found.append(self._prediction(answer, top_k))
+                found.append(self._prediction(answer, top_k, limits))
                 continue
             name = photo if isinstance(photo, str | os.PathLike) else f"photos[{len(found)}]"
             if on_bad_image == "error":
@@ -192,10 +212,11 @@ class Classifier:
             found.append(None)
         return found
 
-    def _prediction(self, probabilities: NDArray[np.float32], top_k: int) -> Prediction:
+    def _prediction(self, answer: Answer, top_k: int, limits: Limits) -> Prediction:
+        probabilities = answer.probabilities
         probabilities.flags.writeable = False
         top = best(probabilities, self.classes, top_k)
-        return Prediction(*top[0], top, probabilities)
+        return Prediction(labelled(answer, top, limits), top[0][1], top, probabilities, answer.p_value)
 
     def evaluate(
         self,

@@ -27,7 +27,7 @@ def test_predict_answers_in_every_form(tiny_run, photos):
 
     answer = run("predict", photos, *common, "--format", "csv", "--top-k", 2)
     lines = answer.stdout.splitlines()
-    assert lines[0] == "path,label,probability,label_2,probability_2,error"
+    assert lines[0] == "path,label,probability,label_2,probability_2,error,p_value"
     assert len(lines) == 4
 
     answer = run("predict", *sorted(photos.glob("[ab].*")), *common)

@@ -14,7 +14,7 @@ from photo_files import write_photo
 from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.cli import predict as command
 from finetune_cli.errors import Interrupted, MissingExtra, UsageError
-from finetune_cli.inference.predict import predict
+from finetune_cli.inference.predict import Limits, predict
 from finetune_cli.photos import dataset
 from finetune_cli.photos.dataset import DataSettings
 from finetune_cli.photos.decode import ImageSettings
@@ -37,11 +37,11 @@ class Guess:
 
 def test_a_class_named_unsure_is_not_mixed_up_with_the_answer(tmp_path):
     write_photo(tmp_path / "a.png", "a")
-    [row] = predict(Guess(), [tmp_path / "a.png"], top_k=1, min_confidence=0.7)
+    [row] = predict(Guess(), [tmp_path / "a.png"], top_k=1, limits=Limits(min_confidence=0.7))
     assert row.label == "unsure"
     guess = Guess(("unsure", "bee"))
     with pytest.raises(UsageError, match="a class named unsure"):
-        predict(guess, [tmp_path / "a.png"], top_k=1, min_confidence=0.7)
+        predict(guess, [tmp_path / "a.png"], top_k=1, limits=Limits(min_confidence=0.7))
     [row] = predict(guess, [tmp_path / "a.png"], top_k=1)  # such a model can still be used
     assert (row.label, row.probability) == ("unsure", pytest.approx(0.6))
 
@@ -112,7 +112,7 @@ def test_parquet_is_read_by_others(tmp_path, monkeypatch):
     assert counts == (3, 1)
     assert parquet.ParquetFile(output).metadata.num_row_groups == 2
     table = parquet.read_table(output)
-    assert table.column_names == ["path", "label", "probability", "label_2", "probability_2", "error"]
+    assert table.column_names == ["path", "label", "probability", "label_2", "probability_2", "error", "p_value"]
     rows = table.to_pylist()
     assert rows[0] == {
         "path": str(tmp_path / "a.png"),
@@ -121,6 +121,7 @@ def test_parquet_is_read_by_others(tmp_path, monkeypatch):
         "label_2": "=bee",
         "probability_2": pytest.approx(0.4),
         "error": None,
+        "p_value": None,
     }
     assert (rows[1]["label"], rows[1]["probability_2"]) == (None, None)
     assert rows[1]["error"]

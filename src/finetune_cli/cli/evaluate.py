@@ -105,6 +105,8 @@ def print_result(console: "Console", result: "Result") -> None:
         right=(0, 1, 2, 3),
     )  # fmt: skip
     console.print()
+    if judged.refused is not None:
+        _refused(console, judged)
     if judged.compared is not None:
         _compared(console, judged)
     for photo in judged.bad[:_MOST_ROWS]:
@@ -178,6 +180,25 @@ def _confusion(console: "Console", evaluation: "Evaluation") -> None:
     console.table(("true", "predicted", "photos"), rows, right=(2,))
     if len(most) < len(pairs):
         console.print(f"... and {len(pairs) - len(most)} more pairs; all photos are in predictions.csv")
+
+
+def _refused(console: "Console", judged: "Judgement") -> None:
+    refused = judged.refused
+    assert refused is not None
+    if refused.share is not None:
+        share = refused.share
+        line = (
+            f"unknown: {share.value:.1%} ({share.low:.1%} to {share.high:.1%}) of {counted(refused.counted, 'photo')}"
+        )
+    else:
+        line = (
+            f"unknown: {counted(int(refused.photos.sum()), 'photo')}, which proves nothing, because all of these were "
+            "trained on, chose the score or set its threshold"
+        )
+    console.print(f"{line}; promised: at most {refused.rate:.1%} on average; all are in unknown.csv")
+    if refused.right is not None:
+        console.print(f"accuracy on the others: {refused.right.value:.1%}")
+    console.print()
 
 
 def _compared(console: "Console", judged: "Judgement") -> None:

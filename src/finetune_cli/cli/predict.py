@@ -53,6 +53,17 @@ def predict(
     min_confidence: Annotated[
         float, typer.Option(min=0, max=1, help="Below this probability the label is `unsure`.")
     ] = 0.0,
+    unknown: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="RATE",
+            help="Answer `unknown` for photos that are less like the training photos than all but this share of "
+            "held-out photos; 0: never. [default: unknown.false_rejects of the run]",
+            show_default=False,
+        ),
+    ] = None,
     format: Annotated[  # noqa: A002
         OutputFormat | None,
         typer.Option(help="How to write the predictions. [default: by FILE's suffix, else table]"),
@@ -71,7 +82,7 @@ def predict(
 ) -> None:
     """Classify photos. Exits with 3 when some could not be read; the others are classified."""
     form = _output_format(format, output, force)
-    from finetune_cli.inference.predict import RunPredictor
+    from finetune_cli.inference.predict import Limits, RunPredictor
     from finetune_cli.inference.predict import predict as predict_photos
     from finetune_cli.parallel import cores
     from finetune_cli.photos.dataset import iter_photos
@@ -89,7 +100,7 @@ def predict(
         raise UsageError("--run and --model cannot be combined", "drop one of them")
     ignored: Counter[str] = Counter()
     photos = iter_photos(_paths(paths), ignored)
-    predictions = predict_photos(predictor, photos, top_k, min_confidence=min_confidence, at_once="-" in paths)
+    predictions = predict_photos(predictor, photos, top_k, Limits(min_confidence, unknown), at_once="-" in paths)
     first = next(predictions, None)
     if first is None:
         _note_ignored(console, ignored)
@@ -209,12 +220,16 @@ def _opened(output: Path | None, form: str) -> Iterator[IO[Any]]:
 
 @contextlib.contextmanager
 def _table(file: IO[str], _top_k: int) -> Iterator[Write]:
+    from finetune_cli.inference.predict import UNKNOWN
+
     def write(row: "PredictionRow") -> None:
         if row.error is not None:
             file.write(f"{shown(row.path)}: error: {shown(row.error)}\n")
             return
         others = ", ".join(f"{shown(label)} {p:.1%}" for label, p in row.top if label != row.label)
         best = f"{shown(row.label)} {row.probability:.1%}" if row.label == row.top[0][0] else shown(row.label)
+        if row.label == UNKNOWN and row.p_value is not None:
+            best = f"{UNKNOWN} (p = {row.p_value:.2g})"
         file.write(f"{shown(row.path)}: {best}{f' ({others})' if others else ''}\n")
 
     yield write
@@ -257,7 +272,7 @@ def _json(file: IO[str], _top_k: int) -> Iterator[Write]:
 def _parquet(file: IO[bytes], top_k: int) -> Iterator[Write]:
     arrow, parquet = import_pyarrow()
     names = _columns(top_k)
-    types = [arrow.float64() if name.startswith("probability") else arrow.string() for name in names]
+    types = [arrow.float64() if name.startswith(("probability", "p_value")) else arrow.string() for name in names]
     schema = arrow.schema(list(zip(names, types, strict=True)))
     rows: list[dict[str, object]] = []
     with parquet.ParquetWriter(file, schema) as writer:
@@ -288,13 +303,14 @@ def import_pyarrow() -> tuple[Any, Any]:
 
 def _columns(top_k: int) -> list[str]:
     others = [f"{what}_{i}" for i in range(2, top_k + 1) for what in ("label", "probability")]
-    return ["path", "label", "probability", *others, "error"]
+    return ["path", "label", "probability", *others, "error", "p_value"]
 
 
 def _cells(row: "PredictionRow", top_k: int) -> list[str | float | None]:
-    """What belongs in the columns; the second class and those after it are there even when the first is `unsure`."""
+    """What belongs in the columns; the second class and those after it are there whatever the label is."""
     others = [cell for pair in row.top[1:] for cell in pair]
-    return [row.path, row.label, row.probability, *others, *[None] * (2 * (top_k - 1) - len(others)), row.error]
+    empty = [None] * (2 * (top_k - 1) - len(others))
+    return [row.path, row.label, row.probability, *others, *empty, row.error, row.p_value]
 
 
 def _utf8(cell: str | float | None) -> str | float | None:

@@ -24,7 +24,7 @@ from finetune_cli.text import shown
 if TYPE_CHECKING:
     from finetune_cli.cli.console import Console
     from finetune_cli.config.schema import Config
-    from finetune_cli.runs.manifest import PartAccuracy, SplitMetrics
+    from finetune_cli.runs.manifest import PartAccuracy, SplitMetrics, Unknown
     from finetune_cli.runs.run import Run
 
 
@@ -137,6 +137,8 @@ def _print_result(console: "Console", run: "Run") -> None:
     console.table(("", "accuracy", "95 % interval", "majority-class baseline", "photos"), rows, right=(1, 2, 3, 4))
     if manifest.fine_tuning is not None:
         tuning_output.fine_tuned(console, manifest.fine_tuning)
+    if manifest.unknown is not None:
+        _print_unknown(console, manifest.unknown)
     console.table(("stage", "seconds"), [(k, f"{v:.1f}") for k, v in manifest.seconds.items()], right=(1,))
     console.print(
         f"views: {manifest.views.computed} computed, {manifest.views.cached} from the cache "
@@ -156,3 +158,20 @@ def _print_result(console: "Console", run: "Run") -> None:
         )
         console.print(f"  finetune train {shown(shlex.quote(str(folder / 'config.yaml')))} fine_tuning=auto")
         console.print(f"    (the backbone learns, too; kept only if it is better; {takes})")
+
+
+def _print_unknown(console: "Console", unknown: "Unknown") -> None:
+    """What the answer `unknown` costs, and what it detects."""
+    low, high = unknown.interval
+    if unknown.detection:
+        console.table(
+            ("class left out", "its photos answered unknown"),
+            [(name, f"{share:.1%}") for name, share in unknown.detection.items()],
+            right=(1,),
+        )
+    console.print(
+        f"unknown: refuses at most {unknown.false_rejects:.1%} of the photos of these classes on average, here "
+        f"{low:.1%} to {high:.1%} (95 % interval, {unknown.held_out} held-out photos)"
+    )
+    if unknown.tuned:
+        console.print("the backbone learned from the classes that were left out, so these shares are too high")

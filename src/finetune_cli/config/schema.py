@@ -105,6 +105,12 @@ class FineTuningConfig(Section):
     scratch_gb: Annotated[float, Field(ge=0)] = 10.0
 
 
+class UnknownConfig(Section):
+    """How photos that show none of the classes are refused: how many of the run's own kind may be refused with them."""
+
+    false_rejects: Annotated[float, Field(gt=0, le=0.5)] = 0.05
+
+
 class RuntimeConfig(Section):
     """Where and how the backbone runs."""
 
@@ -136,12 +142,13 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     calibration: Literal["temperature", "none"] = "temperature"
     fine_tuning: FineTuningConfig | None = None
+    unknown: UnknownConfig | None = None
     runtime: RuntimeConfig = RuntimeConfig()
     output: OutputConfig = OutputConfig()
 
     _typed_absolute: frozenset[str] = PrivateAttr(frozenset())
 
-    @field_validator("fine_tuning", mode="before")
+    @field_validator("fine_tuning", "unknown", mode="before")
     @classmethod
     def _auto_is_all_defaults(cls, value: Any) -> Any:
         return {} if value == "auto" else value

@@ -18,6 +18,7 @@ from finetune_cli.inference.predictor import InsightfulPredictor, chunks
 from finetune_cli.parallel import ordered_map
 from finetune_cli.photos.scan import BadPhoto, Sample
 from finetune_cli.progress import Advance
+from finetune_cli.runs import novelty as stored
 from finetune_cli.runs.run import Run
 
 # At most so many rows of features are stored, evenly spread over the photos: enough for any comparison.
@@ -29,6 +30,7 @@ class Answers:
     """What a run answers for `samples`: probabilities ``float32 (n, C)``. bad: photos that have no answer.
 
     features: ``float32 (m, D)``, the input of the head, of every `stride`-th photo: refitted heads are judged by them.
+    p_values: ``float64 (n,)``, how unlike the training photos each photo is; None if the run cannot tell.
     """
 
     samples: tuple[Sample, ...]
@@ -36,6 +38,7 @@ class Answers:
     features: NDArray[np.float32]
     stride: int
     bad: tuple[BadPhoto, ...]
+    p_values: NDArray[np.float64] | None = None
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
@@ -50,19 +53,29 @@ class Answers:
 
 def answer(run: Run, samples: Sequence[Sample], workers: int, advance: Advance) -> Answers:
     """What `run` answers for `samples`; calls `advance` with the number of photos after each few of them."""
-    predictor = InsightfulPredictor(run, workers)
+    predictor = InsightfulPredictor(run, workers, known=stored.read(run))
     stride = math.ceil(len(samples) / _FEATURE_ROWS) or 1
     answered: list[Sample] = []
     bad: list[BadPhoto] = []
     probabilities = [np.zeros((0, len(run.classes)), np.float32)]
     features = [np.zeros((0, len(predictor.end.kernel)), np.float32)]
+    p = [np.zeros(0)]
     for part in ordered_map(lambda chunk: _answer_chunk(predictor, chunk), chunks(samples), workers):
         advance(len(part.samples) + len(part.bad))
         bad += part.bad
         features.append(part.features[-len(answered) % stride :: stride])
         answered += part.samples
         probabilities.append(part.probabilities)
-    return Answers(tuple(answered), np.concatenate(probabilities), np.concatenate(features), stride, tuple(bad))
+        if part.p_values is not None:
+            p.append(part.p_values)
+    return Answers(
+        tuple(answered),
+        np.concatenate(probabilities),
+        np.concatenate(features),
+        stride,
+        tuple(bad),
+        None if predictor.novelty is None else np.concatenate(p),
+    )
 
 
 def _answer_chunk(predictor: InsightfulPredictor, chunk: Sequence[Sample]) -> Answers:
@@ -80,4 +93,4 @@ def _answer_chunk(predictor: InsightfulPredictor, chunk: Sequence[Sample]) -> An
         width, classes = predictor.end.kernel.shape
         return Answers((), np.zeros((0, classes), np.float32), np.zeros((0, width), np.float32), 1, tuple(bad))
     insight = predictor.insight(np.stack(photos))
-    return Answers(tuple(samples), insight.probabilities, insight.features, 1, tuple(bad))
+    return Answers(tuple(samples), insight.probabilities, insight.features, 1, tuple(bad), insight.p_values)

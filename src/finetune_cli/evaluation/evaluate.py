@@ -7,7 +7,7 @@ import contextlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from finetune_cli.evaluation import compare, judge
 from finetune_cli.evaluation.compare import Compared
 from finetune_cli.evaluation.judge import Calibration, Judgement
 from finetune_cli.evaluation.photos import LabelledPhotos, photos_of_run
+from finetune_cli.inference.predictor import UNKNOWN
 from finetune_cli.parallel import cores
 from finetune_cli.photos import dataset
 from finetune_cli.progress import Observer, ignore_progress
@@ -81,9 +82,9 @@ def evaluate(
     """`judge_photos`, and write the results.
 
     Writes metrics.json, per_class.csv and predictions.csv to `target`, flipped.csv when the run is compared with
-    another, and what `write_report` writes into the folder that it is given: all of these, or nothing. Raises
-    `UsageError` for a target that exists already, `StorageError` when nothing can be written there, and what
-    `judge_photos` raises.
+    another, unknown.csv when it can answer `unknown`, and what `write_report` writes into the folder that it is given:
+    all of these, or nothing. Raises `UsageError` for a target that exists already, `StorageError` when nothing can be
+    written there, and what `judge_photos` raises.
     """
     _check_target(run, target)
     found = judge_photos(run, observer, request)
@@ -237,6 +238,8 @@ def _write_files(folder: Path, found: Judgement, write_report: ReportWriter | No
             if found.compared is not None:
                 header = ("path", "true", "first", "second")
                 write_csv(temporary / "flipped.csv", header, flipped(found, found.compared))
+            if found.refused is not None:
+                write_csv(temporary / "unknown.csv", ("path", "true", "predicted", "p_value", "answer"), unknown(found))
             if write_report is not None:
                 write_report(found, temporary)
         except StorageError as exc:
@@ -256,6 +259,7 @@ def metrics_json(found: Judgement) -> dict[str, Any]:
         "calibration": _calibration(found.calibration),
         "bad_photos": [{"path": photo.name, "reason": photo.reason} for photo in found.bad],
         "comparison": None if found.compared is None else _comparison(found.compared),
+        "unknown": None if found.refused is None else found.refused.to_json(),
     }
 
 
@@ -278,6 +282,18 @@ def _calibration(calibration: Calibration | None) -> dict[str, Any] | None:
         "cross_fitted": calibration.cross_fitted,
         "left_out": calibration.left_out,
     }
+
+
+def unknown(found: Judgement) -> Iterator[tuple[str, str, str, str, str]]:
+    """Name, true class, most probable class, p-value and answer of every photo."""
+    answers, classes = found.answers, found.run.classes
+    assert answers.p_values is not None
+    assert found.refused is not None
+    for sample, predicted, p, refused in zip(
+        answers.samples, answers.predicted, answers.p_values, found.refused.photos, strict=True
+    ):
+        answer = UNKNOWN if refused else classes[predicted]
+        yield sample.name, classes[sample.label], classes[predicted], f"{p:.6g}", answer
 
 
 def flipped(found: Judgement, compared: Compared) -> Sequence[tuple[str, str, str, str]]:

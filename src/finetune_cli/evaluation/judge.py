@@ -9,6 +9,7 @@ from finetune_cli.errors import DataError
 from finetune_cli.evaluation.answers import Answers, answer
 from finetune_cli.evaluation.compare import Compared
 from finetune_cli.evaluation.photos import LabelledPhotos
+from finetune_cli.evaluation.unknown import Refused, refused
 from finetune_cli.metrics import scores
 from finetune_cli.metrics.calibration import (
     CalibrationScores,
@@ -44,7 +45,11 @@ class Calibration:
 
 @dataclass(frozen=True, eq=False)
 class Judgement:
-    """All results of an evaluation. seen: how many of the photos the run was trained on."""
+    """All results of an evaluation. seen: how many of the photos the run was trained on.
+
+    refused: the photos that are answered `unknown`; None if the run cannot tell. They count in `evaluation` by their
+    most probable class, as all photos do.
+    """
 
     run: Run
     photos: LabelledPhotos
@@ -53,6 +58,7 @@ class Judgement:
     calibration: Calibration | None
     compared: Compared | None = None
     seen: int = 0
+    refused: Refused | None = None
 
     @property
     def bad(self) -> tuple[BadPhoto, ...]:
@@ -73,7 +79,8 @@ def judge(run: Run, photos: LabelledPhotos, workers: int, advance: Advance) -> J
         evaluation = replace(evaluation, calibration=calibration.after)
     leaked = near.leaked(near.leaks_of(run), photos.part, answers.samples)
     evaluation = scores.without(evaluation, leaked, answers.probabilities, answers.labels)
-    return Judgement(run, photos, answers, evaluation, calibration, seen=seen_in_training(run, answers.samples))
+    seen = seen_in_training(run, answers.samples)
+    return Judgement(run, photos, answers, evaluation, calibration, seen=seen, refused=refused(run, answers))
 
 
 def _calibration(run: Run, answers: Answers, evaluation: Evaluation) -> Calibration | None:

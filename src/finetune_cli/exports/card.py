@@ -49,6 +49,7 @@ class Card:
                 + " (Hamming filter to shrink, bicubic to enlarge)",
                 f"pass RGB values 0 to 255 of shape {_SHAPE.format(size=settings.size)}; all scaling is inside",
             ],
+            "unknown": "cannot tell: a photo that shows none of the classes gets the probabilities of some class, too",
         }
 
     def text(self) -> str:

@@ -8,20 +8,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli.errors import BadImage, UsageError
-from finetune_cli.inference.predictor import PHOTOS_A_CALL, UNSURE, Predictor, RunPredictor, answers, best, chunks
+from finetune_cli.inference.predictor import (
+    PHOTOS_A_CALL,
+    UNKNOWN,
+    UNSURE,
+    Answer,
+    Predictor,
+    RunPredictor,
+    answers,
+    best,
+    chunks,
+    unknown_rate,
+)
 from finetune_cli.parallel import cores, groups_available
 from finetune_cli.photos import decode as images
 from finetune_cli.text import address
 
-__all__ = ["UNSURE", "PredictionRow", "Predictor", "RunPredictor", "predict"]
+__all__ = ["UNKNOWN", "UNSURE", "Limits", "PredictionRow", "Predictor", "RunPredictor", "predict"]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """When a photo is not answered with a class.
+
+    min_confidence: below this probability the answer is `unsure`. unknown: up to this p-value it is `unknown`; None for
+    the run's own rate, 0 for never.
+    """
+
+    min_confidence: float = 0.0
+    unknown: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PredictionRow:
     """The answer for one photo, or the reason why there is none.
 
-    label: the most probable class, or `unsure` when its probability is below the minimum confidence. top: (class,
-    probability) pairs, best first.
+    label: the most probable class; `unknown` when the photo is unlike the training photos; or else `unsure` when the
+    probability is below the minimum confidence. top: (class, probability) pairs, best first. p_value: of the held-out
+    photos, about the share that is less like the training photos than this one; None if the model cannot tell.
     """
 
     path: str
@@ -29,6 +53,7 @@ class PredictionRow:
     probability: float | None
     top: tuple[tuple[str, float], ...]
     error: str | None
+    p_value: float | None = None
 
     def to_json(self) -> dict[str, object]:
         """The row of a JSON Lines file."""
@@ -38,32 +63,39 @@ class PredictionRow:
             "probability": self.probability,
             "top": [{"label": label, "probability": probability} for label, probability in self.top],
             "error": self.error,
+            "p_value": self.p_value,
         }
 
 
 def predict(
-    predictor: Predictor, paths: Iterable[Path], top_k: int, min_confidence: float = 0.0, at_once: bool = False
+    predictor: Predictor,
+    paths: Iterable[Path],
+    top_k: int,
+    limits: Limits = Limits(),
+    at_once: bool = False,
 ) -> Iterator[PredictionRow]:
     """One `PredictionRow` per path, in order, on all cores; memory does not grow with the number of paths.
 
     at_once: every path is answered before the next one is waited for, as a program that writes one at a time expects.
-    Raises `UsageError` when `min_confidence` asks for the answer `unsure` and a class has that name.
+    Raises `UsageError` when `limits` asks for an answer that is also the name of a class, or that `predictor` cannot
+    give.
     """
-    if min_confidence and UNSURE in predictor.classes:
+    rate = unknown_rate(predictor, limits.unknown)
+    if limits.min_confidence and UNSURE in predictor.classes:
         raise UsageError(
             f"this model has a class named {UNSURE}, which is also the answer below --min-confidence",
             "drop --min-confidence and compare the probability that --format csv or jsonl gives; "
             "or train again with another name for that class",
         )
     groups = groups_available(paths, PHOTOS_A_CALL) if at_once else chunks(paths)
-    return _predict(predictor, groups, top_k, min_confidence)
+    return _predict(predictor, groups, top_k, Limits(limits.min_confidence, rate))
 
 
 def _predict(
     predictor: Predictor,
     groups: Iterable[tuple[Path, ...] | None],
     top_k: int,
-    min_confidence: float,
+    limits: Limits,
 ) -> Iterator[PredictionRow]:
     top_k = min(top_k, len(predictor.classes))
 
@@ -76,12 +108,13 @@ def _predict(
             reason = answer.reason if typed is None else "this is an address; download the photo and name the file"
             yield PredictionRow(typed or str(path), None, None, (), reason)
         else:
-            yield _prediction(str(path), answer, predictor.classes, top_k, min_confidence)
+            top = best(answer.probabilities, predictor.classes, top_k)
+            yield PredictionRow(str(path), labelled(answer, top, limits), top[0][1], top, None, answer.p_value)
 
 
-def _prediction(
-    path: str, probabilities: NDArray[np.float32], classes: Sequence[str], top_k: int, min_confidence: float
-) -> PredictionRow:
-    top = best(probabilities, classes, top_k)
+def labelled(answer: Answer, top: Sequence[tuple[str, float]], limits: Limits) -> str:
+    """The label of a photo with the classes `top`: `unknown` comes before `unsure`, and both before a class."""
     label, probability = top[0]
-    return PredictionRow(path, label if probability >= min_confidence else UNSURE, probability, top, None)
+    if answer.p_value is not None and limits.unknown is not None and answer.p_value <= limits.unknown:
+        return UNKNOWN
+    return label if probability >= limits.min_confidence else UNSURE

@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli.errors import BadImage, RunError
+from finetune_cli.errors import BadImage, RunError, UsageError
 from finetune_cli.inference import linear_end
+from finetune_cli.inference.linear_end import ModelEnd
+from finetune_cli.inference.novelty import add_score
 from finetune_cli.inference.runtimes import OpenVinoRuntime, parse_ir
+from finetune_cli.metrics import novelty
 from finetune_cli.parallel import ordered_map
 from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.runs import novelty as stored
+from finetune_cli.runs.novelty import Novelty
 from finetune_cli.runs.run import Run
 
 if TYPE_CHECKING:
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
 
 PHOTOS_A_CALL = 4
 Photo = TypeVar("Photo")
+UNKNOWN = "unknown"  # the label of a photo that is less like the training photos than the held-out ones
 UNSURE = "unsure"  # the label of a photo whose best class is below the minimum confidence
 
 
@@ -41,20 +47,73 @@ class Predictor(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Answer:
+    """The probabilities ``float32 (C,)`` of a photo, and its p-value if the predictor has one for photos."""
+
+    probabilities: NDArray[np.float32]
+    p_value: float | None
+
+
 class RunPredictor:
     """A finished run, through its OpenVINO form, in float32 on the CPU.
 
-    `latency`: all cores work on one photo; otherwise photos are shared out among `workers` threads.
+    `latency`: all cores work on one photo; otherwise photos are shared out among `workers` threads. `novelty`: what
+    p-values need, None if the run was trained without.
     """
 
     def __init__(self, run: Run, workers: int, latency: bool = False) -> None:
         self.classes = run.classes
         self.settings = run.image_settings
-        self._runtime = OpenVinoRuntime(read_model(run), "float32", workers, latency)
+        self.novelty = stored.read(run)
+        model = read_model(run)
+        if self.novelty is not None:
+            add_score(model, _end_of(run, model), self.novelty.score)
+        self._runtime = OpenVinoRuntime(model, "float32", workers, latency)
 
     def probabilities(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
         """``uint8 (n, H, W, 3)`` RGB -> ``float32 (n, C)``."""
         return self._runtime.infer(photos)
+
+    def answers(self, photos: NDArray[np.uint8]) -> list[Answer]:
+        """``uint8 (n, H, W, 3)`` RGB -> n answers, with p-values if the run has them, from one pass of the model."""
+        if self.novelty is None:
+            return [Answer(row, None) for row in self.probabilities(photos)]
+        probabilities, scores = self._runtime.infer_all(photos)
+        p = novelty.p_values(scores[:, 0], self.novelty.held_out)
+        return [Answer(row, float(value)) for row, value in zip(probabilities, p, strict=True)]
+
+
+def unknown_rate(predictor: Predictor, wanted: float | None) -> float:
+    """The p-value up to which a photo is answered `unknown`: `wanted`, by default that of the run; 0 for never.
+
+    Raises `UsageError` when the predictor has no p-values, or none as low as `wanted`, or a class with that name.
+    """
+    known = predictor.novelty if isinstance(predictor, RunPredictor) else None
+    if known is None:
+        if not wanted:
+            return 0.0
+        who = "this run was trained without `unknown`, so it" if isinstance(predictor, RunPredictor) else "an export"
+        raise UsageError(
+            f"{who} cannot tell photos that show none of its classes",
+            "train with unknown.false_rejects=0.05 in the config, and predict with that run"
+            if isinstance(predictor, RunPredictor)
+            else "predict with the run that it was made of: --run RUN",
+        )
+    rate = known.false_rejects if wanted is None else wanted
+    if rate and UNKNOWN in predictor.classes:
+        raise UsageError(
+            f"this model has a class named {UNKNOWN}, which is also the answer for photos of none of the classes",
+            "switch that off with --unknown 0, or train again with another name for that class",
+        )
+    if wanted and len(known.held_out) < novelty.least_held_out(wanted):
+        raise UsageError(
+            f"a rate of {wanted:g} needs {novelty.least_held_out(wanted)} held-out photos, and this run has "
+            f"{len(known.held_out)}",
+            f"choose {np.ceil(1000 / (len(known.held_out) + 1)) / 1000:g} or more, "
+            "or train again with more validation photos",
+        )
+    return rate
 
 
 def answers(
@@ -62,14 +121,14 @@ def answers(
     groups: Iterable[tuple[Photo, ...] | None],
     decode: Callable[[Photo], NDArray[np.uint8]],
     workers: int,
-) -> Iterator[tuple[Photo, NDArray[np.float32] | BadImage]]:
-    """Each photo with its probabilities ``float32 (C,)``, or with the reason why it has none; in order.
+) -> Iterator[tuple[Photo, Answer | BadImage]]:
+    """Each photo with its `Answer`, or with the reason why it has none; in order.
 
     groups: the photos that a thread processes together, see `chunks`; `None` before a long wait. decode: photo ->
     ``uint8 (size, size, 3)``, or it raises `BadImage`. Memory does not grow with the number of photos.
     """
 
-    def work(chunk: tuple[Photo, ...]) -> list[tuple[Photo, NDArray[np.float32] | BadImage]]:
+    def work(chunk: tuple[Photo, ...]) -> list[tuple[Photo, Answer | BadImage]]:
         found: list[NDArray[np.uint8] | BadImage] = []
         for photo in chunk:
             try:
@@ -77,7 +136,7 @@ def answers(
             except BadImage as exc:
                 found.append(exc)
         pixels = [item for item in found if not isinstance(item, BadImage)]
-        rows = iter(predictor.probabilities(np.stack(pixels)) if pixels else ())
+        rows = iter(_answers(predictor, np.stack(pixels)) if pixels else ())
         return [
             (photo, item if isinstance(item, BadImage) else next(rows))
             for photo, item in zip(chunk, found, strict=True)
@@ -85,6 +144,12 @@ def answers(
 
     for answered in ordered_map(work, groups, workers):
         yield from answered
+
+
+def _answers(predictor: Predictor, photos: NDArray[np.uint8]) -> list[Answer]:
+    if isinstance(predictor, RunPredictor):
+        return predictor.answers(photos)
+    return [Answer(row, None) for row in predictor.probabilities(photos)]
 
 
 def best(probabilities: NDArray[np.float32], classes: Sequence[str], top_k: int) -> tuple[tuple[str, float], ...]:
@@ -105,36 +170,53 @@ class Insight:
     """The outputs of a model for n photos: probabilities ``(n, C)``, and features ``(n, D)``, the input of the head.
 
     feature_map: ``(n, h, w, D)``, whose mean over positions the features are, or None if the backbone has none.
+    p_values: ``float64 (n,)``, or None if the predictor was made without.
     """
 
     probabilities: NDArray[np.float32]
     features: NDArray[np.float32]
     feature_map: NDArray[np.float32] | None
+    p_values: NDArray[np.float64] | None = None
 
 
 class InsightfulPredictor:
     """A finished run whose features and feature map can be seen, at the cost of `RunPredictor`.
 
+    `known`: what p-values need, for a run that has them and a caller who wants them.
+
     Raises `RunError` when the run's model does not end in a linear head.
     """
 
-    def __init__(self, run: Run, workers: int, latency: bool = False) -> None:
+    def __init__(self, run: Run, workers: int, latency: bool = False, known: Novelty | None = None) -> None:
         model = read_model(run)
-        end = linear_end.read_end(model, run.temperature)
-        if end.kernel.shape[1] != len(run.classes):
-            problem = f"{run.folder}: the model has {end.kernel.shape[1]} outputs for {len(run.classes)} classes"
-            raise RunError(problem, "restore the run from a copy, or train again")
+        end = _end_of(run, model)
         model.add_outputs([output for output in (end.features, end.feature_map) if output is not None])
         self.classes = run.classes
         self.settings = run.image_settings
         self.end = end
+        self.novelty = known
+        if known is not None:
+            add_score(model, end, known.score)
         self._runtime = OpenVinoRuntime(model, "float32", workers, latency)
 
     def insight(self, photos: NDArray[np.uint8]) -> Insight:
         """``uint8 (n, H, W, 3)`` RGB -> `Insight`; may be called from several threads."""
-        probabilities, features, *maps = self._runtime.infer_all(photos)
-        feature_map = linear_end.channels_last(maps[0], self.end) if maps else None
-        return Insight(probabilities, features.reshape(len(photos), -1), feature_map)
+        probabilities, features, *others = self._runtime.infer_all(photos)
+        p = None
+        if self.novelty is not None:
+            p = novelty.p_values(others.pop()[:, 0], self.novelty.held_out)
+        feature_map = linear_end.channels_last(others[0], self.end) if others else None
+        return Insight(probabilities, features.reshape(len(photos), -1), feature_map, p)
+
+
+def _end_of(run: Run, model: "openvino.Model") -> ModelEnd:
+    """The linear end of a run's model. Raises `RunError` when it does not fit the run."""
+    end = linear_end.read_end(model, run.temperature)
+    if end.kernel.shape != (run.manifest.backbone.width, len(run.classes)):
+        width, outputs = end.kernel.shape
+        problem = f"{run.folder}: the model has {outputs} outputs of {width} features for {len(run.classes)} classes"
+        raise RunError(problem, "restore the run from a copy, or train again")
+    return end
 
 
 def read_model(run: Run) -> "openvino.Model":

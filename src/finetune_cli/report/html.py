@@ -23,7 +23,7 @@ from finetune_cli.parallel import cores
 from finetune_cli.photos.groups import propose
 from finetune_cli.photos.scan import Sample
 from finetune_cli.progress import Observer
-from finetune_cli.report import charts, refit_data, refits, sentences, thumbnails, tuning
+from finetune_cli.report import charts, refit_data, refits, sentences, thumbnails, tuning, unknown
 from finetune_cli.report import matrix as confusion
 from finetune_cli.report.page import (
     ClassTable,
@@ -90,6 +90,7 @@ def report(judged: Judgement, folder: Path, observer: Observer) -> Path:
         coverage=charts.coverage(
             answers.probabilities.max(axis=1), answers.predicted == answers.labels, evaluation.coverage
         ),
+        unknown=unknown.section(judged),
         refits=_refits(judged, observer),
         duplicates=_duplicates(judged),
         groups=_likely_groups(run),

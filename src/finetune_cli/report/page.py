@@ -18,6 +18,7 @@ from finetune_cli.report.charts import Chart
 from finetune_cli.report.matrix import Matrix
 from finetune_cli.report.sentences import percent
 from finetune_cli.report.thumbnails import Figure
+from finetune_cli.report.unknown import UnknownSection
 from finetune_cli.text import brief
 
 
@@ -151,7 +152,7 @@ class Page:
     """Everything that the report shows.
 
     left_out: some of `left_out_count` photos that were not judged. tuning: what `report.tuning` makes of fine-tuning,
-    None without it.
+    None without it; unknown: likewise of photos that are answered `unknown`.
     """
 
     run: str
@@ -173,6 +174,7 @@ class Page:
     feature_map: bool
     reliability: Chart
     coverage: Chart
+    unknown: UnknownSection | None
     refits: Refits
     duplicates: Duplicates
     groups: str | None

@@ -69,6 +69,54 @@ class Parity:
 
 
 @dataclass(frozen=True, slots=True)
+class Unknown:
+    """How a run refuses photos that are unlike its training photos; the arrays are in files, see `runs/novelty.py`.
+
+    false_rejects: the share of photos of the run's own kind that may be refused. interval: 95 % of runs with as many
+    held-out photos refuse a share between these. references, held_out: how many photos are compared with, and how many
+    set the threshold. energy_weight: see `metrics/novelty.py`. detection: class that was left out -> share of its
+    photos that was refused, by the score that was chosen. compared: score -> mean of these shares. tuned: whether the
+    backbone learned from the classes that were left out, so that `detection` is too high.
+    """
+
+    false_rejects: float
+    interval: tuple[float, float]
+    references: int
+    held_out: int
+    energy_weight: float
+    detection: Mapping[str, float]
+    compared: Mapping[str, float]
+    tuned: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as plain JSON values."""
+        return {
+            "false_rejects": self.false_rejects,
+            "interval": list(self.interval),
+            "references": self.references,
+            "held_out": self.held_out,
+            "energy_weight": self.energy_weight,
+            "detection": dict(self.detection),
+            "compared": dict(self.compared),
+            "tuned": self.tuned,
+        }
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> "Unknown":
+        """Read what `to_json` gave. Raises `FieldError`."""
+        return cls(
+            false_rejects=fields.number("false_rejects", 0, 1),
+            interval=_interval(fields, "interval"),
+            references=fields.integer("references", 1),
+            held_out=fields.integer("held_out", 1),
+            energy_weight=fields.number("energy_weight", 0),
+            detection=fields.mapping("detection", _share),
+            compared=fields.mapping("compared", _share),
+            tuned=fields.flag("tuned"),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class SkippedPhoto:
     """A photo that was left out of the training, and why."""
 
@@ -87,14 +135,10 @@ class PartAccuracy:
     @classmethod
     def from_json(cls, fields: Fields) -> "PartAccuracy":
         """The values of these keys. Raises `FieldError`."""
-        interval = fields.value("accuracy_interval")
-        if not isinstance(interval, list) or len(interval) != 2:
-            raise fields.wrong("accuracy_interval", "a list of two numbers")
-        ends = Fields({"[0]": interval[0], "[1]": interval[1]}, fields.path("accuracy_interval"))
         return cls(
             photos=fields.integer("photos", 1),
             accuracy=fields.number("accuracy", 0, 1),
-            accuracy_interval=(ends.number("[0]", 0, 1), ends.number("[1]", 0, 1)),
+            accuracy_interval=_interval(fields, "accuracy_interval"),
         )
 
 
@@ -139,7 +183,8 @@ class Manifest:
     start_from: the SHA-256 of the model whose head the training started from. photos: how many by split. roots: split
     -> the folder that its photos were in, relative to the run. seconds: by stage. parity: None if no photo was
     compared. files: name -> SHA-256 of every other file of the run. fine_tuning: what was tried and kept, None without
-    it. fine_tuning_seconds: what it would take here, as estimated by a run without it.
+    it. fine_tuning_seconds: what it would take here, as estimated by a run without it. unknown: how photos that show
+    none of the classes are refused, None if the run cannot tell.
     """
 
     created: str
@@ -162,6 +207,7 @@ class Manifest:
     files: Mapping[str, str]
     fine_tuning: Mapping[str, Any] | None = None
     fine_tuning_seconds: int | None = None
+    unknown: Unknown | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The whole of `run.json`, sealed."""
@@ -202,6 +248,7 @@ class Manifest:
                 "files": dict(self.files),
                 "fine_tuning_seconds": self.fine_tuning_seconds,
                 "fine_tuning": None if self.fine_tuning is None else dict(self.fine_tuning),
+                "unknown": None if self.unknown is None else self.unknown.to_json(),
             }
         )
 
@@ -241,6 +288,7 @@ class Manifest:
             files=fields.listed_files("files"),
             fine_tuning=_fine_tuning(fields),
             fine_tuning_seconds=_fine_tuning_seconds(fields),
+            unknown=_unknown(fields),
         )
         for key in ("photos", "roots", "metrics"):
             if unknown := set(getattr(manifest, key)) - set(SPLITS):
@@ -308,6 +356,24 @@ def _parity(fields: Fields) -> Parity | None:
         fields.number("openvino_against_keras", 0),
         fields.number("openvino_against_measured", 0),
     )
+
+
+def _interval(fields: Fields, name: str) -> tuple[float, float]:
+    """Two shares."""
+    interval = fields.value(name)
+    if not isinstance(interval, list) or len(interval) != 2:
+        raise fields.wrong(name, "a list of two numbers")
+    ends = Fields({"[0]": interval[0], "[1]": interval[1]}, fields.path(name))
+    return ends.number("[0]", 0, 1), ends.number("[1]", 0, 1)
+
+
+def _share(fields: Fields, name: str) -> float:
+    return fields.number(name, 0, 1)
+
+
+def _unknown(fields: Fields) -> Unknown | None:
+    """None without it, and in runs from before it."""
+    return None if fields.document.get("unknown") is None else Unknown.from_json(fields.object("unknown"))
 
 
 def _root(fields: Fields, split: str) -> str:

@@ -23,7 +23,7 @@ from finetune_cli.inference.runtimes import OpenVinoRuntime, read_ir, save_ir
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.metrics.scores import Evaluation
 from finetune_cli.photos.scan import Sample
-from finetune_cli.runs.manifest import Parity
+from finetune_cli.runs.manifest import Parity, Unknown
 from finetune_cli.tables import write_csv
 from finetune_cli.training.converted import Converted
 from finetune_cli.training.keras_process import KerasProcess
@@ -148,15 +148,21 @@ class ScoredSplit(NamedTuple):
 
 
 def write_metrics(
-    folder: Path, parts: Sequence[ScoredSplit], fine_tuning: Mapping[str, Any] | None = None
+    folder: Path,
+    parts: Sequence[ScoredSplit],
+    fine_tuning: Mapping[str, Any] | None = None,
+    unknown: Unknown | None = None,
 ) -> list[str]:
     """Write metrics.json into `folder`; returns its name.
 
-    `fine_tuning`: what was tried and kept; None for a training without that stage.
+    `fine_tuning`: what was tried and kept; `unknown`: how photos of none of the classes are refused; None for a
+    training without.
     """
     metrics: dict[str, Any] = {part.split: part.evaluation.to_json() for part in parts}
     if fine_tuning is not None:
         metrics["fine_tuning"] = fine_tuning
+    if unknown is not None:
+        metrics["unknown"] = unknown.to_json()
     files.write_json(folder / "metrics.json", metrics)
     return ["metrics.json"]
 

@@ -36,7 +36,7 @@ from finetune_cli.runs.manifest import Backbone, Manifest, Parity, SkippedPhoto,
 from finetune_cli.runs.run import Run
 from finetune_cli.tables import write_records
 from finetune_cli.text import shown
-from finetune_cli.training import fit, head_state, near, outputs, start_from
+from finetune_cli.training import fit, head_state, near, outputs, start_from, unknown
 from finetune_cli.training import resume as resume_checks
 from finetune_cli.training.converted import Converted
 from finetune_cli.training.extract import Features
@@ -68,7 +68,7 @@ def train(config: Config, observer: Observer) -> Run:
     settings = check_settings(config)
     with KerasProcess("openvino") as keras:
         _start_keras(keras, settings)
-        prepared = prepare(settings, observer, stage.checked(settings))
+        prepared = prepare(settings, observer, stage.checked(settings), unknown.checked(config))
         start = _start(prepared, observer)
         folder = run.create(
             config.output.directory,
@@ -92,7 +92,7 @@ def resume(folder: Path, config: Config, observer: Observer) -> Run:
         settings = check_settings(config)
         _start_keras(keras, settings)
         recorded = run.read_split(folder / "split.csv")
-        prepared = prepare(settings, observer, stage.checked(settings), recorded)
+        prepared = prepare(settings, observer, stage.checked(settings), unknown.checked(config), recorded=recorded)
         prepared.leaks = near.read_leaks(folder)
         resume_checks.check_inputs(folder, prepared, observer)
         return _fit_and_finish(folder, prepared, _start(prepared, observer), observer, keras)
@@ -132,20 +132,22 @@ def _fit_and_finish(
         temperature, judged = _judge(prepared, fitted.head)
         tuning = {**tuned.facts, "compared": comparison.compared(before, judged)}
         names += comparison.write(folder, classes, before, judged, tuned.history)
+    learnt = unknown.learn(folder, prepared, fitted, observer)
+    names += learnt.files
     if text := _below_baseline(prepared.config, judged[-1]):
         observer.warn(text)
     with timed(prepared.seconds, "saving"), observer.stage("saving and comparing the model", None, "models"):
         outcome = Outcome(fitted, temperature, None, tuple(judged))
         proof = _save_models(folder, prepared, outcome, keras)
         # While Keras loads the model in its own process:
-        names += outputs.write_metrics(folder, judged, tuning)
+        names += outputs.write_metrics(folder, judged, tuning, learnt.facts)
         names += outputs.write_tables(folder, classes, judged)
         names += _write_history(folder, fitted)
         names += figures.write_figures(folder, judged[-1].evaluation, fitted.history)
         parity = proof()
     names += outputs.MODELS
     outcome = replace(outcome, parity=parity)
-    manifest = replace(_manifest(folder, prepared, outcome), fine_tuning=tuning)
+    manifest = replace(_manifest(folder, prepared, outcome), fine_tuning=tuning, unknown=learnt.facts)
     if tuning is None and manifest.views.computed:
         photos, a_view = len(prepared.parts["train"].samples), prepared.seconds["features"] / manifest.views.computed
         seconds = budget.rough_seconds(prepared.backbone, photos, prepared.settings.augmenter.views, a_view)
@@ -160,8 +162,9 @@ def _judge(prepared: Prepared, fitted: Head) -> tuple[float, list[outputs.Scored
     """The temperature of a head, and what the model with both says of the validation and the test photos."""
     parts, classes = prepared.parts, prepared.data.classes
     calibrated = prepared.config.calibration == "temperature"
-    val = parts["val"]
-    temperature = fit_temperature(fitted.logits(val.array[:, 0]), labels_of(val.samples)) if calibrated else 1.0
+    chooses = unknown.choosing(parts["val"], prepared.config)
+    logits = fitted.logits(chooses.array[:, 0])
+    temperature = fit_temperature(logits, labels_of(chooses.samples)) if calibrated else 1.0
     judged: list[outputs.ScoredSplit] = []
     for split in ("val", "test"):
         if split in parts:
@@ -212,7 +215,8 @@ def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observe
     training_id = start_record.read(folder).training_id
     resumed = state = head_state.load_latest(folder, classes, training_id, observer)
     l2 = fit.chosen_l2(config, parts["train"], classes, observer)
-    data, val = fit.head_data(config, parts["train"], classes), fit.validation_data(parts["val"], classes)
+    chooses = unknown.choosing(parts["val"], config)
+    data, val = fit.head_data(config, parts["train"], classes), fit.validation_data(chooses, classes)
     with observer.stage(f"head ({training.solver})", training.epochs, "epochs") as advance:
         for state in fit_epochs(data, val, fit.keras_settings(config, l2), start, resumed):
             HeadState(state, classes, l2, training_id).save(folder)

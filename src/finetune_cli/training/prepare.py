@@ -82,12 +82,12 @@ class Prepared:
 def prepare(
     settings: Settings,
     observer: Observer,
-    check: Callable[[Dataset, AnyBackbone], None] | None = None,
+    *checks: Callable[[Dataset, AnyBackbone], None],
     recorded: Sequence[SplitRow] | None = None,
 ) -> Prepared:
     """Index the photos, build the backbone, compute (or find in the cache) every feature, and split the photos.
 
-    `check` may raise when it sees the photos and the backbone, before any feature is computed. `recorded`: the split
+    `checks` may raise when they see the photos and the backbone, before any feature is computed. `recorded`: the split
     of an unfinished run, which is then used as it is; its leaks are in the run.
 
     Raises `DataError` when photos are bad and `data.on_bad_image` does not allow skipping them; what was computed until
@@ -108,7 +108,7 @@ def prepare(
             with timed(seconds, "backbone"):
                 extractor = make_extractor(settings, observer, conversion)
         check_room(settings, data, extractor.backbone)
-        if check is not None:
+        for check in checks:
             check(data, extractor.backbone)
         split = _split_and_extract(extractor, data, recorded, seconds)
         with timed(seconds, "features"):

@@ -46,6 +46,9 @@ augmentation:
 
 training:
 {training}
+
+# unknown:                        # answer `unknown` for photos that show none of the classes: docs/unknown.md
+#   false_rejects: 0.05           # the share of photos that do show one, and are refused with them
 """
 
 

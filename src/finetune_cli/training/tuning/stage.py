@@ -42,6 +42,7 @@ from finetune_cli.training.tuning.candidates import Candidate, Validation
 from finetune_cli.training.tuning.cuts import Cut, cut
 from finetune_cli.training.tuning.plan import Store, Trial
 from finetune_cli.training.tuning.upper import Labelled, Upper, UpperSettings, UpperState, Weights, interpolated
+from finetune_cli.training.unknown import choosing
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +117,7 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
     `FinetuneError` when the loss is no longer a number, `Interrupted` after a signal.
     """
     stage = _Stage(prepared, fitted, checkpoint_folder, training_id, observer)
-    frozen = stage.validation.candidate(fitted.head, prepared.parts["val"].array[:, 0])
+    frozen = stage.validation.candidate(fitted.head, stage.val.array[:, 0])
     trained = [stage.attempt(number, trial) for number, trial in enumerate(stage.trials)]
     tuned = [each for training in trained for each in training.candidates]
     kept = candidates.choose(frozen, tuned)
@@ -161,7 +162,7 @@ class _Stage:
         self.section = prepared.config.fine_tuning
         self.prepared, self.fitted, self.observer = prepared, fitted, observer
         self.checkpoint_folder, self.training_id = checkpoint_folder, training_id
-        self.train, self.val = prepared.parts["train"], prepared.parts["val"]
+        self.train, self.val = prepared.parts["train"], choosing(prepared.parts["val"], prepared.config)
         self.labels, self.val_labels = labels_of(self.train.samples), labels_of(self.val.samples)
         groups = group_numbers((sample.group, sample.digest) for sample in self.val.samples)
         self.validation = Validation(self.val_labels, groups, prepared.config.calibration == "temperature")
