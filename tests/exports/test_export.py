@@ -194,6 +194,18 @@ def test_two_processes_give_equal_files(tiny_run, tmp_path):
     assert set(one) == set(other)
 
 
+def test_a_saved_model_holds_the_network_once(folders):
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    written = saved_model_pb2.SavedModel.FromString((folders["savedmodel"] / "saved_model.pb").read_bytes())
+    networks = [
+        function
+        for function in written.meta_graphs[0].graph_def.library.function
+        if any(node.op == "Conv2D" for node in function.node_def)
+    ]
+    assert len(networks) == 1
+
+
 @pytest.mark.slow
 def test_saved_model_cli_shows_and_runs(folders, validation, tmp_path):
     _paths, pixels, measured = validation

@@ -37,7 +37,7 @@ class SavedModel:
         module = tf.Module()
         # The variables alone: the Keras objects around them would make the loader look for Keras.
         module.weights = [variable.value for variable in model.variables]
-        module.signatures_by_name = functions = _functions(tf, model, card)
+        functions = _functions(tf, model, card)
         try:
             with quiet():
                 concrete = {name: function.get_concrete_function() for name, function in functions.items()}
@@ -69,16 +69,19 @@ def _functions(tf: Any, model: Any, card: Card) -> dict[str, Any]:
     graph = PhotoGraph(card.settings)
     names = tf.constant([name.encode("utf-8", "surrogateescape") for name in card.classes])
 
+    def function(python: Any, *spec: Any) -> Any:
+        return tf.function(python, input_signature=[tf.TensorSpec(*spec)], autograph=False)
+
+    # A function, so that the model is traced, written and loaded once, and not once for each signature.
+    classify = function(lambda photos: model(photos, training=False), (None, *model.input_shape[1:]), tf.float32)
+
     def answer(photos: Any) -> dict[str, Any]:
-        probabilities = model(photos, training=False)
+        probabilities = classify(photos)
         return {
             "probabilities": probabilities,
             "label": tf.gather(names, tf.argmax(probabilities, axis=1)),
             "class_names": tf.tile(names[tf.newaxis], [tf.shape(probabilities)[0], 1]),
         }
-
-    def function(python: Any, *spec: Any) -> Any:
-        return tf.function(python, input_signature=[tf.TensorSpec(*spec)], autograph=False)
 
     def answer_files(image_bytes: Any) -> dict[str, Any]:
         photos, status = graph.decoded_or_refused(image_bytes)
