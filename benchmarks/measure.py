@@ -3,8 +3,9 @@
     python benchmarks/measure.py PHOTOS [part ...]
 
 PHOTOS is a folder with `hymenoptera/{train,val}` and `scenes/{train,test}` (see data/README.md for where such sets
-are). Parts: predict, quickstart, stages, extraction, views, textbook, textbook_resnet50, again, growth, memory; all of
-them without a name. The machine should have nothing else to do; compare ratios, not seconds, between machines.
+are). Parts: predict, quickstart, stages, many, extraction, views, textbook, textbook_resnet50, again, growth, memory,
+classes; all of them without a name. The machine should have nothing else to do; compare ratios, not seconds, between
+machines.
 """
 
 import hashlib
@@ -207,6 +208,7 @@ def stages(photos: Path, folder: Path) -> None:
                 f"{taken:.2f} s",
                 f"{taken / imported:.2f} x import tensorflow",
                 f"{used:.1f} core-seconds",
+                f"{used / taken:.2f} cores in use",
                 *(f"{stage} {value:.2f}" for stage, value in run["seconds"].items()),
                 f"start and end {rest:.2f}",
                 f"limit {limit:.2f} s" if name == "first" else "limit 0 s",
@@ -357,6 +359,44 @@ def memory(photos: Path, folder: Path) -> None:  # noqa: ARG001
         say(f"20,000 photos x 4 views x 1280, {solver}", f"{taken:.1f} s", printed.strip())
 
 
+def many(photos: Path, folder: Path) -> None:
+    """30,000 photos: the search for l2 and the fit, on features of scenes, mixed in pairs of a class, with noise."""
+    import numpy as np
+
+    from finetune_cli.config.load import load_config
+    from finetune_cli.head.data import HeadData
+    from finetune_cli.head.l2 import choose_l2
+    from finetune_cli.head.lbfgs import fit_lbfgs
+    from finetune_cli.progress import Silent
+    from finetune_cli.training.fit import labels_of
+    from finetune_cli.training.prepare import prepare
+    from finetune_cli.training.requirements import check_settings
+
+    overrides = [*lite0(photos, folder, "scenes"), f"runtime.cache_dir={folder}/cache", f"output.directory={folder}"]
+    parts = prepare(check_settings(load_config(None, [*overrides, "augmentation=null"])), Silent()).parts.values()
+    x = np.concatenate([part.array[:, 0] for part in parts])
+    y = np.concatenate([labels_of(part.samples) for part in parts])
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, len(x), 30_000)
+    second = np.empty_like(first)
+    for label in np.unique(y):
+        own = y[first] == label
+        second[own] = rng.choice(np.flatnonzero(y == label), own.sum())
+    share = rng.uniform(0.5, 1, (30_000, 1)).astype(np.float32)
+    drawn = x[first] * share + x[second] * (1 - share)
+    drawn += 1.2 * x.std(axis=0) * rng.standard_normal(drawn.shape, np.float32)
+    data = HeadData.of(np.maximum(drawn, 0), y[first], len(np.unique(y)))
+    l2 = choose_l2(data)[0]
+    for name, work in (("search for l2", lambda: choose_l2(data)), ("fit", lambda: fit_lbfgs(data, l2))):
+        used, started = time.process_time(), time.perf_counter()
+        work()
+        say(
+            f"30,000 photos, {name}",
+            f"{time.perf_counter() - started:.1f} s",
+            f"{time.process_time() - used:.1f} core-seconds",
+        )
+
+
 def classes(photos: Path, folder: Path) -> None:  # noqa: ARG001
     """1,000 classes x 20 photos of drawn features: the search for l2, the fit, and their peak memory."""
     command = [sys.executable, __file__, str(folder), "--fit=classes"]
@@ -429,6 +469,7 @@ PARTS = {
         predict,
         quickstart,
         stages,
+        many,
         extraction,
         views,
         textbook,
