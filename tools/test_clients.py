@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune_cli.errors import BadImage
+from finetune_cli.errors import BadImage, FinetuneError
 from finetune_cli.exports import page
 from finetune_cli.exports.export import ExportRequest, export
 from finetune_cli.inference.predictor import RunPredictor
@@ -216,7 +216,7 @@ def main() -> int:
                 bring_library(work)
             found = [answer(work, client, one) for one in everything]
             told = version(work, client)
-        except (RuntimeError, OSError, subprocess.SubprocessError) as exc:
+        except (FinetuneError, RuntimeError, OSError, subprocess.SubprocessError) as exc:
             print(f"{client.name}: {exc}", file=sys.stderr)
             failed = True
             continue

@@ -90,6 +90,18 @@ def test_a_missing_card(tmp_path):
 # The manifest
 
 
+def test_what_python_compiles_beside_photo_py_is_no_part_of_an_export(tmp_path):
+    make_export(tmp_path / "a")
+    (tmp_path / "a" / "__pycache__").mkdir()
+    (tmp_path / "a" / "__pycache__" / "photo.cpython-311.pyc").write_bytes(b"x")
+    manifest.verify(tmp_path / "a")
+    assert manifest.is_export(tmp_path / "a")
+    (tmp_path / "a" / "deep" / "__pycache__").mkdir()
+    (tmp_path / "a" / "deep" / "__pycache__" / "x.pyc").write_bytes(b"x")
+    with pytest.raises(WeightsError, match="is not listed"):
+        manifest.verify(tmp_path / "a")
+
+
 def test_the_manifest_knows_every_file(tmp_path):
     make_export(tmp_path / "a")
     said = manifest.verify(tmp_path / "a")
