@@ -45,7 +45,7 @@ def onnx_answers(path):
 def openvino_answers(path):
     ov = import_openvino()
     model = ov.Core().read_model(path)
-    assert model.input("image").partial_shape.to_string() == "[?,?,?,3]"
+    assert model.input("image").partial_shape.to_string() == "[1..64,?,?,3]"
     assert model.input("image").element_type == ov.Type.u8
     compiled = ov.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda pixels: compiled({"image": pixels})["probabilities"]
@@ -95,7 +95,32 @@ def test_the_proof_covers_photos_at_their_own_size(folders, tiny_run):
         assert manifest.read(folder).options["pixels"] == "any-size"
         checks = json.loads((folder / "parity.json").read_text())["checks"]
         assert [check["signature"] for check in checks] == ["image", "image, full size"]
-        assert [check["limit"] for check in checks] == ["<= 0.0001", "top-1 or a tie, 95%"]
+        assert [check["limit"] for check in checks] == ["<= 0.0001", "interval reaches 95%"]
+
+
+def test_it_goes_with_the_other_options(tiny_run, tmp_path):
+    options = {"pixels": "any-size", "quantize": "float16"}
+    request = ExportRequest(("onnx", "openvino"), tmp_path / "x", version=2, options=options)
+    for one in export(tiny_run.run, request, Silent()).exports:
+        assert {key: one.options[key] for key in options} == options
+        config = (one.folder.parent / "config.pbtxt").read_text()
+        assert "data_type: TYPE_UINT8" in config
+        assert "dims: [ -1, -1, 3 ]" in config
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"pixels": "any-size", "layout": "nchw"}, "--pixels any-size"),
+        ({"page": "page", "layout": "nchw"}, "--page"),
+        ({"pixels": "any-size", "page": "page"}, "page"),
+    ],
+)
+def test_options_that_exclude_each_other(tiny_run, tmp_path, options, named):
+    with pytest.raises(UsageError) as caught:
+        export(tiny_run.run, ExportRequest(("onnx",), tmp_path / "x", options=options), Silent())
+    assert named in caught.value.problem
+    assert not (tmp_path / "x").exists()
 
 
 def test_predict_reads_them(folders, tiny_run):
