@@ -5,7 +5,7 @@
 DATA holds the folders hymenoptera, scenes and digits. Some training labels are changed to another class, drawn by a
 seed. The head is fitted by L-BFGS, with l2 by cross-validation, on features of the bundled backbone (float32, view 0),
 and scored on the untouched test photos: with the wrong labels, after all suggestions of the tier high were accepted,
-and with the right labels. Labels that were wrong before count as right, so precision is rather too low.
+and with the right labels. Only planted errors count as found: what was wrong before lowers the precision.
 """
 
 import sys

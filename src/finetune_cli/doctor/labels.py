@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from finetune_cli.duplicates import neighbours
 from finetune_cli.head.data import HeadData, Ints
 from finetune_cli.head.l2 import L2Search, choose_l2
-from finetune_cli.head.lbfgs import fit_lbfgs
+from finetune_cli.head.lbfgs import Problem, one_blas_thread
 from finetune_cli.metrics.calibration import fit_temperature, softmax
 from finetune_cli.metrics.folds import group_folds
 from finetune_cli.progress import Advance, ignore_progress
@@ -20,6 +20,8 @@ from finetune_cli.progress import Advance, ignore_progress
 FOLDS = 5
 FEWEST = 5  # photos of a class; with fewer, neither folds nor neighbours can judge a label
 _NEIGHBOURS = 10
+# A fit takes no more photos than make this many numbers (rows x features x classes), or than so many of each class.
+_FITTED, _FITTED_PER_CLASS = 150_000_000, 10
 _AGREEING = 0.8  # of the neighbours, for the tier high
 _OWN, _PROBABILITY = 0.1, 0.2  # at most this share of them, and this probability, for the label itself
 
@@ -89,11 +91,16 @@ def _out_of_fold(data: HeadData, trusted: NDArray[np.bool_], seed: int, advance:
     """Probabilities ``(n, C)``, with a temperature, by heads that were fitted on `trusted` photos of other folds."""
     l2 = choose_l2(data.part(trusted), L2Search(seed=seed))[0]
     fold = group_folds(data.labels, data.groups, FOLDS, seed)
-    logits = np.zeros((len(data.labels), data.n_classes))
+    most = max(_FITTED_PER_CLASS * data.n_classes, _FITTED // (data.features.shape[1] * data.n_classes))
+    logits = np.zeros((len(data.labels), data.n_classes), np.float32)
     for k in range(FOLDS):
         held_out, rest = np.flatnonzero(fold == k), np.flatnonzero((fold != k) & trusted)
+        if len(rest) > most:
+            rest = np.sort(np.random.default_rng(seed).permutation(rest)[:most])
         if len(held_out) and len(rest):
-            head = fit_lbfgs(data.part(rest), l2 * trusted.sum() / len(rest))
+            with one_blas_thread():
+                problem = Problem(data.part(rest), label_smoothing=0.0)
+                head = problem.minimise(l2 * trusted.sum() / len(rest), None, ignore_progress, tolerance=1e-6)
             logits[held_out] = head.logits(data.features[held_out])
         advance(1)
     return softmax(logits, fit_temperature(logits, data.labels))
@@ -108,12 +115,12 @@ def _suspected(p: NDArray[np.float64], labels: Ints, enough: NDArray[np.bool_]) 
     return np.asarray((other != labels) & clearly & enough[other] & enough[labels])
 
 
-def _votes(data: HeadData, workers: int) -> NDArray[np.int64]:
-    """How many of the nearest photos have each label, ``int64 (n, C)``; photos of the own group do not vote."""
+def _votes(data: HeadData, workers: int) -> NDArray[np.uint8]:
+    """How many of the nearest photos have each label, ``uint8 (n, C)``; photos of the own group do not vote."""
     labels, groups = data.labels, data.groups
     rows = neighbours.directions(data.features)
     nearest, _cosines = neighbours.nearest(rows, rows, 3 * _NEIGHBOURS, workers)
-    votes = np.zeros((len(labels), data.n_classes), np.int64)
+    votes = np.zeros((len(labels), data.n_classes), np.uint8)
     left = np.full(len(labels), _NEIGHBOURS)
     for column in nearest.T:
         votes_now = (groups[column] != groups) & (left > 0)
