@@ -5,7 +5,7 @@ import pytest
 from planted import KINDS, copy, picture, pixels
 
 from finetune_cli.duplicates import find as module
-from finetune_cli.duplicates.find import find
+from finetune_cli.duplicates.find import Found, find
 from finetune_cli.duplicates.thumbnails import thumbnail
 
 
@@ -31,6 +31,38 @@ def test_every_planted_copy_is_found_and_nothing_else(planted):
     assert all(sources[link.first] == sources[link.second] for link in found.links)
     assert found.large == ()
     assert sum(n for n, _total in calls) == calls[-1][1] >= len(found.links)
+
+
+def test_what_was_found_comes_back_from_the_cache(planted):
+    thumbnails, features, sources = planted
+    found = find(thumbnails, features, sources % 4, 2)
+    again = Found.unpacked(found.packed(), len(sources))
+    assert (again.groups, again.large) == (found.groups, found.large)
+    assert [link[:2] for link in again.links] == [link[:2] for link in found.links]
+    assert [link.score for link in again.links] == pytest.approx([link.score for link in found.links], abs=1e-6)
+    both = Found((), ((0, 1), (2, 3, 4)), ((5, 6),))
+    assert Found.unpacked(both.packed(), 7) == both
+    nothing = Found((), (), ())
+    assert Found.unpacked(nothing.packed(), 7) == nothing
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        None,
+        [],
+        [0, 0],
+        [1, 0, 0],
+        [-1, 0, 0],
+        [0, 1, 0],
+        [0, 1, 0, 2, 3],
+        [0, 1, 0, 2, 3, 7],
+        [1, 0, 0, 0, 9, 0.5],
+        [0, 2, 0, 2, 0, 1],
+    ],
+)
+def test_a_row_of_another_kind_is_not_taken_for_what_was_found(row):
+    assert Found.unpacked(None if row is None else np.array(row, np.float32), 7) is None
 
 
 def test_the_number_of_threads_changes_nothing(planted):

@@ -108,6 +108,13 @@ def test_near_duplicates_are_on_one_side(tmp_path, photos, settings):
     ]
 
 
+def test_they_are_looked_for_once(tmp_path, photos, settings, monkeypatch):
+    first = prepared(tmp_path, photos, settings)
+    monkeypatch.setattr(near, "find", lambda *_arguments: pytest.fail("near-duplicates are looked for again"))
+    second = prepared(tmp_path, photos, settings)
+    assert [part.samples for part in second.parts.values()] == [part.samples for part in first.parts.values()]
+
+
 def test_they_may_be_ignored(tmp_path, photos, settings):
     found = prepared(tmp_path, photos, settings, "data.near_duplicates=ignore")
     assert any(len(splits) > 1 for splits in sides(found).values())

@@ -27,7 +27,7 @@ def prepared(config, **changes):
     samples = (Sample(Path("a/1.png"), "a/1.png", 0, "11"), Sample(Path("b/2.png"), "b/2.png", 1, "22"))
     facts = {
         "config": config,
-        "data": SimpleNamespace(classes=("a", "b")),
+        "data": SimpleNamespace(classes=("a", "b"), fixes=None),
         "backbone": SimpleNamespace(fingerprint="f"),
         "device": "cpu",
         "precision": "float32",

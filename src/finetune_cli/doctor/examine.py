@@ -84,12 +84,12 @@ def _examined(data: Dataset, settings: Settings, extractor: Extractor, observer:
     samples = sorted(everything, key=lambda sample: (_ORDER[names.split(sample)], byte_order(names.path(sample))))
     with FeatureStore(settings.cache.path, settings.cache.writable) as store:
         features = extractor.first_views(store, samples)
-    extractor.prove()  # all features may have been in the cache
+        extractor.prove()  # all features may have been in the cache
+        linked = near.link(extractor, store, [features])
     for warning in store.warnings:
         observer.warn(warning)
     data = dataset.without(data, features.bad)
     dataset.refuse_empty(data.classes, data.splits, data.bad)
-    linked = near.link([features], settings.cache.scratch, settings.workers, observer)
     found = [*_copies(features.samples, names), *_near_duplicates(linked, names)]
     found += _judged(features, linked, settings, names, observer)
     found += _quality(features.samples, settings, names, observer)

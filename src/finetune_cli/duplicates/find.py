@@ -25,6 +25,8 @@ _LEAST_COSINE, _LEAST_HASH = 0.1, 0.8
 _BAR, _HIGHEST_BAR = 0.6, 0.86
 _COMPARED = 600  # pairs of different photos that the bar is raised by
 _CHUNK = 256
+_EXACT = 1 << 24  # float32 holds whole numbers up to this
+VERSION = 1  # part of the cache key: raise it when `find` gives something else than before
 
 # A group above this share of a class, and above this many photos, is reported and not used: it would decide the split.
 LARGEST_SHARE, SMALLEST_LARGE = 0.05, 25
@@ -45,6 +47,32 @@ class Found:
     links: tuple[Link, ...]
     groups: tuple[tuple[int, ...], ...]
     large: tuple[tuple[int, ...], ...]
+
+    def packed(self) -> NDArray[np.float32]:
+        """All of it in one row, for the feature cache: the counts, the links, and each group after its size."""
+        groups = [number for group in (*self.groups, *self.large) for number in (len(group), *group)]
+        links = [number for link in self.links for number in link]
+        return np.array([len(self.links), len(self.groups), len(self.large), *links, *groups], np.float32)
+
+    @classmethod
+    def unpacked(cls, row: NDArray[np.float32] | None, photos: int) -> "Found | None":
+        """What `packed` gave for so many `photos`; `None` if `row` is nothing of that kind."""
+        if row is None or len(row) < 3 or photos > _EXACT:
+            return None
+        links, groups, large = (int(number) for number in row[:3])
+        end = 3 + 3 * links
+        pairs, rest = row[3:end].reshape(-1, 3) if end <= len(row) else row[:0], row[end:].astype(int).tolist()
+        if links < 0 or len(pairs) != links or not all(0 <= number <= photos for number in (*pairs[:, :2].flat, *rest)):
+            return None
+        found: list[tuple[int, ...]] = []
+        start = 0
+        while start < len(rest):
+            found.append(tuple(rest[start + 1 : start + 1 + rest[start]]))
+            start += 1 + rest[start]
+        if start != len(rest) or len(found) != groups + large or any(photos in group for group in found):
+            return None
+        ready = tuple(Link(int(a), int(b), float(score)) for a, b, score in pairs)
+        return cls(ready, tuple(found[:groups]), tuple(found[groups:]))
 
 
 def find(

@@ -1,17 +1,20 @@
 """The near-duplicates of a data set: found, kept on one side of the split, and named where a split divides them."""
 
 import csv
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli import files
-from finetune_cli.duplicates.find import Found, find
+from finetune_cli.cache.features import FeatureStore
+from finetune_cli.duplicates.find import VERSION, Found, find
 from finetune_cli.errors import RunError
-from finetune_cli.photos import dataset
+from finetune_cli.photos import dataset, decode
 from finetune_cli.photos.dataset import Dataset
 from finetune_cli.photos.scan import Sample
 from finetune_cli.progress import Observer
@@ -20,7 +23,11 @@ from finetune_cli.tables import parse_csv, write_csv
 from finetune_cli.text import counted, shown
 from finetune_cli.training.extract import Features, scratch_array
 
+if TYPE_CHECKING:
+    from finetune_cli.training.prepare import Extractor
+
 LEAKS = "leaks.csv"
+_MOST_STORED = 1 << 24  # `Found.packed` has no larger numbers
 _REMEDY = "restore it from a copy, or train again"
 _HEADER = ("split", "path", "train_path", "score")
 
@@ -68,24 +75,41 @@ class Linked:
         )
 
 
-def link(parts: Sequence[Features], scratch: Path, workers: int, observer: Observer) -> Linked:
-    """Find the near-duplicates among the photos of `parts`, which have thumbnails; `scratch` takes a copy of view 0.
+def link(extractor: "Extractor", store: FeatureStore, parts: Sequence[Features]) -> Linked:
+    """The near-duplicates among the photos of `parts`, which have thumbnails: from `store`, or found now.
 
-    Raises `StorageError` when there is no room for it.
+    Raises `StorageError` when there is no room for a copy of view 0.
     """
+    settings = extractor.settings
     where: dict[str, tuple[int, int]] = {}
     for p, part in enumerate(parts):
         for i, sample in enumerate(part.samples):
             where.setdefault(sample.digest, (p, i))
     photos = tuple(parts[p].samples[i] for p, i in where.values())
-    width = parts[0].array.shape[2]
-    features = scratch_array(scratch, (len(photos), width))
-    for row, (p, i) in enumerate(where.values()):
-        features[row] = parts[p].array[i, 0]
-    thumbnails: NDArray[np.uint8] = np.stack([parts[p].thumbnails[i] for p, i in where.values()])
-    labels = np.array([sample.label for sample in photos], np.int64)
-    with observer.stage("near-duplicates", None, "comparisons") as advance:
-        return Linked(photos, find(thumbnails, features, labels, workers, advance))
+    key = _key(extractor, photos)
+    found = Found.unpacked(store.get([key]).get(key), len(photos))
+    if found is None:
+        features = scratch_array(settings.cache.scratch, (len(photos), parts[0].array.shape[2]))
+        for row, (p, i) in enumerate(where.values()):
+            features[row] = parts[p].array[i, 0]
+        thumbnails: NDArray[np.uint8] = np.stack([parts[p].thumbnails[i] for p, i in where.values()])
+        labels = np.array([sample.label for sample in photos], np.int64)
+        with extractor.observer.stage("near-duplicates", None, "comparisons") as advance:
+            found = find(thumbnails, features, labels, settings.workers, advance)
+        if len(photos) <= _MOST_STORED:
+            extractor.prove()
+            store.put([(key, found.packed())])
+    return Linked(photos, found)
+
+
+def _key(extractor: "Extractor", photos: Sequence[Sample]) -> bytes:
+    """The key, in the feature cache, of what `find` found: all that it depends on."""
+    image = extractor.settings.image
+    backbone = f"{extractor.backbone.fingerprint} {extractor.precision} {image.size} {image.resize} {decode.decoder()}"
+    key = hashlib.sha256(f"near-duplicates {VERSION} {backbone}".encode())
+    for sample in photos:
+        key.update(f"\0{sample.digest} {sample.label}".encode())
+    return key.digest()
 
 
 def keep_together(linked: Linked, data: Dataset, trained_on: Set[str], observer: Observer) -> Dataset:

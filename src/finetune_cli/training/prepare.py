@@ -249,7 +249,7 @@ def _with_near_duplicates(
         dataset.refuse_empty(data.classes, data.splits, data.bad)
         parts = first
     with timed(seconds, "near-duplicates"):
-        linked = near.link(list(parts.values()), settings.cache.scratch, settings.workers, observer)
+        linked = near.link(extractor, store, list(parts.values()))
     data = near.keep_together(linked, data, settings.photos.trained_on, observer)
     if first:
         with timed(seconds, "features"):
