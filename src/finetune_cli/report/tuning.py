@@ -64,6 +64,7 @@ def _candidate(facts: Mapping[str, Any], trainings: Sequence[Mapping[str, Any]])
     return {
         "name": brief(facts["name"]),
         "above": "" if number is None else brief(trainings[number]["first_trained"]),
+        "rate": "" if number is None else f"{float(trainings[number]['learning_rate']):g}",
         "log_loss": float(facts["log_loss"]),
         "accuracy": float(facts["accuracy"]),
         "gain": None if number is None else float(facts["gain"]),

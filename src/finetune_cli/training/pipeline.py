@@ -124,7 +124,7 @@ def _fit_and_finish(
         fitted = tuned.fitted
         temperature, judged = _judge(prepared, fitted.head)
         tuning = {**tuned.facts, "compared": comparison.compared(before, judged)}
-        names += comparison.write(folder, classes, before, judged, tuned.history)
+        names += comparison.write(folder, classes, before, judged, tuned.history, tuned.training or 0)
     if text := _below_baseline(prepared.config, judged[-1]):
         observer.warn(text)
     with timed(prepared.seconds, "saving"), observer.stage("saving and comparing the model", None, "models"):

@@ -383,11 +383,12 @@ def image_settings(config: Config) -> ImageSettings:
     return ImageSettings(config.image.size, config.image.resize, config.image.max_pixels)
 
 
-def augmenter(config: Config) -> Augmenter:
-    """The augmentation of `config`; no section means one view."""
+def augmenter(config: Config, views: int | None = None) -> Augmenter:
+    """The augmentation of `config`, perhaps with another number of `views`; no section means one view."""
     section = config.augmentation
     arguments = section.arguments() if section is not None else {}
-    return Augmenter(arguments, section.views if section is not None else 1, config.training.seed, config.image.size)
+    configured = section.views if section is not None else 1
+    return Augmenter(arguments, configured if views is None else views, config.training.seed, config.image.size)
 
 
 def evenly_spread(count: int, most: int) -> NDArray[np.intp]:

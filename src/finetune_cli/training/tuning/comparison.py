@@ -1,7 +1,7 @@
 """Frozen against tuned, on the same photos: numbers for the manifest, and tables and curves of the stage.
 
 tuning.csv         a row for each epoch of each training
-tuning_curves.png  the same as a picture, of the last training
+tuning_curves.png  the same as a picture, of the training that was kept, or of the first
 flipped.csv        the photos whose answer differs between the frozen and the kept model
 """
 
@@ -64,11 +64,14 @@ def write(
     before: Sequence[Judged],
     after: Sequence[Judged],
     history: Sequence[Mapping[str, float]],
+    drawn: int,
 ) -> list[str]:
-    """Write the files of the stage into `folder`; returns their names. Raises `StorageError`."""
+    """Write the files of the stage into `folder`; returns their names. Raises `StorageError`.
+
+    drawn: the number of the training whose curves are drawn.
+    """
     write_records(folder / HISTORY, history)
-    last = history[-1]["training"]
-    figures.curves(folder / CURVES, [row for row in history if row["training"] == last])
+    figures.curves(folder / CURVES, [row for row in history if row["training"] == drawn])
     write_csv(
         folder / FLIPPED,
         FLIPPED_HEADER,

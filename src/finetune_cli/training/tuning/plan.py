@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from finetune_cli.config.schema import FineTuningConfig
+from finetune_cli.devices import Device
 from finetune_cli.training.tuning.cuts import LAST_STAGE, Cut
 
-# Views that may be stored as float16: pixels are whole numbers, and others need not be exact.
-Storage = Literal["float16", "uint8", "recomputed"]
+# Views that may be stored as float16: pixels are whole numbers, and others need not be exact. recomputed: the lower
+# part runs again for every batch. none: there are no activations, because the photos themselves go in.
+Storage = Literal["float16", "uint8", "recomputed", "none"]
 
 _EPOCHS = ((2_000, 20), (10_000, 10))  # up to so many photos, so many epochs
 _FEWEST_EPOCHS = 5
@@ -26,6 +28,15 @@ class Trial:
     unfreeze: str
     learning_rate: float
     epochs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """How many training photos there are, with how many views each, and how many validation photos."""
+
+    photos: int
+    views: int
+    val_photos: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +62,20 @@ def limit(section: FineTuningConfig) -> int:
     return int(1e9 * section.scratch_gb)
 
 
-def store(cut: Cut, photos: int, views: int, val_photos: int, most: int) -> Store:
-    """How the activations of `photos` training photos with `views` views each are kept within `most` bytes.
+def store(cut: Cut, epochs: int, device: Device, counts: Counts, most: int) -> Store:
+    """How the activations at `cut` are kept within `most` bytes for a training of `epochs`.
 
     All views if they fit, else fewer, and with no room for one view a photo the lower part runs again in every epoch.
-    The validation photos take their view in float32.
+    The validation photos take their view in float32. On a GPU nothing is kept, and each epoch has views of its own.
     """
+    if device == "gpu":
+        return Store("none", max(counts.views, epochs) if counts.views > 1 else 1, 0)
     numbers = math.prod(cut.shape)
     storage: Storage = "float16" if cut.lower is not None else "uint8"
     item = 2 if storage == "float16" else 1
-    val = _VALIDATION_ITEM * numbers * val_photos
-    fitting = (most - val) // (item * numbers * photos)
+    val = _VALIDATION_ITEM * numbers * counts.val_photos
+    fitting = (most - val) // (item * numbers * counts.photos)
     if fitting < 1:
-        return Store("recomputed", views, 0)
-    views = min(views, fitting)
-    return Store(storage, views, item * numbers * photos * views + val)
+        return Store("recomputed", counts.views, 0)
+    views = min(counts.views, fitting)
+    return Store(storage, views, item * numbers * counts.photos * views + val)

@@ -19,29 +19,27 @@ from finetune_cli.backbones import build
 from finetune_cli.backbones.build import Backbone
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.config.schema import Config
-from finetune_cli.devices import Device, Precision
+from finetune_cli.devices import Precision
 from finetune_cli.errors import CheckpointError, RunError, StorageError
 from finetune_cli.head.data import class_weights
 from finetune_cli.head.keras_fit import fit_epochs
 from finetune_cli.head.lbfgs import Head
 from finetune_cli.inference import runtimes
-from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.metrics.folds import group_numbers
-from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import Dataset
 from finetune_cli.progress import Observer, timed
 from finetune_cli.runs import checkpoints
-from finetune_cli.text import counted
 from finetune_cli.training import fit
-from finetune_cli.training.extract import Features, Request, scratch_array
+from finetune_cli.training.extract import Features, scratch_array
 from finetune_cli.training.fit import Fitted, labels_of
-from finetune_cli.training.prepare import AnyBackbone, Extractor, Prepared, augmenter, image_settings
+from finetune_cli.training.prepare import AnyBackbone, Extractor, Prepared, augmenter
 from finetune_cli.training.requirements import cache_folder
-from finetune_cli.training.tuning import activations, candidates, plan
-from finetune_cli.training.tuning.activations import Lower, Pixels, Recomputed, Source
+from finetune_cli.training.tuning import candidates, inputs, plan
+from finetune_cli.training.tuning.activations import Source
 from finetune_cli.training.tuning.candidates import Candidate, candidate
 from finetune_cli.training.tuning.cuts import Cut, cut
-from finetune_cli.training.tuning.plan import Store, Trial
+from finetune_cli.training.tuning.inputs import Inputs
+from finetune_cli.training.tuning.plan import Counts, Store, Trial
 from finetune_cli.training.tuning.upper import Labelled, Upper, UpperSettings, UpperState, Weights, interpolated
 
 
@@ -49,14 +47,14 @@ from finetune_cli.training.tuning.upper import Labelled, Upper, UpperSettings, U
 class Outcome:
     """What the stage ends with: the backbone to save, every photo's features of it, and the head on them (`fitted`).
 
-    tuned: whether the backbone is another than the frozen one. facts: what was tried and what was kept, as JSON
-    values. history: a row for each epoch of each training, with its number in `training`.
+    training: the number of the training that the backbone comes from; None for the frozen one. facts: what was tried
+    and what was kept, as JSON values. history: a row for each epoch of each training, with its number in `training`.
     """
 
     backbone: Backbone
     parts: dict[str, Features]
     fitted: Fitted
-    tuned: bool
+    training: int | None
     facts: dict[str, Any]
     history: tuple[dict[str, float], ...]
 
@@ -89,18 +87,20 @@ def checked(config: Config) -> Callable[[Dataset, AnyBackbone], None]:
             return
         assert isinstance(backbone, Backbone)  # as `changes_backbone` says
         train, val, views = len(data.train), len(data.val), augmenter(config).views
+        counts, device = Counts(train, views, val), runtimes.choose_device(config.runtime.device)
         # The features of the frozen and of the tuned backbone, each in the cache and at hand; the head's second fit.
         row = 4 * backbone.width
         needed = 4 * row * (train * views + val + len(data.test)) + row * train * views
-        checkpoints_needed = 0
+        checkpoints_needed = scratch = 0
         for trial in plan.trials(section, train):
             part = cut(backbone.model, trial.unfreeze)
-            needed += plan.store(part, train, views, val, plan.limit(section)).bytes
+            # The scratch files of one cut are gone before those of the next one are made.
+            scratch = max(scratch, plan.store(part, trial.epochs, device, counts, plan.limit(section)).bytes)
             # Up to three checkpoints, each with the weights and both moments of AdamW.
             checkpoints_needed += 3 * 3 * 4 * part.upper.count_params()
         files.free_space_check(config.output.directory, checkpoints_needed)
         try:
-            files.free_space_check(cache_folder(config).scratch, needed)
+            files.free_space_check(cache_folder(config).scratch, needed + scratch)
         except StorageError as exc:
             exc.remedy = f"{exc.remedy} (runtime.cache_dir), or lower fine_tuning.scratch_gb"
             raise
@@ -130,7 +130,7 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
     prepared.keras_backbone.model.trainable = False
     if kept.training is None:
         observer.note("fine-tuning: no other model is better than the frozen one by more than chance, so that is kept")
-        return Outcome(prepared.keras_backbone, prepared.parts, fitted, False, document, history)
+        return Outcome(prepared.keras_backbone, prepared.parts, fitted, None, document, history)
     winner = trained[kept.training]
     winner.upper.assign(interpolated(winner.start, winner.end, kept.share))
     backbone = build.with_changed_weights(prepared.keras_backbone, prepared.config.model.backbone)
@@ -140,16 +140,7 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
     with timed(prepared.seconds, "tuned features"):
         parts = stage.features_of(backbone)
     ended = replace(fitted, head=kept.head, l2=winner.l2 if kept.refitted else fitted.l2)
-    return Outcome(backbone, parts, ended, True, document, history)
-
-
-def lower_runtime(lower: Any | None, device: Device, precision: Precision, workers: int) -> Runtime:
-    """The lower part of a cut on the fast runtime of the device; `lower` None gives the pixels themselves."""
-    if lower is None:
-        return Pixels()
-    if device == "gpu":
-        return runtimes.TensorFlowRuntime(lower, precision)
-    return runtimes.OpenVinoRuntime(runtimes.convert(lower), precision, workers)
+    return Outcome(backbone, parts, ended, kept.training, document, history)
 
 
 class _Stage:
@@ -167,8 +158,9 @@ class _Stage:
         self.val_groups = group_numbers((sample.group, sample.digest) for sample in self.val.samples)
         self.weights = class_weights(self.labels, prepared.config.training.class_weights, prepared.data.classes)
         self.trials = plan.trials(self.section, len(self.train.samples))
-        self.extractor = Extractor(prepared.config, prepared.backbone, prepared.device, observer)
-        self._sources: dict[str, tuple[Source, Source, Store]] = {}
+        self.counts = Counts(len(self.train.samples), augmenter(prepared.config).views, len(self.val.samples))
+        self.policy = runtimes.training_policy(prepared.device, prepared.precision)
+        self._latest: tuple[tuple[str, Store], Inputs] | None = None
 
     def scored(
         self, head: Head, features: NDArray[np.float32], training: int | None = None, share: float = 0.0,
@@ -181,9 +173,11 @@ class _Stage:
     def attempt(self, number: int, trial: Trial) -> _Trained:
         """One training and its candidates. The backbone has its old weights again afterwards."""
         part = cut(self.prepared.keras_backbone.model, trial.unfreeze)
+        store = plan.store(part, trial.epochs, self.prepared.device, self.counts, plan.limit(self.section))
         with timed(self.prepared.seconds, "activations"):
-            train, val, store = self._activations(part)
-        model = Upper(part.upper, self.fitted.head)
+            found = self._inputs_at(part, store)
+        train, val = found.train, found.val
+        model = inputs.upper(part, self.fitted.head, self.prepared.device)
         start = model.weights()
         with timed(self.prepared.seconds, "fine-tuning"):
             state = self._trained(number, trial, model, train, val)
@@ -193,54 +187,19 @@ class _Stage:
             features = model.features(val, 1)[:, 0]
             scored.append(self.scored(model.head(), features, number, share))
         with timed(self.prepared.seconds, "head again"):
-            again = self._head_again(model, train, store.views, features)
+            again = self._head_again(model, train, min(store.views, self.counts.views), features)
         scored.append(self.scored(again.head, features, number, 1.0, refitted=True))
         model.assign(start)
         rows = tuple({"training": number, **row} for row in state.history)
-        facts = self._facts(trial, part, store, start)
+        facts = self._facts(trial, part, store, start, state)
         return _Trained(model, start, state.weights, again.l2, tuple(scored), rows, facts)
 
-    def _activations(self, part: Cut) -> tuple[Source, Source, Store]:
-        """The activations at `part` of the training photos (all views that fit) and of the validation photos."""
-        if part.below in self._sources:
-            return self._sources[part.below]
-        config, device = self.prepared.config, self.prepared.device
-        augmentation = augmenter(config)
-        store = plan.store(
-            part, len(self.train.samples), augmentation.views, len(self.val.samples), plan.limit(self.section)
-        )
-
-        def lower(precision: Precision, views: Augmenter | None) -> Lower:
-            request = Request(image_settings(config), self.prepared.backbone.fingerprint, precision, views)
-            runtime = lower_runtime(part.lower, device, precision, self.extractor.workers)
-            return Lower(request, runtime, part.shape, self.extractor.workers, self.extractor.batch_size)
-
-        of_train, of_val = lower(self.prepared.precision, augmentation), lower("float32", None)
-        if store.storage == "recomputed":
-            self.observer.warn(
-                "the activations of one view a photo do not fit in fine_tuning.scratch_gb, so the frozen part runs "
-                "again in every epoch"
-            )
-            found: tuple[Source, Source] = (
-                Recomputed(self.train.samples, of_train),
-                Recomputed(self.val.samples, of_val),
-            )
-        else:
-            if store.views < augmentation.views:
-                self.observer.warn(
-                    f"{counted(store.views, 'view')} of {augmentation.views} fit in fine_tuning.scratch_gb; the upper "
-                    "part learns from those"
-                )
-            folder = cache_folder(config).scratch
-            kind = np.float16 if store.storage == "float16" else np.uint8
-            photos = len(self.train.samples) + len(self.val.samples)
-            with self.observer.stage(f"activations of {part.below}", photos) as advance:
-                found = (
-                    activations.stored(self.train.samples, of_train, store.views, kind, folder, advance),
-                    activations.stored(self.val.samples, of_val, 1, np.float32, folder, advance),
-                )
-        self._sources[part.below] = (*found, store)
-        return self._sources[part.below]
+    def _inputs_at(self, part: Cut, store: Store) -> Inputs:
+        """The inputs at `part`, those of the training before if they are the same."""
+        if self._latest is None or self._latest[0] != (part.below, store):
+            self._latest = None  # so that the space of its scratch files is free for the next ones
+            self._latest = (part.below, store), inputs.of_cut(self.prepared, part, store, self.observer)
+        return self._latest[1]
 
     def _trained(self, number: int, trial: Trial, model: Upper, train: Source, val: Source) -> UpperState:
         """The last state of a training, gone on with from its newest checkpoint."""
@@ -252,6 +211,7 @@ class _Stage:
             self.section.weight_decay,
             training.label_smoothing,
             training.seed,
+            self.policy,
         )
         folder = self.checkpoint_folder / f"tuning-{number}"
         state = self._resumed(folder)
@@ -260,7 +220,7 @@ class _Stage:
         with self.observer.stage(f"fine-tuning ({trial.unfreeze})", trial.epochs, "epochs") as advance:
             if state is not None:
                 advance(state.epoch)
-            for each in model.train(learnt, judged, settings, state):
+            for each in model.train(learnt, judged, settings, state, self.observer.warn):
                 state = each
                 facts = {"history": list(state.history), "training_id": self.training_id}
                 checkpoints.save(folder, state.epoch, state.arrays(), facts, best=True)
@@ -300,7 +260,9 @@ class _Stage:
         *_, state = fit_epochs(fit.head_data(config, tuned, classes), val, fit.keras_settings(config, l2))
         return Fitted(state.best, l2, state.history)
 
-    def _facts(self, trial: Trial, part: Cut, store: Store, weights: Sequence[NDArray[Any]]) -> dict[str, Any]:
+    def _facts(
+        self, trial: Trial, part: Cut, store: Store, weights: Sequence[NDArray[Any]], state: UpperState
+    ) -> dict[str, Any]:
         return {
             "unfreeze": trial.unfreeze,
             "last_frozen": part.below,
@@ -309,7 +271,8 @@ class _Stage:
             "weights": sum(int(array.size) for array in weights),
             "learning_rate": trial.learning_rate,
             "epochs": trial.epochs,
-            "batch_size": self.section.batch_size,
+            "batch_size": int(state.history[-1]["batch_size"]),
+            "policy": self.policy,
             "views": store.views,
             "storage": store.storage,
             "scratch_bytes": store.bytes,

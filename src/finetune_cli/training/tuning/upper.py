@@ -28,13 +28,14 @@ from finetune_cli.inference.runtimes import out_of_memory
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.parallel import ordered_map
 from finetune_cli.text import counted
-from finetune_cli.training.tuning.activations import Source
+from finetune_cli.training.tuning.activations import Rows, Source
 
 _WARM_UP = 0.1  # of all steps
 _CLIP = 1.0
 _FEATURE_BATCH = 32
 
 Weights = tuple[NDArray[Any], ...]
+Indexes = NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +164,8 @@ class Upper:
         batch = settings.batch_size if state is None else int(state.history[-1]["batch_size"])
         while True:
             try:
-                for state in self._epochs(train, val, replace(settings, batch_size=batch), state):
+                for each in self._epochs(train, val, replace(settings, batch_size=batch), state):
+                    state = each
                     yield state
                 return
             except Exception as exc:
@@ -199,13 +201,13 @@ class Upper:
         targets = np.eye(self._dense.units, dtype=np.float32)
         # With weights of mean 1 and batches of one size, the mean of the batches is the loss.
         weights = (train.weights / train.weights.mean()).astype(np.float32)
-        first_views = np.random.default_rng(settings.seed).integers(0, views, size=(photos,))
+        first_views = np.random.default_rng(settings.seed).integers(0, views, size=(photos,), dtype=np.intp)
         for epoch in range(state.epoch if state is not None else 0, settings.epochs):
             began = time.perf_counter()
             order = np.random.default_rng((settings.seed, epoch)).permutation(photos)
             chosen_views = (first_views + epoch) % views
 
-            def loaded(chosen: Ints, chosen_views: Ints = chosen_views) -> tuple[Ints, Floats]:
+            def loaded(chosen: Indexes, chosen_views: Indexes = chosen_views) -> tuple[Indexes, Rows]:
                 return chosen, train.source.batch(chosen, chosen_views[chosen])
 
             total = np.zeros(2)
@@ -241,7 +243,9 @@ class Upper:
         )
         optimizer = keras.optimizers.AdamW(rate, weight_decay=settings.weight_decay, global_clipnorm=_CLIP)
         # Vectors are biases and the scales and shifts of normalisation; kernels have more axes.
-        optimizer.exclude_from_weight_decay(var_list=[variable for variable in self._learning if len(variable.shape) < 2])
+        optimizer.exclude_from_weight_decay(
+            var_list=[variable for variable in self._learning if len(variable.shape) < 2]
+        )
         if settings.policy == "mixed_float16":  # whose smallest numbers are too large for some gradients
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
         optimizer.build(self._learning)
