@@ -428,6 +428,8 @@ def test_of_tuned_models_that_tie_the_one_with_the_new_head_is_kept():
     frozen = scored([3.0, 2.0, 3.0, 2.0], None)
     tuned, tied = scored([0.1, 0.2, 0.1, 0.2]), scored([0.3, 0.1, 0.1, 0.2], refitted=True)
     assert candidates.choose(frozen, [tuned, tied]) is tied
+    better = scored([0.2, 0.1, 0.1, 0.2], training=1, refitted=True)
+    assert candidates.choose(frozen, [tuned, tied, better]) is better
     worse = scored([0.5, 0.6, 0.5, 0.7], refitted=True)
     assert candidates.choose(frozen, [tuned, worse]) is tuned
     # It ties with the best, but not even with chance on its side does it beat the frozen model.
@@ -469,11 +471,21 @@ def test_a_photo_takes_no_part_in_its_own_temperature():
     assert without.accuracy == pytest.approx(0.9)
 
 
-def test_the_list_of_trainings_depends_on_the_photos_alone():
-    assert [trial.epochs for trial in plan.trials(FineTuningConfig(), 500)] == [20]
-    assert [trial.epochs for trial in plan.trials(FineTuningConfig(), 30_000)] == [5]
-    (own,) = plan.trials(FineTuningConfig(unfreeze="all", epochs=3, learning_rate=0.1), 10)
-    assert (own.unfreeze, own.epochs, own.learning_rate) == ("all", 3, 0.1)
+@pytest.mark.parametrize(
+    ("section", "photos", "expected"),
+    [
+        ({}, 2_000, [("last_stage", 0.001, 20), ("last_stage", 0.0003, 6)]),
+        ({}, 2_001, [("last_stage", 0.001, 10), ("last_stage", 0.0003, 4)]),
+        ({}, 30_000, [("last_stage", 0.001, 5)]),
+        ({"epochs": 7}, 500, [("last_stage", 0.001, 7), ("last_stage", 0.0003, 7)]),
+        ({"learning_rate": 0.01}, 500, [("last_stage", 0.01, 20)]),
+        ({"unfreeze": "last_two_stages"}, 500, [("last_two_stages", 0.001, 20)]),
+        ({"unfreeze": "all", "epochs": 3, "learning_rate": 0.1}, 10, [("all", 0.1, 3)]),
+    ],
+)
+def test_the_list_of_trainings_depends_on_config_and_photos_alone(section, photos, expected):
+    found = plan.trials(FineTuningConfig(**section), photos)
+    assert [(trial.unfreeze, trial.learning_rate, trial.epochs) for trial in found] == expected
 
 
 @pytest.mark.parametrize(

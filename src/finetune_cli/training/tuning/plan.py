@@ -15,9 +15,6 @@ from finetune_cli.training.tuning.cuts import LAST_STAGE, Cut
 # part runs again for every batch. none: there are no activations, because the photos themselves go in.
 Storage = Literal["float16", "uint8", "recomputed", "none"]
 
-_EPOCHS = ((2_000, 20), (10_000, 10))  # up to so many photos, so many epochs
-_FEWEST_EPOCHS = 5
-_LEARNING_RATE = 0.001
 _VALIDATION_ITEM = 4  # bytes: what decides is computed in float32
 
 
@@ -28,6 +25,15 @@ class Trial:
     unfreeze: str
     learning_rate: float
     epochs: int
+
+
+# What `auto` tries, by the most training photos that a list is for. The first of a list is for photos unlike those that
+# the backbone knows, the second for photos more like them, which learn with less. Measured: docs/training.md.
+_LISTS: tuple[tuple[float, tuple[Trial, ...]], ...] = (
+    (2_000, (Trial(LAST_STAGE, 0.001, 20), Trial(LAST_STAGE, 0.0003, 6))),
+    (10_000, (Trial(LAST_STAGE, 0.001, 10), Trial(LAST_STAGE, 0.0003, 4))),
+    (math.inf, (Trial(LAST_STAGE, 0.001, 5),)),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +55,15 @@ class Store:
 
 
 def trials(section: FineTuningConfig, photos: int) -> tuple[Trial, ...]:
-    """The trainings for so many training photos."""
-    by_size = next((number for most, number in _EPOCHS if photos <= most), _FEWEST_EPOCHS)
-    epochs = by_size if section.epochs == "auto" else section.epochs
-    rate = _LEARNING_RATE if section.learning_rate == "auto" else section.learning_rate
-    unfreeze = LAST_STAGE if section.unfreeze == "auto" else section.unfreeze
-    return (Trial(unfreeze, rate, epochs),)
+    """The trainings for so many training photos, at least one: those of the list that the section leaves open."""
+    found: dict[tuple[str, float], Trial] = {}
+    for trial in next(listed for most, listed in _LISTS if photos <= most):
+        unfreeze = trial.unfreeze if section.unfreeze == "auto" else section.unfreeze
+        rate = trial.learning_rate if section.learning_rate == "auto" else section.learning_rate
+        epochs = trial.epochs if section.epochs == "auto" else section.epochs
+        found.setdefault((unfreeze, rate), Trial(unfreeze, rate, epochs))
+    # A cut that was chosen is trained once, as the first of the list is.
+    return tuple(found.values()) if section.unfreeze == "auto" else (next(iter(found.values())),)
 
 
 def limit(section: FineTuningConfig) -> int:

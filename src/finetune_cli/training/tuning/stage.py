@@ -6,6 +6,7 @@
 The backbone's own layers learn, so the backbone that goes in is the tuned one afterwards, or has its old weights again.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -63,16 +64,21 @@ class Outcome:
 class _Trained:
     """A finished training: the weights that it began and ended with, and what came of it.
 
-    `l2`: with which the head was fitted once more on its features.
+    `l2`: with which the head was fitted once more on its features; None if it was not.
     """
 
     upper: Upper
     start: Weights
     end: Weights
-    l2: float
+    l2: float | None
     candidates: tuple[Candidate, ...]
     history: tuple[dict[str, float], ...]
     facts: dict[str, Any]
+
+    @property
+    def best(self) -> float:
+        """The lowest validation log loss of the models whose head was not fitted again."""
+        return min(each.log_loss for each in self.candidates if not each.refitted)
 
 
 def checked(config: Config) -> Callable[[Dataset, AnyBackbone], None]:
@@ -118,7 +124,9 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
     """
     stage = _Stage(prepared, fitted, checkpoint_folder, training_id, observer)
     frozen = stage.scored(fitted.head, prepared.parts["val"].array[:, 0])
-    trained = [stage.attempt(number, trial) for number, trial in enumerate(stage.trials)]
+    trained: list[_Trained] = []
+    for number, trial in enumerate(stage.trials):
+        trained.append(stage.attempt(number, trial, [each.best for each in trained]))
     tuned = [each for training in trained for each in training.candidates]
     kept = candidates.choose(frozen, tuned)
     document = {
@@ -139,7 +147,8 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
     )
     with timed(prepared.seconds, "tuned features"):
         parts = stage.features_of(backbone)
-    ended = replace(fitted, head=kept.head, l2=winner.l2 if kept.refitted else fitted.l2)
+    l2 = winner.l2 if kept.refitted and winner.l2 is not None else fitted.l2
+    ended = replace(fitted, head=kept.head, l2=l2)
     return Outcome(backbone, parts, ended, kept.training, document, history)
 
 
@@ -170,8 +179,12 @@ class _Stage:
         calibrated = self.prepared.config.calibration == "temperature"
         return candidate(head, features, self.val_labels, self.val_groups, calibrated, training, share, refitted)
 
-    def attempt(self, number: int, trial: Trial) -> _Trained:
-        """One training and its candidates. The backbone has its old weights again afterwards."""
+    def attempt(self, number: int, trial: Trial, before: Sequence[float]) -> _Trained:
+        """One training and its candidates. The backbone has its old weights again afterwards.
+
+        before: the best log loss of each earlier training. Only for one that is better than those the head is fitted
+        once more, which takes as long as some epochs.
+        """
         part = cut(self.prepared.keras_backbone.model, trial.unfreeze)
         store = plan.store(part, trial.epochs, self.prepared.device, self.counts, plan.limit(self.section))
         with timed(self.prepared.seconds, "activations"):
@@ -186,13 +199,16 @@ class _Stage:
             model.assign(interpolated(start, state.weights, share))
             features = model.features(val, 1)[:, 0]
             scored.append(self.scored(model.head(), features, number, share))
-        with timed(self.prepared.seconds, "head again"):
-            again = self._head_again(model, train, min(store.views, self.counts.views), features)
-        scored.append(self.scored(again.head, features, number, 1.0, refitted=True))
+        l2: float | None = None
+        if min(each.log_loss for each in scored) < min(before, default=math.inf):
+            with timed(self.prepared.seconds, "head again"):
+                again = self._head_again(model, train, min(store.views, self.counts.views), features)
+            scored.append(self.scored(again.head, features, number, 1.0, refitted=True))
+            l2 = again.l2
         model.assign(start)
         rows = tuple({"training": number, **row} for row in state.history)
         facts = self._facts(trial, part, store, start, state)
-        return _Trained(model, start, state.weights, again.l2, tuple(scored), rows, facts)
+        return _Trained(model, start, state.weights, l2, tuple(scored), rows, facts)
 
     def _inputs_at(self, part: Cut, store: Store) -> Inputs:
         """The inputs at `part`, those of the training before if they are the same."""
