@@ -272,17 +272,16 @@ def test_several_trainings_are_tried_and_the_best_is_kept(several, capsys):
     assert {each["rate"] for each in section["candidates"]} == {"", "0.02", "0.002"}
 
 
-class Damaged:
-    """Cuts the scratch file of the second training short while that is read."""
+def damage(monkeypatch):
+    """The scratch file of the second training is cut short while that is read."""
+    batch = ScratchFile.batch
 
-    def __init__(self, monkeypatch):
-        self.batch = ScratchFile.batch
-        monkeypatch.setattr(ScratchFile, "batch", lambda file, photos, views: self.read(file, photos, views))
-
-    def read(self, file, photos, views):
+    def damaged(file, photos, views):
         if file.shape[2:] == (64, 64, 3):
             os.ftruncate(file._file.fileno(), 100)
-        return self.batch(file, photos, views)
+        return batch(file, photos, views)
+
+    monkeypatch.setattr(ScratchFile, "batch", damaged)
 
 
 def no_space(monkeypatch):
@@ -302,7 +301,7 @@ def no_space(monkeypatch):
     [
         StoppedAfter("fine-tuning epoch 2/3"),
         pytest.param(StoppedAfter("fine-tuning: kept"), marks=pytest.mark.slow),
-        pytest.param(Damaged, marks=pytest.mark.slow),
+        pytest.param(damage, marks=pytest.mark.slow),
         pytest.param(no_space, marks=pytest.mark.slow),
     ],
 )
