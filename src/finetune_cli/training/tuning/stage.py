@@ -31,7 +31,7 @@ from finetune_cli.photos.dataset import Dataset
 from finetune_cli.progress import Observer, timed
 from finetune_cli.runs import checkpoints
 from finetune_cli.training import fit
-from finetune_cli.training.extract import Features, scratch_array
+from finetune_cli.training.extract import Features, release, scratch_array
 from finetune_cli.training.fit import Fitted, labels_of
 from finetune_cli.training.prepare import AnyBackbone, Extractor, Prepared, augmenter
 from finetune_cli.training.requirements import cache_folder
@@ -123,6 +123,7 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
     `FinetuneError` when the loss is no longer a number, `Interrupted` after a signal.
     """
     stage = _Stage(prepared, fitted, checkpoint_folder, training_id, observer)
+    release(prepared.parts["train"].array)  # of the frozen backbone, which only the fit of the head read
     frozen = stage.scored(fitted.head, prepared.parts["val"].array[:, 0])
     trained: list[_Trained] = []
     for number, trial in enumerate(stage.trials):
@@ -147,6 +148,7 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
     )
     with timed(prepared.seconds, "tuned features"):
         parts = stage.features_of(backbone)
+        release(parts["train"].array)
     l2 = winner.l2 if kept.refitted and winner.l2 is not None else fitted.l2
     ended = replace(fitted, head=kept.head, l2=l2)
     return Outcome(backbone, parts, ended, kept.training, document, history)
@@ -268,6 +270,7 @@ class _Stage:
         config, classes = self.prepared.config, self.prepared.data.classes
         shape = (len(self.train.samples), views, val_features.shape[1])
         array = model.features(train, views, scratch_array(cache_folder(config).scratch, shape))
+        release(array)
         tuned = replace(self.train, array=array)
         if config.training.solver == "lbfgs":
             return fit.lbfgs(config, tuned, classes, None, self.observer)

@@ -132,13 +132,13 @@ class Upper:
         """Features ``float32 (photos, views, D)`` of the upper part as it is now, written to `into` if it is given."""
         photos = source.shape[0]
         array = np.empty((photos, views, self.model.output_shape[-1]), np.float32) if into is None else into
-        pairs = [(photo, view) for photo in range(photos) for view in range(views)]
         # All batches are of one size, the last one filled up, because Keras builds its graph once for each size.
         rows = np.zeros((_FEATURE_BATCH, *source.shape[2:]), np.float32)
-        for start in range(0, len(pairs), _FEATURE_BATCH):
-            some = np.array(pairs[start : start + _FEATURE_BATCH], np.intp)
-            rows[: len(some)] = source.batch(some[:, 0], some[:, 1])
-            array[some[:, 0], some[:, 1]] = np.asarray(self.model.predict_on_batch(rows))[: len(some)]
+        for start in range(0, photos * views, _FEATURE_BATCH):
+            some = np.divmod(np.arange(start, min(start + _FEATURE_BATCH, photos * views)), views)
+            n = len(some[0])
+            rows[:n] = source.batch(*some)
+            array[some] = np.asarray(self.model.predict_on_batch(rows))[:n]
             signals.check()
         return array
 
