@@ -235,7 +235,8 @@ class _Stage:
         state = self._resumed(folder)
         learnt = Labelled(train, self.labels, self.weights)
         judged = Labelled(val, self.val_labels, np.ones(len(self.val_labels)))
-        with self.observer.stage(f"fine-tuning ({trial.unfreeze})", trial.epochs, "epochs") as advance:
+        name = f"fine-tuning {number + 1} of {len(self.trials)} ({trial.unfreeze} at {trial.learning_rate:g})"
+        with self.observer.stage(name, trial.epochs, "epochs") as advance:
             if state is not None:
                 advance(state.epoch)
             for each in model.train(learnt, judged, settings, state, self.observer.warn):
