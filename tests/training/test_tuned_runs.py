@@ -389,6 +389,27 @@ def test_the_frozen_model_is_kept_when_nothing_is_gained(place, frozen, tmp_path
         assert run.manifest.files[name] == frozen.manifest.files[name]
 
 
+@pytest.mark.parametrize("rates", [(1e30,), (1e30, 0.02)])
+def test_a_training_that_diverges_loses_nothing(place, frozen, tmp_path, monkeypatch, capsys, rates):
+    trials = tuple(Trial("last_stage", rate, 2) for rate in rates)
+    monkeypatch.setattr(plan, "_LISTS", ((math.inf, trials),))
+    observer = Silent()
+    run = place.train(tmp_path, *BOTH, observer=observer)
+    facts = run.manifest.fine_tuning
+    assert [each["diverged"] for each in facts["trainings"]] == [rate > 1 for rate in rates]
+    assert any("diverged" in warning and "smaller" in warning for warning in observer.warnings)
+    assert len(facts["candidates"]) == 1 + 5 * (len(rates) - 1)
+    assert ("tuning.csv" in run.manifest.files) == (len(rates) > 1)
+    if len(rates) == 1:
+        assert facts["kept"] == "frozen"
+        assert run.manifest.files["inference/model.bin"] == frozen.manifest.files["inference/model.bin"]
+    section = tuning.section(run)
+    assert section["problem"] == ""
+    assert [each["diverged"] for each in section["trainings"]] == [rate > 1 for rate in rates]
+    train_command._print_result(Console(), run)
+    assert "the training from upper_conv at 1e+30 diverged" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("overrides", [("fine_tuning.scratch_gb=0",), ("fine_tuning.unfreeze=all",)])
 def test_other_ways_to_the_activations_and_other_cuts(place, tmp_path, overrides):
     observer = Silent()

@@ -124,7 +124,7 @@ def _fit_and_finish(
         fitted = tuned.fitted
         temperature, judged = _judge(prepared, fitted.head)
         tuning = {**tuned.facts, "compared": comparison.compared(before, judged)}
-        names += comparison.write_history(folder, tuned.history, tuned.training or 0)
+        names += comparison.write_history(folder, tuned.history, tuned.training)
         names += comparison.write_flipped(folder, classes, before, judged)
     if text := _below_baseline(prepared.config, judged[-1]):
         observer.warn(text)

@@ -58,12 +58,15 @@ def _scores(judged: Judged) -> dict[str, float]:
     return {"accuracy": judged.evaluation.accuracy.value, "log_loss": judged.evaluation.log_loss}
 
 
-def write_history(folder: Path, history: Sequence[Mapping[str, float]], drawn: int) -> list[str]:
-    """Write the epochs of all trainings into `folder`, and draw those of the training of number `drawn`.
+def write_history(folder: Path, history: Sequence[Mapping[str, float]], kept: int | None) -> list[str]:
+    """Write the epochs of all trainings into `folder`, and draw those of the training `kept`, by default the first.
 
-    Returns the names of the files. Raises `StorageError`.
+    Returns the names of the files: none if every training diverged. Raises `StorageError`.
     """
+    if not history:
+        return []
     write_records(folder / HISTORY, history)
+    drawn = history[0]["training"] if kept is None else kept
     figures.curves(folder / CURVES, [row for row in history if row["training"] == drawn])
     return [HISTORY, CURVES]
 

@@ -41,7 +41,15 @@ from finetune_cli.training.tuning.candidates import Candidate, candidate
 from finetune_cli.training.tuning.cuts import Cut, cut
 from finetune_cli.training.tuning.inputs import Inputs
 from finetune_cli.training.tuning.plan import Counts, Store, Trial
-from finetune_cli.training.tuning.upper import Labelled, Upper, UpperSettings, UpperState, Weights, interpolated
+from finetune_cli.training.tuning.upper import (
+    Diverged,
+    Labelled,
+    Upper,
+    UpperSettings,
+    UpperState,
+    Weights,
+    interpolated,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,7 +70,7 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class _Trained:
-    """A finished training: the weights that it began and ended with, and what came of it.
+    """A finished training: the weights that it began and ended with, and what came of it; nothing if it diverged.
 
     `l2`: with which the head was fitted once more on its features; None if it was not.
     """
@@ -78,7 +86,7 @@ class _Trained:
     @property
     def best(self) -> float:
         """The lowest validation log loss of the models whose head was not fitted again."""
-        return min(each.log_loss for each in self.candidates if not each.refitted)
+        return min((each.log_loss for each in self.candidates if not each.refitted), default=math.inf)
 
 
 def checked(config: Config) -> Callable[[Dataset, AnyBackbone], None]:
@@ -120,7 +128,7 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
     `training_id`: what only the checkpoints of this training share. After a kill it resumes from those, to the same
     bits.
     Raises `ConfigError` for a layer that cannot be cut at, `StorageError` when the scratch files have no room,
-    `FinetuneError` when the loss is no longer a number, `Interrupted` after a signal.
+    `Interrupted` after a signal.
     """
     stage = _Stage(prepared, fitted, checkpoint_folder, training_id, observer)
     release(prepared.parts["train"].array)  # of the frozen backbone, which only the fit of the head read
@@ -194,8 +202,15 @@ class _Stage:
         train, val = found.train, found.val
         model = inputs.upper(part, self.fitted.head, self.prepared.device)
         start = model.weights()
-        with timed(self.prepared.seconds, "fine-tuning"):
-            state = self._trained(number, trial, model, train, val)
+        facts = self._facts(trial, part, store, start)
+        try:
+            with timed(self.prepared.seconds, "fine-tuning"):
+                state = self._trained(number, trial, model, train, val)
+        except Diverged as exc:
+            self.observer.warn(f"{exc.problem}; nothing of this training is kept: {exc.remedy}")
+            model.assign(start)
+            return _Trained(model, start, start, None, (), (), {**facts, "diverged": True})
+        facts["batch_size"] = int(state.history[-1]["batch_size"])
         scored = []
         for share in (*candidates.SHARES, 1.0):
             model.assign(interpolated(start, state.weights, share))
@@ -209,7 +224,6 @@ class _Stage:
             l2 = again.l2
         model.assign(start)
         rows = tuple({"training": number, **row} for row in state.history)
-        facts = self._facts(trial, part, store, start, state)
         return _Trained(model, start, state.weights, l2, tuple(scored), rows, facts)
 
     def _inputs_at(self, part: Cut, store: Store) -> Inputs:
@@ -280,9 +294,7 @@ class _Stage:
         *_, state = fit_epochs(fit.head_data(config, tuned, classes), val, fit.keras_settings(config, l2))
         return Fitted(state.best, l2, state.history)
 
-    def _facts(
-        self, trial: Trial, part: Cut, store: Store, weights: Sequence[NDArray[Any]], state: UpperState
-    ) -> dict[str, Any]:
+    def _facts(self, trial: Trial, part: Cut, store: Store, weights: Sequence[NDArray[Any]]) -> dict[str, Any]:
         return {
             "unfreeze": trial.unfreeze,
             "last_frozen": part.below,
@@ -291,11 +303,12 @@ class _Stage:
             "weights": sum(int(array.size) for array in weights),
             "learning_rate": trial.learning_rate,
             "epochs": trial.epochs,
-            "batch_size": int(state.history[-1]["batch_size"]),
+            "batch_size": self.section.batch_size,
             "policy": self.policy,
             "views": store.views,
             "storage": store.storage,
             "scratch_bytes": store.bytes,
+            "diverged": False,
         }
 
     def features_of(self, backbone: Backbone) -> dict[str, Features]:

@@ -91,6 +91,10 @@ class Labelled:
     weights: Floats
 
 
+class Diverged(FinetuneError):
+    """The loss of a training is no longer a number."""
+
+
 class Upper:
     """The upper part with a head on it; its layers are those of the backbone, which changes with it.
 
@@ -157,8 +161,8 @@ class Upper:
         smoothing. When a batch does not fit in the memory of a GPU, the epoch begins again with half of it, and `warn`
         is told.
 
-        Raises `FinetuneError` when the loss is no longer finite, or when not even one photo fits, `Interrupted` after
-        a batch in which a signal came.
+        Raises `Diverged` when the loss is no longer finite, `FinetuneError` when not even one photo fits, `Interrupted`
+        after a batch in which a signal came.
         """
         state, start = resume, self.weights()
         batch = settings.batch_size if state is None else int(state.history[-1]["batch_size"])
@@ -222,7 +226,7 @@ class Upper:
                 row = {"epoch": epoch + 1, "loss": loss, "accuracy": accuracy, **self._validate(val)}
                 row |= {"batch_size": settings.batch_size, "seconds": round(time.perf_counter() - began, 3)}
                 if not math.isfinite(row["loss"] + row["val_loss"]):
-                    raise FinetuneError(
+                    raise Diverged(
                         f"fine-tuning diverged: the loss is no longer a number after epoch {epoch + 1}",
                         f"choose a smaller fine_tuning.learning_rate than {settings.learning_rate:g}",
                     )
