@@ -210,7 +210,7 @@ class _Stage:
             self.observer.warn(f"{exc.problem}; nothing of this training is kept: {exc.remedy}")
             model.assign(start)
             return _Trained(model, start, start, None, (), (), {**facts, "diverged": True})
-        facts["batch_size"] = int(state.history[-1]["batch_size"])
+        facts["batch_size"] = state.batch_size
         scored = []
         for share in (*candidates.SHARES, 1.0):
             model.assign(interpolated(start, state.weights, share))

@@ -58,13 +58,15 @@ class UpperSettings:
 class UpperState:
     """Everything that the next epoch depends on, after `epoch` completed epochs.
 
-    weights: those that learn, the upper part's first, then the head's kernel and bias; optimizer: Keras's variables.
-    A row of `history` has epoch, loss, accuracy, val_loss, val_accuracy, batch_size and seconds.
+    weights: those that learn, the upper part's first, then the head's kernel and bias; optimizer: Keras's variables;
+    batch_size: that of the last epoch, less than the one that was asked for if that did not fit in memory. A row of
+    `history` has epoch, loss, accuracy, val_loss, val_accuracy, batch_size and seconds.
     """
 
     epoch: int
     weights: Weights
     optimizer: Weights
+    batch_size: int
     history: tuple[dict[str, float], ...]
 
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -79,7 +81,7 @@ class UpperState:
         def those(prefix: str) -> Weights:
             return tuple(arrays[name] for name in sorted(arrays) if name.startswith(prefix))
 
-        return cls(epoch, those("weights/"), those("optimizer/"), tuple(history))
+        return cls(epoch, those("weights/"), those("optimizer/"), int(history[-1]["batch_size"]), tuple(history))
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +106,7 @@ class Upper:
 
     def __init__(self, model: Any, head: Head, learning: Sequence[Any] | None = None) -> None:
         self._keras = import_keras()
+        self._at_once = _FEATURE_BATCH
         self.model = model
         for layer in model.layers:
             layer.trainable = False
@@ -137,9 +140,9 @@ class Upper:
         photos = source.shape[0]
         array = np.empty((photos, views, self.model.output_shape[-1]), np.float32) if into is None else into
         # All batches are of one size, the last one filled up, because Keras builds its graph once for each size.
-        rows = np.zeros((_FEATURE_BATCH, *source.shape[2:]), np.float32)
-        for start in range(0, photos * views, _FEATURE_BATCH):
-            some = np.divmod(np.arange(start, min(start + _FEATURE_BATCH, photos * views)), views)
+        rows = np.zeros((self._at_once, *source.shape[2:]), np.float32)
+        for start in range(0, photos * views, self._at_once):
+            some = np.divmod(np.arange(start, min(start + self._at_once, photos * views)), views)
             n = len(some[0])
             rows[:n] = source.batch(*some)
             array[some] = np.asarray(self.model.predict_on_batch(rows))[:n]
@@ -165,7 +168,7 @@ class Upper:
         after a batch in which a signal came.
         """
         state, start = resume, self.weights()
-        batch = settings.batch_size if state is None else int(state.history[-1]["batch_size"])
+        batch = settings.batch_size if state is None else state.batch_size
         while True:
             try:
                 for each in self._epochs(train, val, replace(settings, batch_size=batch), state):
@@ -190,6 +193,7 @@ class Upper:
         self, train: Labelled, val: Labelled, settings: UpperSettings, state: UpperState | None
     ) -> Iterator[UpperState]:
         """The rest of a training, in batches of one size."""
+        self._at_once = min(_FEATURE_BATCH, settings.batch_size)
         photos, views = train.source.shape[:2]
         steps = math.ceil(photos / settings.batch_size)
         # Of one size, see `features`; some photos come twice in an epoch, but never in one batch.
@@ -200,7 +204,7 @@ class Upper:
                 self.assign(state.weights)
                 for variable, value in zip(optimizer.variables, state.optimizer, strict=True):
                     variable.assign(value)
-                if state.history[-1]["batch_size"] != settings.batch_size:
+                if state.batch_size != settings.batch_size:
                     optimizer.iterations.assign(state.epoch * steps)  # where the learning rate is as far as the epochs
         targets = np.eye(self._dense.units, dtype=np.float32)
         # With weights of mean 1 and batches of one size, the mean of the batches is the loss.
@@ -231,9 +235,8 @@ class Upper:
                         f"choose a smaller fine_tuning.learning_rate than {settings.learning_rate:g}",
                     )
                 history = (*(state.history if state is not None else ()), row)
-                state = UpperState(
-                    epoch + 1, self.weights(), tuple(np.array(variable) for variable in optimizer.variables), history
-                )
+                variables = tuple(np.array(variable) for variable in optimizer.variables)
+                state = UpperState(epoch + 1, self.weights(), variables, settings.batch_size, history)
             yield state
 
     def _compile(self, settings: UpperSettings, steps: int) -> Any:
@@ -259,7 +262,6 @@ class Upper:
             weighted_metrics=None,
             metrics=["accuracy"],
             jit_compile=False,
-            auto_scale_loss=False,
         )
         return optimizer
 
