@@ -2,8 +2,8 @@
 
     python benchmarks/finetuning_memory.py [last_stage|last_two_stages|all]
 
-Some steps of the upper part, on a scratch file of as many views as fit in 10 GB, and the fit of the head on the
-features of all views.
+Some steps of the upper part, on a scratch file of as many views as fit in 10 GB, and the fit of the head on as many
+views as it is fitted on again.
 """
 
 import math
@@ -55,7 +55,8 @@ def main(unfreeze: str) -> None:
     labels = rng.integers(0, CLASSES, PHOTOS)
     backbone = build.build("efficientnet_lite0", None, 224, 0)
     part = cut(backbone.model, unfreeze)
-    store = plan.store(part, 1, "cpu", plan.Counts(PHOTOS, VIEWS, 1), LIMIT)
+    counts = plan.Counts(PHOTOS, VIEWS, 1)
+    store = plan.store(part, 1, "cpu", counts, LIMIT)
     head = Head(np.zeros((backbone.width, CLASSES), np.float32), np.zeros(CLASSES, np.float32))
     with tempfile.TemporaryDirectory() as folder:
         kind = np.float16 if store.storage == "float16" else np.uint8
@@ -66,13 +67,14 @@ def main(unfreeze: str) -> None:
         except Enough:
             size = math.prod((PHOTOS, store.views, *part.shape)) * np.dtype(kind).itemsize
             report(f"{STEPS} steps above {part.below}, {store.views} views in {size / 1e9:.1f} GB")
-        array = scratch_array(Path(folder), (PHOTOS, VIEWS, backbone.width))
+        views = plan.views_again(store, counts)
+        array = scratch_array(Path(folder), (PHOTOS, views, backbone.width))
         for start in range(0, PHOTOS, 100):
             some = slice(start, start + 100)
-            array[some] = rng.normal(size=(100, VIEWS, backbone.width)) + labels[some, None, None]
+            array[some] = rng.normal(size=(100, views, backbone.width)) + labels[some, None, None]
         release(array)
-        fit_lbfgs(HeadData.of(array, labels, CLASSES).rows(), 0.1)
-        report("the fit of the head")
+        fit_lbfgs(HeadData.of(array, labels, CLASSES).rows(), 10.0)
+        report(f"the fit of the head on {views} views")
 
 
 if __name__ == "__main__":

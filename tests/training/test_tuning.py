@@ -502,6 +502,14 @@ def test_activations_are_stored_within_the_limit(limit, storage, views, size):
     assert (found.storage, found.views, found.bytes) == (storage, views, size)
 
 
+@pytest.mark.parametrize(
+    ("stored", "photos", "views", "expected"),
+    [(8, 269, 8, 8), (2, 269, 8, 2), (20, 269, 8, 8), (7, 30_000, 8, 3), (1, 500_000, 1, 1)],
+)
+def test_the_head_is_fitted_again_on_no_more_rows_than_needed(stored, photos, views, expected):
+    assert plan.views_again(plan.Store("float16", stored, 0), Counts(photos, views, 1)) == expected
+
+
 def test_pixels_are_stored_as_they_are():
     assert plan.store(cut(network(), "all"), 20, "cpu", Counts(10, 2, 1), 10**9).storage == "uint8"
 

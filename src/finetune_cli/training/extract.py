@@ -127,6 +127,7 @@ def extract(
                 if len(waiting) >= _STORE_ROWS:
                     store.put(waiting)
                     waiting = []
+                    release(array)
         finally:  # an interrupted pass resumes where it stopped
             store.put(waiting)
     computed -= sum(len(missing[i]) for i in bad)
@@ -156,6 +157,7 @@ def _from_store(
                 array[i, view] = row
             else:
                 missing.setdefault(i, []).append(view)
+        release(array)
         advance(sum(i not in missing for i in block))
     return missing
 

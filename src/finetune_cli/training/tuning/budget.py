@@ -198,7 +198,7 @@ class _Meter:
                 trial.epochs * epoch,
                 3 * 3 * 4 * found.weights,  # weights and both moments of AdamW in up to three checkpoints
             )
-            again = counts.photos * min(store.views, counts.views)
+            again = counts.photos * plan.views_again(store, counts)
             yield Row("head again", counts.photos, again, again * found.a_photo / (_FORWARD_AND_BACK + 1), 0)
 
 

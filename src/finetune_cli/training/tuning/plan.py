@@ -15,6 +15,7 @@ from finetune_cli.training.tuning.cuts import LAST_STAGE, Cut
 # part runs again for every batch. none: there are no activations, because the photos themselves go in.
 Storage = Literal["float16", "uint8", "recomputed", "none"]
 
+_MOST_ROWS = 100_000  # whose features are half a gigabyte in memory, for 1,280 numbers a row
 _VALIDATION_ITEM = 4  # bytes: what decides is computed in float32
 
 
@@ -64,6 +65,11 @@ def trials(section: FineTuningConfig, photos: int) -> tuple[Trial, ...]:
         found.setdefault((unfreeze, rate), Trial(unfreeze, rate, epochs))
     # A cut that was chosen is trained once, as the first of the list is.
     return tuple(found.values()) if section.unfreeze == "auto" else (next(iter(found.values())),)
+
+
+def views_again(store: Store, counts: Counts) -> int:
+    """On how many views a photo the head is fitted again: all, unless that makes more than `_MOST_ROWS`."""
+    return max(1, min(store.views, counts.views, _MOST_ROWS // counts.photos))
 
 
 def limit(section: FineTuningConfig) -> int:

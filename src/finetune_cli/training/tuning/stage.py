@@ -219,7 +219,7 @@ class _Stage:
         l2: float | None = None
         if min(each.log_loss for each in scored) < min(before, default=math.inf):
             with timed(self.prepared.seconds, "head again"):
-                again = self._head_again(model, train, min(store.views, self.counts.views), features)
+                again = self._head_again(model, train, plan.views_again(store, self.counts), features)
             scored.append(self.scored(again.head, features, number, 1.0, refitted=True))
             l2 = again.l2
         model.assign(start)
