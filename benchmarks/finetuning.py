@@ -1,11 +1,12 @@
 """Compares fine-tuning with the frozen backbone and with the textbook; prints the table of docs/training.md.
 
-    python benchmarks/finetuning.py PHOTOS RESULTS.jsonl [--seeds N] [--sets NAME,...] [--ways NAME,...]
+    python benchmarks/finetuning.py PHOTOS RESULTS.jsonl [--seeds N] [--sets NAME,...] [--ways NAME;...]
 
 PHOTOS is a folder with `hymenoptera/{train,val}`, `scenes/{train,test}` and `digits/{train,test}`. Every way is a
 process of its own, from JPEG files to a saved model, with an empty feature cache; its accuracy and log loss are those
 of the test photos, which it has not seen. Results are appended to RESULTS.jsonl, and what is there already is not
-measured again; the table is made of all of it. The textbook: a head for 10 epochs, then everything above
+measured again; the table is made of all of it. `cpu` are the core-seconds of a process, which other programs disturb
+less than `seconds`; `memory` is the most that it had at once. The textbook: a head for 10 epochs, then everything above
 `block10_add` but BatchNorm unfrozen, `ImageDataGenerator` and `fit` through the whole network, Adam, 20 epochs.
 """
 
@@ -30,7 +31,8 @@ WAYS = {
     "auto": {"fine_tuning": "auto"},
     "auto, 4 views": {"fine_tuning": "auto", "views": 4},
     "auto, 16 views": {"fine_tuning": "auto", "views": 16},
-    "last_stage, 3e-4": {"fine_tuning": {"unfreeze": "last_stage", "learning_rate": 3e-4}},
+    "last_stage": {"fine_tuning": {"unfreeze": "last_stage"}},
+    "last_stage, 10 epochs": {"fine_tuning": {"unfreeze": "last_stage", "epochs": 10}},
     "last_two_stages": {"fine_tuning": {"unfreeze": "last_two_stages"}},
     "textbook, 1e-5": {"rate": 1e-5},
     "textbook, 1e-4": {"rate": 1e-4},
@@ -69,8 +71,8 @@ def measured(photos: Path, name: str, way: str, seed: int) -> dict[str, object]:
         started = time.perf_counter()
         if "rate" in recipe:
             words = [__file__, "--textbook", train, test, recipe["rate"], seed, json.dumps(AUGMENTATION[name])]
-            last = run([sys.executable, *map(str, words)]).splitlines()[-1]
-            return {**json.loads(last), "seconds": time.perf_counter() - started, "kept": "tuned"}
+            output, used = run([sys.executable, *map(str, words)])
+            return {**json.loads(output.splitlines()[-1]), "seconds": time.perf_counter() - started, **used}
         config = {
             "data": {"train": str(train), "test": str(test), "on_bad_image": "skip"},
             "model": {"backbone": "efficientnet_lite0"},
@@ -84,7 +86,7 @@ def measured(photos: Path, name: str, way: str, seed: int) -> dict[str, object]:
             config["data"]["group_regex"] = "p[0-9]+"  # a person is not in training and in validation
         path = Path(folder, "x.yaml")
         path.write_text(json.dumps(config))
-        run([sys.executable, "-m", "finetune_cli", "train", "--quiet", str(path)])
+        _, used = run([sys.executable, "-m", "finetune_cli", "train", "--quiet", str(path)])
         seconds = time.perf_counter() - started
         manifest = json.loads(Path(folder, "runs", "run", "run.json").read_text())
     facts = manifest.get("fine_tuning")
@@ -92,13 +94,35 @@ def measured(photos: Path, name: str, way: str, seed: int) -> dict[str, object]:
         "accuracy": manifest["metrics"]["test"]["accuracy"],
         "log_loss": manifest["metrics"]["test"]["log_loss"],
         "seconds": seconds,
-        "kept": facts["kept"] if facts else "frozen",
-        "p_value": facts["compared"]["test"]["p_value"] if facts else None,
+        **used,
+        **(found_by(facts) if facts else {}),
+        "stages": manifest["seconds"],
     }
 
 
-def run(command: list[str]) -> str:
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ).stdout
+def found_by(facts: dict) -> dict[str, object]:
+    """What a fine-tuning tried and kept, and what the frozen model of the same run has on the test photos."""
+    compared = facts["compared"]["test"]
+    (kept,) = [each for each in facts["candidates"] if each["kept"]]
+    return {
+        "kept": kept["name"],
+        "training": kept["training"],
+        "frozen": compared["frozen"],
+        "only_frozen_right": compared["only_frozen_right"],
+        "only_kept_right": compared["only_kept_right"],
+        "p_value": compared["p_value"],
+    }
+
+
+def run(command: list[str]) -> tuple[str, dict[str, float]]:
+    """The output of a command; its core-seconds, and the most megabytes that it had at once."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ)
+    output = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{command} ended with code {process.returncode}")
+    return output, {"cpu": usage.ru_utime + usage.ru_stime, "memory": usage.ru_maxrss / 1024}
 
 
 def table(results: list[dict]) -> None:
@@ -113,10 +137,11 @@ def table(results: list[dict]) -> None:
                 continue
             accuracies = [r["accuracy"] for r in rows]
             spread = f" ({min(accuracies):.1%} to {max(accuracies):.1%})" if len(rows) > 1 else ""
-            loss, seconds = np.mean([r["log_loss"] for r in rows]), np.median([r["seconds"] for r in rows])
-            kept = sum(r["kept"] == "frozen" for r in rows)
-            note = f", frozen kept {kept} of {len(rows)}" if "auto" in way or "last" in way else ""
-            cells.append(f"{np.mean(accuracies):.1%}{spread} / {loss:.3f} / {seconds:.0f} s{note}")
+            loss = np.mean([r["log_loss"] for r in rows])
+            seconds, cpu = (np.median([r[name] for r in rows]) for name in ("seconds", "cpu"))
+            kept = sum(r.get("kept") == "frozen" for r in rows)
+            note = f", frozen kept {kept} of {len(rows)}" if "kept" in rows[0] else ""
+            cells.append(f"{np.mean(accuracies):.1%}{spread} / {loss:.3f} / {seconds:.0f} s, {cpu:.0f} of CPU{note}")
         if any(cell != "not measured" for cell in cells):
             print(f"| {way} | " + " | ".join(cells) + " |")
 

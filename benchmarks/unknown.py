@@ -104,7 +104,7 @@ def load_pictures(folder: Path, photos: Path) -> np.ndarray:
     found = []
     for path in iter_photos([folder]):
         try:
-            found.append(extractor._runtime("float32").infer(decode(path, settings.image)[None])[0])
+            found.append(extractor.runtime("float32").infer(decode(path, settings.image)[None])[0])
         except BadImage:
             continue
     return np.array(found)

@@ -5,3 +5,5 @@ from typing import Literal
 Device = Literal["cpu", "gpu"]
 # mixed: bfloat16 or float16 for most of the work, float32 where it matters (Keras on a GPU).
 Precision = Literal["float32", "bfloat16", "mixed"]
+# Keras's names of the types in which the steps of a training compute. The weights are float32 in all of them.
+TrainingPolicy = Literal["float32", "mixed_bfloat16", "mixed_float16"]

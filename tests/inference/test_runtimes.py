@@ -121,6 +121,24 @@ def test_precision_follows_the_config(monkeypatch):
     assert runtimes.training_precision("cpu", "auto") in {"float32", "bfloat16"}
 
 
+@pytest.mark.parametrize(
+    ("details", "policy"),
+    [
+        ({"compute_capability": (9, 0)}, "mixed_bfloat16"),
+        ({"compute_capability": (7, 5)}, "mixed_float16"),
+        ({}, "mixed_float16"),
+    ],
+)
+def test_a_gpu_trains_in_the_types_that_it_has(monkeypatch, details, policy):
+    import tensorflow as tf
+
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda _kind: ["a GPU"])
+    monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda _gpu: details)
+    assert runtimes.training_policy("gpu", "mixed") == policy
+    assert runtimes.training_policy("gpu", "float32") == "float32"
+    assert runtimes.training_policy("cpu", "bfloat16") == "float32"
+
+
 def test_a_gpu_that_is_not_there_is_an_error():
     import tensorflow as tf
 

@@ -1,8 +1,10 @@
 """The feature pass: every view once, through the cache, in order, whatever is missing, bad or changed."""
 
 import hashlib
+import resource
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,3 +270,17 @@ def test_the_scratch_file_has_no_name(tmp_path):
     assert not array.any()
     array[1, 2] = 7
     assert array.sum() == 7
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux tells the memory of a process this way")
+def test_released_memory_is_given_back_and_no_number_lost(tmp_path):
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    array = features.scratch_array(tmp_path, (20_000, 1_000))
+    array[:] = np.arange(20_000)[:, None]
+    before = resident()
+    features.release(array)
+    assert resident() < before - 70_000_000
+    np.testing.assert_array_equal(array[:, 500], np.arange(20_000))
+    features.release(np.zeros(3, np.float32))  # nothing to give back

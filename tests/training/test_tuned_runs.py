@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import errno
 import json
+import math
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ from finetune_cli.errors import ConfigError, Interrupted, RunError, StorageError
 from finetune_cli.evaluation import evaluate as command_evaluate
 from finetune_cli.evaluation import explain as command_explain
 from finetune_cli.inference import predict as command_predict
+from finetune_cli.inference import runtimes
 from finetune_cli.inference.predictor import RunPredictor
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.progress import Silent
@@ -36,7 +38,9 @@ from finetune_cli.runs import manifest
 from finetune_cli.runs.run import Run
 from finetune_cli.training import pipeline as command_train
 from finetune_cli.training.settings import wanted_backbone
-from finetune_cli.training.tuning import budget, comparison
+from finetune_cli.training.tuning import budget, comparison, plan
+from finetune_cli.training.tuning.activations import ScratchFile
+from finetune_cli.training.tuning.plan import Trial
 
 CLASSES = ("ant", "bee", "wasp")
 EPOCHS = 8
@@ -224,6 +228,131 @@ def test_a_resumed_run_ends_with_the_same_bits(place, tuned, tmp_path, moment):
     assert not (folder / "checkpoints").exists()
 
 
+SEVERAL = (Trial("last_stage", 0.02, EPOCHS), Trial("all", 0.002, 3))
+
+
+@pytest.fixture(scope="module")
+def several(place, tmp_path_factory):
+    """A run that tries two cuts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "_LISTS", ((math.inf, SEVERAL),))
+        return place.train(tmp_path_factory.mktemp("several"), *BOTH)
+
+
+BOTH = ("fine_tuning.epochs=auto", "fine_tuning.learning_rate=auto")
+
+
+def test_several_trainings_are_tried_and_the_best_is_kept(several, capsys):
+    facts = several.manifest.fine_tuning
+    assert [(each["unfreeze"], each["learning_rate"], each["epochs"]) for each in facts["trainings"]] == [
+        ("last_stage", 0.02, EPOCHS), ("all", 0.002, 3),
+    ]  # fmt: skip
+    numbers = [each["training"] for each in facts["candidates"]]
+    assert numbers[:6] == [None, 0, 0, 0, 0, 0]
+    own = {
+        number: min(
+            c["log_loss"] for c in facts["candidates"] if c["training"] == number and c["head"] != "fitted again"
+        )
+        for number in (0, 1)
+    }
+    assert numbers[6:] == [1] * (5 if own[1] < own[0] else 4)
+    (kept,) = [each for each in facts["candidates"] if each["kept"]]
+    # What was measured of the model that is saved is what was measured of the candidate.
+    found = several.manifest.metrics["val"]
+    assert found.accuracy == kept["accuracy"]
+    assert found.document["log_loss"] == pytest.approx(kept["log_loss"], rel=1e-3)
+    assert [(row["training"], row["epoch"]) for row in rows(several, "tuning.csv")] == [
+        *(("0", str(i + 1)) for i in range(EPOCHS)), *(("1", str(i + 1)) for i in range(3)),
+    ]  # fmt: skip
+    train_command._print_result(Console(), several)
+    text = capsys.readouterr().out
+    for rate in ("0.02", "0.002"):
+        assert sum(f" {rate} " in line for line in text.splitlines()) >= 4
+    section = tuning.section(several)
+    assert [each["rate"] for each in section["trainings"]] == ["0.02", "0.002"]
+    assert {each["rate"] for each in section["candidates"]} == {"", "0.02", "0.002"}
+
+
+def damage(monkeypatch):
+    """The scratch file of the second training is cut short while that is read."""
+    batch = ScratchFile.batch
+
+    def damaged(file, photos, views):
+        if file.shape[2:] == (64, 64, 3):
+            os.ftruncate(file._file.fileno(), 100)
+        return batch(file, photos, views)
+
+    monkeypatch.setattr(ScratchFile, "batch", damaged)
+
+
+def no_space(monkeypatch):
+    """No disk space for the scratch file of the second training."""
+    reserve = os.posix_fallocate
+
+    def full(descriptor: int, offset: int, size: int) -> None:
+        if size == 64 * 64 * 3 * 2 * 49:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(descriptor, offset, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        StoppedAfter("fine-tuning epoch 2/3"),
+        pytest.param(StoppedAfter("fine-tuning: kept"), marks=pytest.mark.slow),
+        pytest.param(damage, marks=pytest.mark.slow),
+        pytest.param(no_space, marks=pytest.mark.slow),
+    ],
+)
+def test_a_fault_in_the_second_training_costs_no_bit(place, several, tmp_path, monkeypatch, fault):
+    monkeypatch.setattr(plan, "_LISTS", ((math.inf, SEVERAL),))
+    with monkeypatch.context() as patch:
+        if isinstance(fault, StoppedAfter):
+            observer: Silent = fault
+        else:
+            observer = Silent()
+            fault(patch)
+        with pytest.raises((Interrupted, StorageError)):
+            place.train(tmp_path, *BOTH, observer=observer)
+    folder = tmp_path / "runs" / "photos-1"
+    observer = Silent()
+    again = command_train.resume(folder, load_config(folder / "config.yaml"), observer)
+    assert f"fine-tuning: resuming after epoch {EPOCHS}" in observer.notes
+    for name in ("inference/model.bin", "predictions.csv", "flipped.csv"):
+        assert again.manifest.files[name] == several.manifest.files[name], name
+    assert without_seconds(rows(again, "tuning.csv")) == without_seconds(rows(several, "tuning.csv"))
+
+
+def test_the_way_of_a_gpu(place, tmp_path, monkeypatch):
+    """The same code as on a GPU, whose memory does not hold a batch; TensorFlow runs it on the CPU."""
+    import tensorflow as tf
+
+    keras = import_keras()
+    step = keras.Model.train_on_batch
+
+    def limited(model, photos, *arguments):
+        if len(photos) > 5:
+            raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+        return step(model, photos, *arguments)
+
+    monkeypatch.setattr(keras.Model, "train_on_batch", limited)
+    monkeypatch.setattr(runtimes, "choose_device", lambda _wanted: "gpu")
+    monkeypatch.setattr(runtimes, "training_policy", lambda *_: "mixed_bfloat16")
+    observer = Silent()
+    run = place.train(tmp_path, "fine_tuning.epochs=3", observer=observer)
+    (training,) = run.manifest.fine_tuning["trainings"]
+    assert {key: training[key] for key in ("storage", "views", "scratch_bytes", "batch_size", "policy")} == {
+        "storage": "none", "views": 3, "scratch_bytes": 0, "batch_size": 4, "policy": "mixed_bfloat16",
+    }  # fmt: skip
+    assert any("going on with batches of 4" in warning for warning in observer.warnings)
+    assert not any("scratch_gb" in warning for warning in observer.warnings)
+    assert run.manifest.parity.openvino_against_measured < 1e-4
+    history = rows(run, "tuning.csv")
+    assert float(history[-1]["loss"]) < float(history[0]["loss"])
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_a_foreign_one_refused(place, tuned, tmp_path):
     with pytest.raises(Interrupted):
         place.train(tmp_path, observer=StoppedAfter("fine-tuning epoch 3/"))
@@ -259,6 +388,27 @@ def test_the_frozen_model_is_kept_when_nothing_is_gained(place, frozen, tmp_path
     assert run.manifest.backbone == frozen.manifest.backbone
     for name in ("inference/model.bin", "predictions.csv"):
         assert run.manifest.files[name] == frozen.manifest.files[name]
+
+
+@pytest.mark.parametrize("rates", [(1e30,), (1e30, 0.02)])
+def test_a_training_that_diverges_loses_nothing(place, frozen, tmp_path, monkeypatch, capsys, rates):
+    trials = tuple(Trial("last_stage", rate, 2) for rate in rates)
+    monkeypatch.setattr(plan, "_LISTS", ((math.inf, trials),))
+    observer = Silent()
+    run = place.train(tmp_path, *BOTH, observer=observer)
+    facts = run.manifest.fine_tuning
+    assert [each["diverged"] for each in facts["trainings"]] == [rate > 1 for rate in rates]
+    assert any("diverged" in warning and "smaller" in warning for warning in observer.warnings)
+    assert len(facts["candidates"]) == 1 + 5 * (len(rates) - 1)
+    assert ("tuning.csv" in run.manifest.files) == (len(rates) > 1)
+    if len(rates) == 1:
+        assert facts["kept"] == "frozen"
+        assert run.manifest.files["inference/model.bin"] == frozen.manifest.files["inference/model.bin"]
+    section = tuning.section(run)
+    assert section["problem"] == ""
+    assert [each["diverged"] for each in section["trainings"]] == [rate > 1 for rate in rates]
+    train_command._print_result(Console(), run)
+    assert "the training from upper_conv at 1e+30 diverged" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -386,12 +536,12 @@ def test_a_frozen_run_estimates_what_fine_tuning_would_take(place, tuned, tmp_pa
 
 
 def test_the_estimate_is_what_the_passes_and_the_epochs_take(place, frozen, tmp_path):
-    """49 photos: activations and head again, and the tuned features, of 2 views each; 20 epochs of the upper part."""
+    """49 photos: activations and head again, and the tuned features, of 2 views each; 26 epochs of the upper part."""
     loaded = place.config(tmp_path, "fine_tuning=null")
     backbone = build.build(wanted_backbone(loaded))
     upper = 8 * 8 * (3 * 3 * 12 * 12 + 12 * 2)
     share = upper / (upper + 16 * 16 * 5 * 5 * 3 * 12)
-    assert budget.rough_seconds(backbone, 49, 2, 0.01) == pytest.approx(49 * 0.01 * (4 + 20 * 3 * share))
+    assert budget.rough_seconds(backbone, 49, 2, 0.01) == pytest.approx(49 * 0.01 * (4 + 26 * 4 * share))
 
 
 def test_the_report_has_a_section_on_it(tuned, frozen, tmp_path):

@@ -21,6 +21,7 @@ from finetune_cli.training.extract import FeatureRequest
 from finetune_cli.training.tuning import activations, candidates, plan
 from finetune_cli.training.tuning.activations import Lower, Pixels, Recomputed, Scratch, ScratchFile
 from finetune_cli.training.tuning.cuts import cut
+from finetune_cli.training.tuning.plan import Counts
 from finetune_cli.training.tuning.upper import Labelled, Upper, UpperSettings, UpperState, interpolated
 
 SIZE = 32
@@ -251,17 +252,125 @@ def test_training_changes_the_upper_weights_and_no_statistics(material):
     assert history[-1]["val_accuracy"] == pytest.approx((logits.argmax(axis=1) == val.labels).mean())
 
 
-def test_a_resumed_training_ends_with_the_same_bits(material):
+@pytest.fixture(scope="module")
+def whole(material):
+    """The states of a training that nothing interrupts."""
+    return list(begin()[1].train(*material, settings()))
+
+
+def test_a_resumed_training_ends_with_the_same_bits(material, whole):
     train, val = material
-    whole = list(begin()[1].train(train, val, settings()))
     half = whole[1]
     stored = UpperState.restore(half.epoch, half.arrays(), list(half.history))
     resumed = list(begin()[1].train(train, val, settings(), stored))
     assert [state.epoch for state in resumed] == [3, 4]
     for name, value in whole[-1].arrays().items():
         np.testing.assert_array_equal(resumed[-1].arrays()[name], value)
-    other = list(begin()[1].train(train, val, settings(seed=1)))
-    assert not np.array_equal(other[-1].weights[0], whole[-1].weights[0])
+    other = next(begin()[1].train(train, val, settings(seed=1)))
+    assert not np.array_equal(other.weights[0], whole[0].weights[0])
+
+
+def no_room_for(upper, most, after=0):
+    """Let the steps of `upper` raise what TensorFlow raises, for batches of more than `most` after so many steps."""
+    import tensorflow as tf
+
+    step, taken = upper._classifier.train_on_batch, []
+
+    def limited(rows, *arguments):
+        if len(rows) > most and len(taken) >= after:
+            raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+        taken.append(len(rows))
+        return step(rows, *arguments)
+
+    upper._classifier.train_on_batch = limited
+
+
+def test_a_batch_that_does_not_fit_is_halved(material):
+    train, val = material
+    upper, warnings = begin()[1], []
+    no_room_for(upper, 2)
+    *_, last = upper.train(train, val, settings(epochs=1), warn=warnings.append)
+    assert warnings == [
+        "8 photos at once do not fit in the memory; going on with batches of 4",
+        "4 photos at once do not fit in the memory; going on with batches of 2",
+    ]
+    *_, small = begin()[1].train(train, val, settings(epochs=1, batch_size=2))
+    for name, value in small.arrays().items():
+        np.testing.assert_array_equal(last.arrays()[name], value)
+
+
+def test_a_batch_that_no_longer_fits_is_halved_from_that_epoch_on_and_resumed_so(material, whole):
+    train, val = material
+    upper = begin()[1]
+    no_room_for(upper, 4, after=4)  # the second step of the second epoch
+    halved = list(upper.train(train, val, settings()))
+    assert [row["batch_size"] for row in halved[-1].history] == [8, 4, 4, 4]
+    np.testing.assert_array_equal(halved[0].weights[0], whole[0].weights[0])
+    *_, resumed = begin()[1].train(train, val, settings(), halved[1])
+    for name, value in halved[-1].arrays().items():
+        np.testing.assert_array_equal(resumed.arrays()[name], value)
+
+
+def test_a_photo_that_does_not_fit_is_an_error(material):
+    upper = begin()[1]
+    no_room_for(upper, 0)
+    with pytest.raises(FinetuneError, match="not even one photo fits in the memory") as caught:
+        list(upper.train(*material, settings()))
+    assert "image.size" in caught.value.remedy
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_is_for_the_steps_alone(material, whole, policy):
+    train, val = material
+    model, upper = begin()
+    states = list(upper.train(train, val, settings(policy=policy)))
+    last, exact = states[-1], whole[-1]
+    assert {array.dtype for array in last.weights} == {np.dtype(np.float32)}
+    assert last.history[-1]["loss"] != exact.history[-1]["loss"]
+    assert last.history[-1]["loss"] == pytest.approx(exact.history[-1]["loss"], rel=0.1)
+    assert {layer.dtype_policy.name for layer in model.layers} == {"float32"}
+    measured = np.asarray(upper.model(val.source.array[:, 0], training=False))
+    np.testing.assert_allclose(upper.features(val.source, 1)[:, 0], measured, rtol=1e-5)
+    if policy == "mixed_float16":  # in which gradients below 6e-8 would be zero
+        assert upper._classifier.optimizer.dynamic_scale > 1000
+    *_, resumed = begin()[1].train(train, val, settings(policy=policy), states[-2])
+    for name, value in last.arrays().items():
+        np.testing.assert_array_equal(resumed.arrays()[name], value)
+
+
+def test_the_whole_network_with_a_frozen_part_learns_as_the_upper_part_does(photos):
+    """As on a GPU, where photos go in, against the activations of the same photos."""
+    labels, head = np.arange(9) % 3, HEAD
+    model, other = network(), network()
+    part, same = cut(model, "last_stage"), cut(other, "last_stage")
+    whole, upper = Upper(part.whole, head, part.upper.layers), Upper(same.upper, head)
+    frozen = [np.array(w) for w in part.lower.weights]
+
+    def labelled(array):
+        return Labelled(Held(array[:, None]), labels, np.ones(9))
+
+    pixels, activations_of_them = labelled(photos), labelled(np.asarray(same.lower(photos)))
+    few = settings(epochs=1, learning_rate=0.001)
+    *_, from_photos = whole.train(pixels, pixels, few)
+    *_, from_activations = upper.train(activations_of_them, activations_of_them, few)
+    assert len(from_photos.weights) == len(from_activations.weights)
+    for ours, theirs in zip(from_photos.weights, from_activations.weights, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    for before, weight in zip(frozen, part.lower.weights, strict=True):
+        np.testing.assert_array_equal(before, np.array(weight))
+
+
+def test_two_trainings_at_different_cuts_keep_their_own_weights(material):
+    """The second one freezes what the first one had learn."""
+    model = network()
+    deep = Upper(cut(model, "last_two_stages").upper, HEAD)
+    start = deep.weights()
+    shallow = Upper(cut(model, "last_stage").upper, HEAD)
+    assert len(shallow.weights()) < len(start)
+    shallow.assign(tuple(array + 1 for array in shallow.weights()))
+    deep.assign(start)
+    for before, after in zip(start, deep.weights(), strict=True):
+        np.testing.assert_array_equal(before, after)
 
 
 def test_vectors_do_not_decay(material):
@@ -319,6 +428,8 @@ def test_of_tuned_models_that_tie_the_one_with_the_new_head_is_kept():
     frozen = scored([3.0, 2.0, 3.0, 2.0], None)
     tuned, tied = scored([0.1, 0.2, 0.1, 0.2]), scored([0.3, 0.1, 0.1, 0.2], refitted=True)
     assert candidates.choose(frozen, [tuned, tied]) is tied
+    better = scored([0.2, 0.1, 0.1, 0.2], training=1, refitted=True)
+    assert candidates.choose(frozen, [tuned, tied, better]) is better
     worse = scored([0.5, 0.6, 0.5, 0.7], refitted=True)
     assert candidates.choose(frozen, [tuned, worse]) is tuned
     # It ties with the best, but not even with chance on its side does it beat the frozen model.
@@ -361,11 +472,21 @@ def test_a_photo_takes_no_part_in_its_own_temperature():
     assert without.accuracy == pytest.approx(0.9)
 
 
-def test_the_list_of_trainings_depends_on_the_photos_alone():
-    assert [trial.epochs for trial in plan.trials(FineTuningConfig(), 500)] == [20]
-    assert [trial.epochs for trial in plan.trials(FineTuningConfig(), 30_000)] == [5]
-    (own,) = plan.trials(FineTuningConfig(unfreeze="all", epochs=3, learning_rate=0.1), 10)
-    assert (own.unfreeze, own.epochs, own.learning_rate) == ("all", 3, 0.1)
+@pytest.mark.parametrize(
+    ("section", "photos", "expected"),
+    [
+        ({}, 2_000, [("last_stage", 0.001, 20), ("last_stage", 0.0003, 6)]),
+        ({}, 2_001, [("last_stage", 0.001, 10), ("last_stage", 0.0003, 4)]),
+        ({}, 30_000, [("last_stage", 0.001, 5)]),
+        ({"epochs": 7}, 500, [("last_stage", 0.001, 7), ("last_stage", 0.0003, 7)]),
+        ({"learning_rate": 0.01}, 500, [("last_stage", 0.01, 20)]),
+        ({"unfreeze": "last_two_stages"}, 500, [("last_two_stages", 0.001, 20)]),
+        ({"unfreeze": "all", "epochs": 3, "learning_rate": 0.1}, 10, [("all", 0.1, 3)]),
+    ],
+)
+def test_the_list_of_trainings_depends_on_config_and_photos_alone(section, photos, expected):
+    found = plan.trials(FineTuningConfig(**section), photos)
+    assert [(trial.unfreeze, trial.learning_rate, trial.epochs) for trial in found] == expected
 
 
 @pytest.mark.parametrize(
@@ -378,12 +499,26 @@ def test_the_list_of_trainings_depends_on_the_photos_alone():
     ],
 )
 def test_activations_are_stored_within_the_limit(limit, storage, views, size):
-    found = plan.store(cut(network(), "last_stage"), 100, 4, 20, limit)
+    found = plan.store(cut(network(), "last_stage"), 20, "cpu", Counts(100, 4, 20), limit)
     assert (found.storage, found.views, found.bytes) == (storage, views, size)
 
 
+@pytest.mark.parametrize(
+    ("stored", "photos", "views", "expected"),
+    [(8, 269, 8, 8), (2, 269, 8, 2), (20, 269, 8, 8), (7, 30_000, 8, 3), (1, 500_000, 1, 1)],
+)
+def test_the_head_is_fitted_again_on_no_more_rows_than_needed(stored, photos, views, expected):
+    assert plan.views_again(plan.Store("float16", stored, 0), Counts(photos, views, 1)) == expected
+
+
 def test_pixels_are_stored_as_they_are():
-    assert plan.store(cut(network(), "all"), 10, 2, 1, 10**9).storage == "uint8"
+    assert plan.store(cut(network(), "all"), 20, "cpu", Counts(10, 2, 1), 10**9).storage == "uint8"
+
+
+@pytest.mark.parametrize(("configured", "views"), [(1, 1), (2, 20), (30, 30)])
+def test_on_a_gpu_every_epoch_has_views_of_its_own(configured, views):
+    found = plan.store(cut(network(), "last_stage"), 20, "gpu", Counts(100, configured, 20), 10**9)
+    assert (found.storage, found.views, found.bytes) == ("none", views, 0)
 
 
 @pytest.mark.parametrize("value", ["auto", "{}"])

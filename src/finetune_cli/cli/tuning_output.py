@@ -31,6 +31,9 @@ def fine_tuned(console: Console, facts: Mapping[str, Any]) -> None:
     console.table(
         ("", "model", "trained from", "learning rate", "log loss", "gain", "accuracy"), rows, right=(3, 4, 5, 6)
     )
+    for trial in facts["trainings"]:
+        if trial.get("diverged"):
+            console.print(f"the training from {trial['first_trained']} at {trial['learning_rate']:g} diverged")
     for split, found in facts["compared"].items():
         if facts["kept"] != "frozen":
             console.print(

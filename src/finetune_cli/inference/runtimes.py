@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli import files, signals
-from finetune_cli.devices import Device, Precision
+from finetune_cli.devices import Device, Precision, TrainingPolicy
 from finetune_cli.errors import FinetuneError, RunError, StorageError, UsageError
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.untrusted import openvino_ir
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # The driver of NVIDIA, that of its boards with an ARM processor, Windows's in its Linux subsystem, and that of AMD.
 _GPU_DRIVERS = ("/dev/nvidiactl", "/dev/nvmap", "/dev/dxg", "/dev/kfd")
+# The first NVIDIA GPUs with bfloat16 (Ampere).
+_BFLOAT16_SINCE = (8, 0)
 
 
 class Runtime(Protocol):
@@ -212,6 +214,31 @@ def training_precision(device: str, wanted: str) -> Precision:
             "set runtime.feature_precision: auto",
         )
     return "bfloat16" if has_bfloat16 else "float32"
+
+
+def training_policy(device: Device, precision: Precision) -> TrainingPolicy:
+    """The types in which Keras trains where features have this `precision`: bfloat16 where a GPU has it, else float16.
+
+    A CPU trains in float32, whatever its features are: it takes twice the time for a step in bfloat16, because
+    TensorFlow's depthwise convolutions are not made for it (measured on one that has AVX-512 with bfloat16).
+    """
+    if device == "cpu" or precision == "float32":
+        return "float32"
+    import tensorflow as tf
+
+    # What a `TensorFlowRuntime` has asked for would also change what is measured in float32.
+    tf.config.optimizer.set_experimental_options({"auto_mixed_precision": False})
+    details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
+    return "mixed_bfloat16" if details.get("compute_capability", (0, 0)) >= _BFLOAT16_SINCE else "mixed_float16"
+
+
+def out_of_memory(exc: Exception) -> bool:
+    """Whether TensorFlow raised `exc` because a device has no memory left for what it was to compute."""
+    if "tensorflow" not in sys.modules:
+        return False
+    import tensorflow as tf
+
+    return isinstance(exc, tf.errors.ResourceExhaustedError)
 
 
 @signals.deferred()

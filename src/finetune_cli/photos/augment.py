@@ -67,6 +67,10 @@ class Augmenter:
         self.active = is_active(self._arguments)
         self.views = views if self.active else 1
 
+    def with_views(self, views: int) -> "Augmenter":
+        """The same transforms with another number of views; a view looks the same under either."""
+        return Augmenter(self.changed, views, self._seed, self._size)
+
     def key(self, view: int) -> str:
         """A stable text that identifies what view `view` of a photo looks like; empty for view 0."""
         if view == 0:

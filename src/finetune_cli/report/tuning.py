@@ -45,17 +45,19 @@ def section(run: Run) -> dict[str, Any] | None:
 
 
 def _training(run: Run, number: int, facts: Mapping[str, Any]) -> dict[str, Any]:
-    own = [row for row in parse_numbers(run.read(HISTORY)) if row["training"] == number]
-    if not own:
+    diverged = facts.get("diverged") is True
+    own = [] if diverged else [row for row in parse_numbers(run.read(HISTORY)) if row["training"] == number]
+    if not own and not diverged:
         raise RunError(f"{run.folder / HISTORY} lacks training {number}", "restore the run from a copy")
     return {
+        "diverged": diverged,
         "above": brief(facts["first_trained"]),
         "below": brief(facts["last_frozen"]),
         "weights": f"{int(facts['weights']):,}",
         "epochs": int(facts["epochs"]),
         "rate": f"{float(facts['learning_rate']):g}",
         "views": int(facts["views"]),
-        "charts": charts.learning(own),
+        "charts": charts.learning(own) if own else [],
     }
 
 
@@ -64,6 +66,7 @@ def _candidate(facts: Mapping[str, Any], trainings: Sequence[Mapping[str, Any]])
     return {
         "name": brief(facts["name"]),
         "above": "" if number is None else brief(trainings[number]["first_trained"]),
+        "rate": "" if number is None else f"{float(trainings[number]['learning_rate']):g}",
         "log_loss": float(facts["log_loss"]),
         "accuracy": float(facts["accuracy"]),
         "gain": None if number is None else float(facts["gain"]),

@@ -7,6 +7,7 @@ file that the operating system pages in and out, so it may be larger than memory
 """
 
 import hashlib
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -149,6 +150,7 @@ def extract(
                 if len(waiting) >= _STORE_ROWS:
                     resources.keep(waiting)
                     waiting = []
+                    release(rows.array)
         finally:  # an interrupted pass resumes where it stopped
             resources.keep(waiting)
     unusable = sum(view != THUMBNAIL for i in bad for view in missing[i])
@@ -228,6 +230,7 @@ def _from_store(
                 missing.setdefault(i, []).append(view)
             elif view != THUMBNAIL:
                 count += 1
+        release(rows.array)
         advance(sum(i not in missing for i in block))
     return missing, count
 
@@ -265,6 +268,12 @@ def scratch_array(folder: Path, shape: tuple[int, ...]) -> NDArray[np.float32]:
             f"{folder} has no room for {size / 1e6:.0f} MB of features: {exc.strerror}",
             "free some space, or set runtime.cache_dir to a larger disk",
         ) from exc
+
+
+def release(array: NDArray[np.float32]) -> None:
+    """Give the memory of a `scratch_array` back; its numbers stay in the file, from where the next use reads them."""
+    if isinstance(array, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+        array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
 
 def _without(array: NDArray[np.float32], kept: list[int], folder: Path) -> NDArray[np.float32]:

@@ -131,7 +131,8 @@ def _fit_and_finish(
         fitted = tuned.fitted
         temperature, judged = _judge(prepared, fitted.head)
         tuning = {**tuned.facts, "compared": comparison.compared(before, judged)}
-        names += comparison.write(folder, classes, before, judged, tuned.history)
+        names += comparison.write_history(folder, tuned.history, tuned.training)
+        names += comparison.write_flipped(folder, classes, before, judged)
     learnt = unknown.learn(folder, prepared, fitted, observer)
     names += learnt.files
     if text := _below_baseline(prepared.config, judged[-1]):

@@ -380,10 +380,10 @@ class Extractor:
         first: Features | None = None,
     ) -> Features:
         scratch = self.settings.cache.scratch
-        resources = Resources(store, self._runtime, scratch, self.workers, self.batch_size, first, self.prove)
+        resources = Resources(store, self.runtime, scratch, self.workers, self.batch_size, first, self.prove)
         return extract.extract(samples, request, self.backbone.width, resources, advance)
 
-    def _runtime(self, precision: Precision) -> Runtime:
+    def runtime(self, precision: Precision) -> Runtime:
         """The backbone, converted once and compiled once per precision."""
         if precision not in self._compiled:
             if self.device == "gpu":

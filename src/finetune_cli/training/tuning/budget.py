@@ -5,9 +5,8 @@ Seconds are measured here on a few of the photos; nothing is trained, and nothin
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -16,9 +15,9 @@ from finetune_cli.backbones.build import Backbone
 from finetune_cli.cache.features import KIND, FeatureStore
 from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.config.schema import Config, FineTuningConfig
-from finetune_cli.devices import Precision
 from finetune_cli.errors import BadImage, DataError
 from finetune_cli.head.classifier import glorot
+from finetune_cli.inference import runtimes
 from finetune_cli.photos.dataset import Dataset
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.scan import Sample, decode_sample
@@ -27,18 +26,18 @@ from finetune_cli.training.converted import Converted
 from finetune_cli.training.extract import FeatureRequest
 from finetune_cli.training.prepare import Extractor, index, make_extractor
 from finetune_cli.training.requirements import check_room, check_settings
-from finetune_cli.training.settings import Settings
 from finetune_cli.training.start_from import AnyBackbone
-from finetune_cli.training.tuning import activations, plan, stage
+from finetune_cli.training.tuning import activations, inputs, plan, stage
 from finetune_cli.training.tuning.activations import Lower, Scratch
-from finetune_cli.training.tuning.cuts import LAST_STAGE, cut, share_above
-from finetune_cli.training.tuning.plan import Trial
-from finetune_cli.training.tuning.upper import Labelled, Upper, UpperSettings
+from finetune_cli.training.tuning.cuts import LAST_STAGE, Cut, cut, share_above
+from finetune_cli.training.tuning.plan import Counts, Store, Trial
+from finetune_cli.training.tuning.upper import Labelled, UpperSettings
 
 _MEASURED = 48  # photos
 _KEYS_A_QUERY = 10_000
-# A step forward and back costs about three times one forward (the gradient by inputs and the one by weights).
-_FORWARD_AND_BACK = 3
+# What a step costs, in passes forward: one forward, one for the gradient by inputs and one by weights; the gradients of
+# depthwise convolutions take longer (measured with the bundled backbone: 4.2).
+_FORWARD_AND_BACK = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +82,14 @@ def budget(config: Config, observer: Observer) -> Budget:
     few = list(itertools.islice(filter(lambda sample: _can_be_decoded(sample, settings.image), data.train), _MEASURED))
     if not few:
         raise DataError("no training photo can be decoded", "list what is wrong with: finetune check CONFIG")
-    meter = _Meter(settings, backbone, extractor, precision, few)
+    meter = _Meter(backbone, extractor, few)
     held_out = (*data.val, *data.test)
     new = _missing(settings.cache, FeatureRequest(settings.image, backbone.fingerprint, precision, views), data.train)
     new += _missing(settings.cache, FeatureRequest(settings.image, backbone.fingerprint, "float32"), held_out)
     everything = len(data.train) * views.views + len(held_out)
     photos = len(data.train) + len(held_out)
     with observer.stage("measuring", None):
-        a_view = meter.pass_seconds(backbone.model, (backbone.width,))
+        a_view = meter.a_view()
         rows = [
             Row("features", photos, new, new * a_view, 4 * backbone.width * (new + everything)),
             Row("head", len(data.train), 0, None, 0),
@@ -98,8 +97,7 @@ def budget(config: Config, observer: Observer) -> Budget:
         trials: tuple[Trial, ...] = ()
         if config.fine_tuning is not None:
             trials = plan.trials(config.fine_tuning, len(data.train))
-            for trial in trials:
-                rows += meter.trial(trial, data)
+            rows += meter.trials(config.fine_tuning, trials, data)
             rows.append(
                 Row("tuned features", photos, everything, everything * a_view, 4 * backbone.width * 2 * everything)
             )
@@ -107,24 +105,35 @@ def budget(config: Config, observer: Observer) -> Budget:
     return Budget(tuple(rows), trials)
 
 
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """What a training from a cut takes on this machine.
+
+    a_row: seconds for a view of the inputs, decoding included; a_photo: seconds for one photo in a step and in a
+    validation; weights: how many numbers learn.
+    """
+
+    a_row: float
+    a_photo: float
+    weights: int
+
+
 class _Meter:
     """Measures on a few photos."""
 
-    def __init__(
-        self, settings: Settings, backbone: Backbone, extractor: Extractor, precision: Precision, few: Sequence[Sample]
-    ) -> None:
-        self.settings, self.backbone, self.extractor = settings, backbone, extractor
-        self.precision, self.few = precision, few
+    def __init__(self, backbone: Backbone, extractor: Extractor, few: Sequence[Sample]) -> None:
+        self.backbone, self.extractor, self.few = backbone, extractor, few
+        self._measured: dict[str, _Measured] = {}
 
-    def pass_seconds(self, model: Any | None, shape: tuple[int, ...]) -> float:
-        """Seconds for one view through `model` on the fast runtime, decoding included."""
-        return self._stored(model, shape)[1]
+    def a_view(self) -> float:
+        """Seconds for one view through the whole backbone on the fast runtime, decoding included."""
+        extractor, precision = self.extractor, self.extractor.precision
+        request = FeatureRequest(extractor.settings.image, self.backbone.fingerprint, precision)
+        runtime, shape = extractor.runtime(precision), (self.backbone.width,)
+        return self._stored(Lower(request, runtime, shape, extractor.workers, extractor.batch_size))[1]
 
-    def _stored(self, model: Any | None, shape: tuple[int, ...]) -> tuple[activations.ScratchFile, float]:
-        request = FeatureRequest(self.settings.image, self.backbone.fingerprint, self.precision, None)
-        runtime = stage.lower_runtime(model, self.extractor.device, self.precision, self.extractor.workers)
-        lower = Lower(request, runtime, shape, self.extractor.workers, self.extractor.batch_size)
-        folder = self.settings.cache.scratch
+    def _stored(self, lower: Lower) -> tuple[activations.ScratchFile, float]:
+        folder = self.extractor.settings.cache.scratch
         files.make_folder(folder)
         scratch = Scratch(folder, 1, np.float32)
         activations.stored(self.few[:8], lower, scratch, ignore_progress)  # the first calls are slower
@@ -132,47 +141,51 @@ class _Meter:
         file = activations.stored(self.few, lower, scratch, ignore_progress)
         return file, (time.perf_counter() - started) / len(self.few)
 
-    def trial(self, trial: Trial, data: Dataset) -> list[Row]:
-        """The stages of one training of the upper part."""
-        section = self.settings.config.fine_tuning
-        assert section is not None
-        part = cut(self.backbone.model, trial.unfreeze)
-        views = self.settings.augmenter.views
-        store = plan.store(part, len(data.train), views, len(data.val), plan.limit(section))
-        file, a_row = self._stored(part.lower, part.shape)
-        n, classes = len(self.few), len(data.classes)
-        labels = np.array([sample.label for sample in self.few])
-        upper = Upper(part.upper, glorot(self.backbone.width, classes, 0))
-        before = upper.weights()
-        settings = UpperSettings(2, min(section.batch_size, n), trial.learning_rate, section.weight_decay, 0.0, 0)
-        few = Labelled(file, labels, np.ones(n))
-        *_, last = upper.train(few, few, settings)
-        upper.assign(before)
-        self.backbone.model.trainable = False
-        # Of the second epoch: the first one builds the graph. Its validation pass is a third of a training pass more.
-        a_photo = last.history[-1]["seconds"] / n
-        trained = _FORWARD_AND_BACK * len(data.train) + len(data.val)
-        epoch = a_photo * trained / (_FORWARD_AND_BACK + 1)
-        recomputed = store.storage == "recomputed"
-        rows = []
-        if recomputed:
-            epoch += a_row * (len(data.train) + len(data.val))
-        else:
-            stored = len(data.train) * store.views + len(data.val)
-            rows.append(Row("activations", len(data.train) + len(data.val), stored, stored * a_row, store.bytes))
-        weights = 4 * sum(array.size for array in before)
-        rows.append(
-            Row(
+    def _of_cut(self, part: Cut, section: FineTuningConfig, classes: int) -> _Measured:
+        if part.below not in self._measured:
+            file, a_row = self._stored(inputs.lower(part, self.extractor, self.extractor.precision, None))
+            n, device = len(self.few), self.extractor.device
+            labels = np.array([sample.label for sample in self.few])
+            upper = inputs.upper(part, glorot(self.backbone.width, classes, 0), device)
+            before = upper.weights()
+            policy = runtimes.training_policy(device, self.extractor.precision)
+            settings = UpperSettings(2, min(section.batch_size, n), 1e-6, section.weight_decay, 0.0, 0, policy)
+            few = Labelled(file, labels, np.ones(n))
+            *_, last = upper.train(few, few, settings)
+            upper.assign(before)
+            self.backbone.model.trainable = False
+            # Of the second epoch: the first one builds the graph.
+            a_photo = last.history[-1]["seconds"] / n
+            self._measured[part.below] = _Measured(a_row, a_photo, sum(array.size for array in before))
+        return self._measured[part.below]
+
+    def trials(self, section: FineTuningConfig, trials: Sequence[Trial], data: Dataset) -> Iterator[Row]:
+        """The stages of all trainings of the upper part."""
+        counts = Counts(len(data.train), self.extractor.settings.augmenter.views, len(data.val))
+        kept: tuple[str, Store] | None = None
+        for trial in trials:
+            part = cut(self.backbone.model, trial.unfreeze)
+            store = plan.store(part, trial.epochs, self.extractor.device, counts, plan.limit(section))
+            found = self._of_cut(part, section, len(data.classes))
+            # In what was measured, each photo was also validated.
+            trained = _FORWARD_AND_BACK * counts.photos + counts.val_photos
+            epoch = found.a_photo * trained / (_FORWARD_AND_BACK + 1)
+            both = counts.photos + counts.val_photos
+            if store.storage in {"recomputed", "none"}:
+                epoch += found.a_row * both
+            elif kept != (part.below, store):
+                kept = part.below, store
+                stored = counts.photos * store.views + counts.val_photos
+                yield Row("activations", both, stored, stored * found.a_row, store.bytes)
+            yield Row(
                 f"fine-tuning, {trial.epochs} epochs of {trial.unfreeze} at {trial.learning_rate:g}",
-                len(data.train),
-                trial.epochs * len(data.train),
+                counts.photos,
+                trial.epochs * counts.photos,
                 trial.epochs * epoch,
-                3 * 3 * weights,  # weights and both moments of AdamW in up to three checkpoints
+                3 * 3 * 4 * found.weights,  # weights and both moments of AdamW in up to three checkpoints
             )
-        )
-        again = len(data.train) * store.views
-        rows.append(Row("head again", len(data.train), again, again * a_photo / (_FORWARD_AND_BACK + 1), 0))
-        return rows
+            again = counts.photos * plan.views_again(store, counts)
+            yield Row("head again", counts.photos, again, again * found.a_photo / (_FORWARD_AND_BACK + 1), 0)
 
 
 def _can_be_decoded(sample: Sample, image: ImageSettings) -> bool:
@@ -200,8 +213,7 @@ def rough_seconds(backbone: AnyBackbone, photos: int, views: int, a_view: float)
     photos: training photos, of `views` views each; a_view: seconds that the feature pass took for a view.
     """
     share = backbone.last_stage_share if isinstance(backbone, Converted) else share_above(backbone.model, LAST_STAGE)
-    total = 0.0
-    for trial in plan.trials(FineTuningConfig(), photos):
-        # Once through the network for the activations and for the head's second fit, which share it between them.
-        total += views + trial.epochs * _FORWARD_AND_BACK * share
-    return photos * a_view * (total + views)  # and once for the features of the tuned backbone
+    epochs = sum(trial.epochs for trial in plan.trials(FineTuningConfig(), photos))
+    # Once through the network for the activations and for the head's second fit, which share it between them, and once
+    # for the features of the tuned backbone.
+    return photos * a_view * (2 * views + epochs * _FORWARD_AND_BACK * share)

@@ -107,9 +107,12 @@ class Validation:
 
 
 def choose(frozen: Candidate, others: Sequence[Candidate]) -> Candidate:
-    """The candidate to keep; see the top of this file."""
+    """The candidate to keep; see the top of this file. `others` is empty if every training diverged."""
+    if not others:
+        return frozen
     best = min(others, key=lambda other: other.log_loss)
     tied = [other for other in others if other.refitted and not _is_better(best, other)]
+    tied.sort(key=lambda other: other.log_loss)
     return next((each for each in (*tied, best) if _is_better(each, frozen)), frozen)
 
 

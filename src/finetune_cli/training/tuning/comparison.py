@@ -1,7 +1,7 @@
 """Frozen against tuned, on the same photos: numbers for the manifest, and tables and curves of the stage.
 
 tuning.csv         a row for each epoch of each training
-tuning_curves.png  the same as a picture, of the last training
+tuning_curves.png  the training that was kept, or the first, as a picture
 flipped.csv        the photos whose answer differs between the frozen and the kept model
 """
 
@@ -58,17 +58,23 @@ def _scores(judged: ScoredSplit) -> dict[str, float]:
     return {"accuracy": judged.evaluation.accuracy.value, "log_loss": judged.evaluation.log_loss}
 
 
-def write(
-    folder: Path,
-    classes: Sequence[str],
-    before: Sequence[ScoredSplit],
-    after: Sequence[ScoredSplit],
-    history: Sequence[Mapping[str, float]],
-) -> list[str]:
-    """Write the files of the stage into `folder`; returns their names. Raises `StorageError`."""
+def write_history(folder: Path, history: Sequence[Mapping[str, float]], kept: int | None) -> list[str]:
+    """Write the epochs of all trainings into `folder`, and draw those of the training `kept`, by default the first.
+
+    Returns the names of the files: none if every training diverged. Raises `StorageError`.
+    """
+    if not history:
+        return []
     write_records(folder / HISTORY, history)
-    last = history[-1]["training"]
-    figures.curves(folder / CURVES, [row for row in history if row["training"] == last])
+    drawn = history[0]["training"] if kept is None else kept
+    figures.curves(folder / CURVES, [row for row in history if row["training"] == drawn])
+    return [HISTORY, CURVES]
+
+
+def write_flipped(
+    folder: Path, classes: Sequence[str], before: Sequence[ScoredSplit], after: Sequence[ScoredSplit]
+) -> list[str]:
+    """Write the table of the changed answers into `folder`; returns its name. Raises `StorageError`."""
     write_csv(
         folder / FLIPPED,
         FLIPPED_HEADER,
@@ -84,4 +90,4 @@ def write(
             if first != second
         ),
     )
-    return [HISTORY, CURVES, FLIPPED]
+    return [FLIPPED]

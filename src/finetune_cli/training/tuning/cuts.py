@@ -26,6 +26,7 @@ class Cut:
     """A backbone in two parts, which share its layers; `lower` is None when the cut is at the pixels.
 
     below: the last frozen layer; above: the first layer that learns; shape: of the activations of one photo.
+    whole: both parts in one model, with no model inside, so that its layers are those of the parts.
     """
 
     below: str
@@ -33,6 +34,7 @@ class Cut:
     shape: tuple[int, ...]
     lower: Any | None
     upper: Any
+    whole: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,7 @@ def cut(model: Any, unfreeze: str) -> Cut:
         tuple(int(size) for size in point.tensor.shape[1:]),
         keras.Model(flat.input, point.tensor, name="lower") if point.nodes_below else None,
         keras.Model(point.tensor, flat.output, name="upper") if point.nodes_below else flat,
+        flat,
     )
 
 

@@ -6,6 +6,7 @@
 The backbone's own layers learn, so the backbone that goes in is the tuned one afterwards, or has its old weights again.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,30 +19,35 @@ from finetune_cli import files
 from finetune_cli.backbones import build
 from finetune_cli.backbones.build import Backbone
 from finetune_cli.cache.features import FeatureStore
-from finetune_cli.devices import Device, Precision
 from finetune_cli.errors import CheckpointError, StorageError
 from finetune_cli.head.data import class_weights
 from finetune_cli.head.keras_fit import fit_epochs
 from finetune_cli.inference import runtimes
-from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.metrics.folds import group_numbers
-from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.dataset import Dataset
 from finetune_cli.progress import Observer, timed
 from finetune_cli.runs import checkpoints
-from finetune_cli.text import counted
 from finetune_cli.training import fit
-from finetune_cli.training.extract import FeatureRequest, Features, scratch_array
+from finetune_cli.training.extract import Features, release, scratch_array
 from finetune_cli.training.fit import Fitted, labels_of
 from finetune_cli.training.prepare import Extractor, Prepared
 from finetune_cli.training.settings import Settings
 from finetune_cli.training.start_from import AnyBackbone
-from finetune_cli.training.tuning import activations, candidates, plan
-from finetune_cli.training.tuning.activations import Lower, Pixels, Recomputed, Scratch, Source
+from finetune_cli.training.tuning import candidates, inputs, plan
+from finetune_cli.training.tuning.activations import Source
 from finetune_cli.training.tuning.candidates import Candidate, Validation
 from finetune_cli.training.tuning.cuts import Cut, cut
-from finetune_cli.training.tuning.plan import Store, Trial
-from finetune_cli.training.tuning.upper import Labelled, Upper, UpperSettings, UpperState, Weights, interpolated
+from finetune_cli.training.tuning.inputs import Inputs
+from finetune_cli.training.tuning.plan import Counts, Store, Trial
+from finetune_cli.training.tuning.upper import (
+    Diverged,
+    Labelled,
+    Upper,
+    UpperSettings,
+    UpperState,
+    Weights,
+    interpolated,
+)
 from finetune_cli.training.unknown import choosing
 
 
@@ -49,32 +55,37 @@ from finetune_cli.training.unknown import choosing
 class Outcome:
     """What the stage ends with: the backbone to save, every photo's features of it, and the head on them (`fitted`).
 
-    tuned: whether the backbone is another than the frozen one. facts: what was tried and what was kept, as JSON
-    values. history: a row for each epoch of each training, with its number in `training`.
+    training: the number of the training that the backbone comes from; None for the frozen one. facts: what was tried
+    and what was kept, as JSON values. history: a row for each epoch of each training, with its number in `training`.
     """
 
     backbone: Backbone
     parts: dict[str, Features]
     fitted: Fitted
-    tuned: bool
+    training: int | None
     facts: dict[str, Any]
     history: tuple[dict[str, float], ...]
 
 
 @dataclass(frozen=True, eq=False)
 class _Trained:
-    """A finished training: the weights that it began and ended with, and what came of it.
+    """A finished training: the weights that it began and ended with, and what came of it; nothing if it diverged.
 
-    `l2`: with which the head was fitted once more on its features.
+    `l2`: with which the head was fitted once more on its features; None if it was not.
     """
 
     upper: Upper
     start: Weights
     end: Weights
-    l2: float
+    l2: float | None
     candidates: tuple[Candidate, ...]
     history: tuple[dict[str, float], ...]
     facts: dict[str, Any]
+
+    @property
+    def best(self) -> float:
+        """The lowest validation log loss of the models whose head was not fitted again."""
+        return min((each.log_loss for each in self.candidates if not each.refitted), default=math.inf)
 
 
 def checked(settings: Settings) -> Callable[[Dataset, AnyBackbone], None]:
@@ -89,18 +100,20 @@ def checked(settings: Settings) -> Callable[[Dataset, AnyBackbone], None]:
             return
         assert isinstance(backbone, Backbone)  # as `changes_backbone` says
         train, val, views = len(data.train), len(data.val), settings.augmenter.views
+        counts, device = Counts(train, views, val), settings.device
         # The features of the frozen and of the tuned backbone, each in the cache and at hand; the head's second fit.
         row = 4 * backbone.width
         needed = 4 * row * (train * views + val + len(data.test)) + row * train * views
-        checkpoints_needed = 0
+        checkpoints_needed = scratch = 0
         for trial in plan.trials(section, train):
             part = cut(backbone.model, trial.unfreeze)
-            needed += plan.store(part, train, views, val, plan.limit(section)).bytes
+            # The scratch files of one cut are gone before those of the next one are made.
+            scratch = max(scratch, plan.store(part, trial.epochs, device, counts, plan.limit(section)).bytes)
             # Up to three checkpoints, each with the weights and both moments of AdamW.
             checkpoints_needed += 3 * 3 * 4 * part.upper.count_params()
         files.free_space_check(config.output.directory, checkpoints_needed)
         try:
-            files.free_space_check(settings.cache.scratch, needed)
+            files.free_space_check(settings.cache.scratch, needed + scratch)
         except StorageError as exc:
             exc.remedy = f"{exc.remedy} (runtime.cache_dir), or lower fine_tuning.scratch_gb"
             raise
@@ -114,11 +127,14 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
     `training_id`: what only the checkpoints of this training share. After a kill it resumes from those, to the same
     bits.
     Raises `ConfigError` for a layer that cannot be cut at, `StorageError` when the scratch files have no room,
-    `FinetuneError` when the loss is no longer a number, `Interrupted` after a signal.
+    `Interrupted` after a signal.
     """
     stage = _Stage(prepared, fitted, checkpoint_folder, training_id, observer)
+    release(prepared.parts["train"].array)  # of the frozen backbone, which only the fit of the head read
     frozen = stage.validation.candidate(fitted.head, stage.val.array[:, 0])
-    trained = [stage.attempt(number, trial) for number, trial in enumerate(stage.trials)]
+    trained: list[_Trained] = []
+    for number, trial in enumerate(stage.trials):
+        trained.append(stage.attempt(number, trial, [each.best for each in trained]))
     tuned = [each for training in trained for each in training.candidates]
     kept = candidates.choose(frozen, tuned)
     document = {
@@ -130,7 +146,7 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
     prepared.keras_backbone.model.trainable = False
     if kept.training is None:
         observer.note("fine-tuning: no other model is better than the frozen one by more than chance, so that is kept")
-        return Outcome(prepared.keras_backbone, prepared.parts, fitted, False, document, history)
+        return Outcome(prepared.keras_backbone, prepared.parts, fitted, None, document, history)
     winner = trained[kept.training]
     winner.upper.assign(interpolated(winner.start, winner.end, kept.share))
     backbone = build.with_changed_weights(prepared.keras_backbone)
@@ -139,17 +155,10 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
     )
     with timed(prepared.seconds, "tuned features"):
         parts = stage.features_of(backbone)
-    ended = replace(fitted, head=kept.head, l2=winner.l2 if kept.refitted else fitted.l2)
-    return Outcome(backbone, parts, ended, True, document, history)
-
-
-def lower_runtime(lower: Any | None, device: Device, precision: Precision, workers: int) -> Runtime:
-    """The lower part of a cut on the fast runtime of the device; `lower` None gives the pixels themselves."""
-    if lower is None:
-        return Pixels()
-    if device == "gpu":
-        return runtimes.TensorFlowRuntime(lower, precision)
-    return runtimes.OpenVinoRuntime(runtimes.convert(lower), precision, workers)
+        release(parts["train"].array)
+    l2 = winner.l2 if kept.refitted and winner.l2 is not None else fitted.l2
+    ended = replace(fitted, head=kept.head, l2=l2)
+    return Outcome(backbone, parts, ended, kept.training, document, history)
 
 
 class _Stage:
@@ -168,72 +177,55 @@ class _Stage:
         self.validation = Validation(self.val_labels, groups, prepared.config.calibration == "temperature")
         self.weights = class_weights(self.labels, prepared.config.training.class_weights, prepared.data.classes)
         self.trials = plan.trials(self.section, len(self.train.samples))
+        self.counts = Counts(len(self.train.samples), prepared.settings.augmenter.views, len(self.val.samples))
+        self.policy = runtimes.training_policy(prepared.device, prepared.precision)
         self.extractor = Extractor(prepared.settings, prepared.backbone, prepared.device, prepared.precision, observer)
-        self._sources: dict[str, tuple[Source, Source, Store]] = {}
+        self._latest: tuple[tuple[str, Store], Inputs] | None = None
 
-    def attempt(self, number: int, trial: Trial) -> _Trained:
-        """One training and its candidates. The backbone has its old weights again afterwards."""
+    def attempt(self, number: int, trial: Trial, before: Sequence[float]) -> _Trained:
+        """One training and its candidates. The backbone has its old weights again afterwards.
+
+        before: the best log loss of each earlier training. Only for one that is better than those the head is fitted
+        once more, which takes as long as some epochs.
+        """
         part = cut(self.prepared.keras_backbone.model, trial.unfreeze)
+        store = plan.store(part, trial.epochs, self.prepared.device, self.counts, plan.limit(self.section))
         with timed(self.prepared.seconds, "activations"):
-            train, val, store = self._activations(part)
-        model = Upper(part.upper, self.fitted.head)
+            found = self._inputs_at(part, store)
+        train, val = found.train, found.val
+        model = inputs.upper(part, self.fitted.head, self.prepared.device)
         start = model.weights()
-        with timed(self.prepared.seconds, "fine-tuning"):
-            state = self._trained(number, trial, model, train, val)
+        facts = self._facts(trial, part, store, start)
+        try:
+            with timed(self.prepared.seconds, "fine-tuning"):
+                state = self._trained(number, trial, model, train, val)
+        except Diverged as exc:
+            self.observer.warn(f"{exc.problem}; nothing of this training is kept: {exc.remedy}")
+            model.assign(start)
+            return _Trained(model, start, start, None, (), (), {**facts, "diverged": True})
+        facts["batch_size"] = state.batch_size
         scored = []
         for share in (*candidates.SHARES, 1.0):
             model.assign(interpolated(start, state.weights, share))
             features = model.features(val, 1)[:, 0]
             scored.append(self.validation.candidate(model.head(), features, number, share))
-        with timed(self.prepared.seconds, "head again"):
-            again = self._head_again(model, train, store.views, features)
-        scored.append(self.validation.candidate(again.head, features, number, 1.0, refitted=True))
+        l2: float | None = None
+        if min(each.log_loss for each in scored) < min(before, default=math.inf):
+            with timed(self.prepared.seconds, "head again"):
+                again = self._head_again(model, train, plan.views_again(store, self.counts), features)
+            scored.append(self.validation.candidate(again.head, features, number, 1.0, refitted=True))
+            l2 = again.l2
         model.assign(start)
         rows = tuple({"training": number, **row} for row in state.history)
-        facts = self._facts(trial, part, store, start)
-        return _Trained(model, start, state.weights, again.l2, tuple(scored), rows, facts)
+        return _Trained(model, start, state.weights, l2, tuple(scored), rows, facts)
 
-    def _activations(self, part: Cut) -> tuple[Source, Source, Store]:
-        """The activations at `part` of the training photos (all views that fit) and of the validation photos."""
-        if part.below in self._sources:
-            return self._sources[part.below]
-        settings, device = self.prepared.settings, self.prepared.device
-        augmentation = settings.augmenter
-        store = plan.store(
-            part, len(self.train.samples), augmentation.views, len(self.val.samples), plan.limit(self.section)
-        )
-
-        def lower(precision: Precision, views: Augmenter | None) -> Lower:
-            request = FeatureRequest(settings.image, self.prepared.backbone.fingerprint, precision, views)
-            runtime = lower_runtime(part.lower, device, precision, self.extractor.workers)
-            return Lower(request, runtime, part.shape, self.extractor.workers, self.extractor.batch_size)
-
-        of_train, of_val = lower(self.prepared.precision, augmentation), lower("float32", None)
-        if store.storage == "recomputed":
-            self.observer.warn(
-                "the activations of one view a photo do not fit in fine_tuning.scratch_gb, so the frozen part runs "
-                "again in every epoch"
-            )
-            found: tuple[Source, Source] = (
-                Recomputed(self.train.samples, of_train),
-                Recomputed(self.val.samples, of_val),
-            )
-        else:
-            if store.views < augmentation.views:
-                self.observer.warn(
-                    f"{counted(store.views, 'view')} of {augmentation.views} fit in fine_tuning.scratch_gb; the upper "
-                    "part learns from those"
-                )
-            scratch = settings.cache.scratch
-            kind = np.float16 if store.storage == "float16" else np.uint8
-            photos = len(self.train.samples) + len(self.val.samples)
-            with self.observer.stage(f"activations of {part.below}", photos) as advance:
-                found = (
-                    activations.stored(self.train.samples, of_train, Scratch(scratch, store.views, kind), advance),
-                    activations.stored(self.val.samples, of_val, Scratch(scratch, 1, np.float32), advance),
-                )
-        self._sources[part.below] = (*found, store)
-        return self._sources[part.below]
+    def _inputs_at(self, part: Cut, store: Store) -> Inputs:
+        """The inputs at `part`, those of the training before if they are the same."""
+        if self._latest is None or self._latest[0] != (part.below, store):
+            self._latest = None  # so that the space of its scratch files is free for the next ones
+            found = inputs.of_cut(self.extractor, self.train.samples, self.val.samples, part, store)
+            self._latest = (part.below, store), found
+        return self._latest[1]
 
     def _trained(self, number: int, trial: Trial, model: Upper, train: Source, val: Source) -> UpperState:
         """The last state of a training, gone on with from its newest checkpoint."""
@@ -245,15 +237,17 @@ class _Stage:
             self.section.weight_decay,
             training.label_smoothing,
             training.seed,
+            self.policy,
         )
         folder = self.checkpoint_folder / f"tuning-{number}"
         state = self._resumed(folder)
         learnt = Labelled(train, self.labels, self.weights)
         judged = Labelled(val, self.val_labels, np.ones(len(self.val_labels)))
-        with self.observer.stage(f"fine-tuning ({trial.unfreeze})", trial.epochs, "epochs") as advance:
+        name = f"fine-tuning {number + 1} of {len(self.trials)} ({trial.unfreeze} at {trial.learning_rate:g})"
+        with self.observer.stage(name, trial.epochs, "epochs") as advance:
             if state is not None:
                 advance(state.epoch)
-            for each in model.train(learnt, judged, settings, state):
+            for each in model.train(learnt, judged, settings, state, self.observer.warn):
                 state = each
                 facts = {"history": list(state.history), "training_id": self.training_id}
                 checkpoints.save(folder, state.epoch, state.arrays(), facts, best=True)
@@ -281,6 +275,7 @@ class _Stage:
         config, classes = self.prepared.config, self.prepared.data.classes
         shape = (len(self.train.samples), views, val_features.shape[1])
         array = model.features(train, views, scratch_array(self.prepared.settings.cache.scratch, shape))
+        release(array)
         tuned = replace(self.train, array=array)
         if config.training.solver == "lbfgs":
             return fit.lbfgs(config, tuned, classes, None, self.observer)
@@ -299,9 +294,11 @@ class _Stage:
             "learning_rate": trial.learning_rate,
             "epochs": trial.epochs,
             "batch_size": self.section.batch_size,
+            "policy": self.policy,
             "views": store.views,
             "storage": store.storage,
             "scratch_bytes": store.bytes,
+            "diverged": False,
         }
 
     def features_of(self, backbone: Backbone) -> dict[str, Features]:

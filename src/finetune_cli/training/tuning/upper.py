@@ -4,35 +4,46 @@ Activations (n, H, W, C) -> upper part, BatchNorm with its moving statistics -> 
 AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) from a fitted head (Kumar et al. 2022,
 https://arxiv.org/abs/2202.10054: a random head would first destroy what the features know); linear warm-up over a
 tenth of the steps, then a cosine to zero; the norm of all gradients together clipped at 1; no weight decay on biases
-and on BatchNorm. Only Keras's backend-neutral API is used here.
+and on BatchNorm. With a mixed policy the steps compute in float16 or bfloat16 (Micikevicius et al. 2018,
+https://arxiv.org/abs/1710.03740), while the weights, and everything that is measured, stay float32. Only Keras's
+backend-neutral API is used here.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli import signals
+from finetune_cli.devices import TrainingPolicy
 from finetune_cli.errors import FinetuneError
 from finetune_cli.head.data import Floats, Ints
 from finetune_cli.head.lbfgs import Head
+from finetune_cli.inference.runtimes import out_of_memory
 from finetune_cli.keras_setup import import_keras
-from finetune_cli.training.tuning.activations import Source
+from finetune_cli.parallel import ordered_map
+from finetune_cli.text import counted
+from finetune_cli.training.tuning.activations import Rows, Source
 
 _WARM_UP = 0.1  # of all steps
 _CLIP = 1.0
 _FEATURE_BATCH = 32
 
 Weights = tuple[NDArray[Any], ...]
+Indexes = NDArray[np.intp]
 
 
 @dataclass(frozen=True, slots=True)
 class UpperSettings:
-    """How the upper part is trained; `learning_rate` is the highest one, after the warm-up."""
+    """How the upper part is trained; `learning_rate` is the highest one, after the warm-up.
+
+    policy: Keras's name of the types that the steps compute in.
+    """
 
     epochs: int
     batch_size: int
@@ -40,19 +51,22 @@ class UpperSettings:
     weight_decay: float
     label_smoothing: float
     seed: int
+    policy: TrainingPolicy = "float32"
 
 
 @dataclass(frozen=True, eq=False)
 class UpperState:
     """Everything that the next epoch depends on, after `epoch` completed epochs.
 
-    weights: those that learn, the upper part's first, then the head's kernel and bias; optimizer: Keras's variables.
-    A row of `history` has epoch, loss, accuracy, val_loss, val_accuracy and seconds.
+    weights: those that learn, the upper part's first, then the head's kernel and bias; optimizer: Keras's variables;
+    batch_size: that of the last epoch, less than the one that was asked for if that did not fit in memory. A row of
+    `history` has epoch, loss, accuracy, val_loss, val_accuracy, batch_size and seconds.
     """
 
     epoch: int
     weights: Weights
     optimizer: Weights
+    batch_size: int
     history: tuple[dict[str, float], ...]
 
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -67,7 +81,7 @@ class UpperState:
         def those(prefix: str) -> Weights:
             return tuple(arrays[name] for name in sorted(arrays) if name.startswith(prefix))
 
-        return cls(epoch, those("weights/"), those("optimizer/"), tuple(history))
+        return cls(epoch, those("weights/"), those("optimizer/"), int(history[-1]["batch_size"]), tuple(history))
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,31 +93,41 @@ class Labelled:
     weights: Floats
 
 
+class Diverged(FinetuneError):
+    """The loss of a training is no longer a number."""
+
+
 class Upper:
     """The upper part with a head on it; its layers are those of the backbone, which changes with it.
 
-    `model`: a `keras.Model` from activations to features (N, D).
+    `model`: a `keras.Model` from activations to features (N, D). `learning`: those of its layers that learn, by default
+    all; the others stay frozen.
     """
 
-    def __init__(self, model: Any, head: Head) -> None:
+    def __init__(self, model: Any, head: Head, learning: Sequence[Any] | None = None) -> None:
         self._keras = import_keras()
+        self._at_once = _FEATURE_BATCH
         self.model = model
         for layer in model.layers:
+            layer.trainable = False
+        for layer in model.layers if learning is None else learning:
             layer.trainable = True
         with signals.deferred():
             self._dense = self._keras.layers.Dense(head.kernel.shape[1], name="logits", dtype="float32")
             self._dense.build((None, model.output_shape[-1]))
             self._dense.set_weights([head.kernel, head.bias])
             self._classifier = _classifier(self._keras, model, self._dense)
+        # Kept, because another training may have other layers of the same backbone learn.
+        self._learning = list(self._classifier.trainable_variables)
 
     def weights(self) -> Weights:
         """Copies of all weights that learn, the head's last."""
-        return tuple(np.array(variable) for variable in self._classifier.trainable_variables)
+        return tuple(np.array(variable) for variable in self._learning)
 
     @signals.deferred()
     def assign(self, weights: Weights) -> None:
         """Set all weights that learn."""
-        for variable, value in zip(self._classifier.trainable_variables, weights, strict=True):
+        for variable, value in zip(self._learning, weights, strict=True):
             variable.assign(value)
 
     def head(self) -> Head:
@@ -115,60 +139,104 @@ class Upper:
         """Features ``float32 (photos, views, D)`` of the upper part as it is now, written to `into` if it is given."""
         photos = source.shape[0]
         array = np.empty((photos, views, self.model.output_shape[-1]), np.float32) if into is None else into
-        pairs = [(photo, view) for photo in range(photos) for view in range(views)]
-        for start in range(0, len(pairs), _FEATURE_BATCH):
-            some = np.array(pairs[start : start + _FEATURE_BATCH], np.intp)
-            rows = source.batch(some[:, 0], some[:, 1])
-            array[some[:, 0], some[:, 1]] = np.asarray(self.model.predict_on_batch(rows))
+        # All batches are of one size, the last one filled up, because Keras builds its graph once for each size.
+        rows = np.zeros((self._at_once, *source.shape[2:]), np.float32)
+        for start in range(0, photos * views, self._at_once):
+            some = np.divmod(np.arange(start, min(start + self._at_once, photos * views)), views)
+            n = len(some[0])
+            rows[:n] = source.batch(*some)
+            array[some] = np.asarray(self.model.predict_on_batch(rows))[:n]
             signals.check()
         return array
 
     def train(
-        self, train: Labelled, val: Labelled, settings: UpperSettings, resume: UpperState | None = None
+        self,
+        train: Labelled,
+        val: Labelled,
+        settings: UpperSettings,
+        resume: UpperState | None = None,
+        warn: Callable[[str], None] = lambda _text: None,
     ) -> Iterator[UpperState]:
         """Train from the weights as they are, or go on from `resume`; yields the state after every epoch.
 
-        An epoch visits each photo once, in an order drawn from (seed, epoch) and in its next view. The validation
-        loss is that of the photos of `val`, all of weight 1, without label smoothing. Raises `FinetuneError` when the
-        loss is no longer finite, `Interrupted` after a batch in which a signal came.
+        An epoch visits each photo in an order drawn from (seed, epoch) and in its next view, once but for the few that
+        fill up the last batch. The validation loss is that of the photos of `val`, all of weight 1, without label
+        smoothing. When a batch does not fit in the memory of a GPU, the epoch begins again with half of it, and `warn`
+        is told.
+
+        Raises `Diverged` when the loss is no longer finite, `FinetuneError` when not even one photo fits, `Interrupted`
+        after a batch in which a signal came.
         """
+        state, start = resume, self.weights()
+        batch = settings.batch_size if state is None else state.batch_size
+        while True:
+            try:
+                for each in self._epochs(train, val, replace(settings, batch_size=batch), state):
+                    state = each
+                    yield state
+                return
+            except Exception as exc:
+                if not out_of_memory(exc):
+                    raise
+                if batch == 1:
+                    raise FinetuneError(
+                        "fine-tuning: not even one photo fits in the memory of the GPU",
+                        "lower image.size, let fewer layers learn (fine_tuning.unfreeze), or set runtime.device: cpu",
+                    ) from exc
+            fewer = math.ceil(batch / 2)
+            warn(f"{counted(batch, 'photo')} at once do not fit in the memory; going on with batches of {fewer}")
+            batch = fewer
+            with signals.deferred():
+                self.assign(start if state is None else state.weights)
+
+    def _epochs(
+        self, train: Labelled, val: Labelled, settings: UpperSettings, state: UpperState | None
+    ) -> Iterator[UpperState]:
+        """The rest of a training, in batches of one size."""
+        self._at_once = min(_FEATURE_BATCH, settings.batch_size)
         photos, views = train.source.shape[:2]
         steps = math.ceil(photos / settings.batch_size)
-        state = resume
+        # Of one size, see `features`; some photos come twice in an epoch, but never in one batch.
+        batch_shape = (steps, math.ceil(photos / steps))
         with signals.deferred():
             optimizer = self._compile(settings, steps)
             if state is not None:
                 self.assign(state.weights)
                 for variable, value in zip(optimizer.variables, state.optimizer, strict=True):
                     variable.assign(value)
-        first = state.epoch if state is not None else 0
+                if state.batch_size != settings.batch_size:
+                    optimizer.iterations.assign(state.epoch * steps)  # where the learning rate is as far as the epochs
         targets = np.eye(self._dense.units, dtype=np.float32)
-        # With weights of mean 1, and batches that differ by at most one photo, the mean of the batches is the loss.
+        # With weights of mean 1 and batches of one size, the mean of the batches is the loss.
         weights = (train.weights / train.weights.mean()).astype(np.float32)
-        first_views = np.random.default_rng(settings.seed).integers(0, views, size=(photos,))
-        for epoch in range(first, settings.epochs):
+        first_views = np.random.default_rng(settings.seed).integers(0, views, size=(photos,), dtype=np.intp)
+        for epoch in range(state.epoch if state is not None else 0, settings.epochs):
             began = time.perf_counter()
             order = np.random.default_rng((settings.seed, epoch)).permutation(photos)
+            chosen_views = (first_views + epoch) % views
+
+            def loaded(chosen: Indexes, chosen_views: Indexes = chosen_views) -> tuple[Indexes, Rows]:
+                return chosen, train.source.batch(chosen, chosen_views[chosen])
+
             total = np.zeros(2)
-            with signals.deferred():
-                for chosen in np.array_split(order, steps):
-                    rows = train.source.batch(chosen, (first_views[chosen] + epoch) % views)
-                    measured = self._classifier.train_on_batch(rows, targets[train.labels[chosen]], weights[chosen])
-                    total += len(chosen) * np.array(measured, np.float64)
+            with signals.deferred(), _computing_in(self.model, settings.policy):
+                # One thread, which reads the next batch while this one is in use.
+                for chosen, rows in ordered_map(loaded, np.resize(order, batch_shape), 1):
+                    total += self._classifier.train_on_batch(rows, targets[train.labels[chosen]], weights[chosen])
                     self._classifier.reset_metrics()
                     signals.check()
-                loss, accuracy = (total / photos).tolist()
+            with signals.deferred():
+                loss, accuracy = (total / steps).tolist()
                 row = {"epoch": epoch + 1, "loss": loss, "accuracy": accuracy, **self._validate(val)}
-                row["seconds"] = round(time.perf_counter() - began, 3)
+                row |= {"batch_size": settings.batch_size, "seconds": round(time.perf_counter() - began, 3)}
                 if not math.isfinite(row["loss"] + row["val_loss"]):
-                    raise FinetuneError(
+                    raise Diverged(
                         f"fine-tuning diverged: the loss is no longer a number after epoch {epoch + 1}",
                         f"choose a smaller fine_tuning.learning_rate than {settings.learning_rate:g}",
                     )
                 history = (*(state.history if state is not None else ()), row)
-                state = UpperState(
-                    epoch + 1, self.weights(), tuple(np.array(variable) for variable in optimizer.variables), history
-                )
+                variables = tuple(np.array(variable) for variable in optimizer.variables)
+                state = UpperState(epoch + 1, self.weights(), variables, settings.batch_size, history)
             yield state
 
     def _compile(self, settings: UpperSettings, steps: int) -> Any:
@@ -182,9 +250,12 @@ class Upper:
         )
         optimizer = keras.optimizers.AdamW(rate, weight_decay=settings.weight_decay, global_clipnorm=_CLIP)
         # Vectors are biases and the scales and shifts of normalisation; kernels have more axes.
-        vectors = [variable for variable in self._classifier.trainable_variables if len(variable.shape) < 2]
-        optimizer.exclude_from_weight_decay(var_list=vectors)
-        optimizer.build(self._classifier.trainable_variables)
+        optimizer.exclude_from_weight_decay(
+            var_list=[variable for variable in self._learning if len(variable.shape) < 2]
+        )
+        if settings.policy == "mixed_float16":  # whose smallest numbers are too large for some gradients
+            optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+        optimizer.build(self._learning)
         self._classifier.compile(
             optimizer,
             keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=settings.label_smoothing),
@@ -200,6 +271,22 @@ class Upper:
         logits -= logits.max(axis=1, keepdims=True)
         losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(logits)), val.labels]
         return {"val_loss": float(losses.mean()), "val_accuracy": float((logits.argmax(axis=1) == val.labels).mean())}
+
+
+@contextlib.contextmanager
+def _computing_in(model: Any, policy: TrainingPolicy) -> Iterator[None]:
+    """Let the layers of `model` compute as `policy` says. What Keras builds in the block keeps to that, what it has
+    built before does not change; the weights are float32 in any case.
+    """
+    before = [layer.dtype_policy for layer in model.layers]
+    try:
+        if policy != "float32":
+            for layer in model.layers:
+                layer.dtype_policy = policy
+        yield
+    finally:
+        for layer, own in zip(model.layers, before, strict=True):
+            layer.dtype_policy = own
 
 
 def _classifier(keras: Any, upper: Any, dense: Any) -> Any:
