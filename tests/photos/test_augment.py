@@ -243,6 +243,15 @@ def test_without_an_active_transform_there_is_one_view(arguments: dict[str, Any]
     assert augmenter.views == (7 if active else 1)
 
 
+def test_another_number_of_views_leaves_each_view_as_it_is() -> None:
+    few = Augmenter({"zoom_range": 0.1, "fill_mode": "wrap"}, 4, 3, SIZE)
+    many = few.with_views(9)
+    assert (few.views, many.views) == (4, 9)
+    assert [many.key(view) for view in range(9)][:4] == [few.key(view) for view in range(4)]
+    assert many.draw("abc", 3) == few.draw("abc", 3)
+    assert Augmenter({}, 4, 3, SIZE).with_views(9).views == 1
+
+
 def test_keys_tell_views_apart() -> None:
     plain = Augmenter({"zoom_range": 0.1}, 4, 0, SIZE)
     assert plain.key(0) == ""

@@ -448,8 +448,9 @@ def test_a_tuned_run_is_a_backbone_to_start_from(place, tuned, tmp_path):
 def test_a_start_whose_model_is_another_is_refused(place, tuned, frozen, tmp_path):
     forged = tmp_path / "forged"
     files.make_folder(forged)
-    (forged / "model.keras").write_bytes(frozen.file("model.keras").read_bytes())
-    sums = {"model.keras": files.sha256(forged / "model.keras")}
+    for name in ("model.keras", "split.csv"):
+        (forged / name).write_bytes(frozen.file(name).read_bytes())
+    sums = {name: files.sha256(forged / name) for name in ("model.keras", "split.csv")}
     files.write_json(forged / manifest.FILE, dataclasses.replace(tuned.manifest, files=sums).to_json())
     with pytest.raises(RunError, match="does not hold the backbone"):
         place.train(tmp_path, f"model.start_from={forged}")
