@@ -15,11 +15,15 @@ classes = json.loads(Path(folder, "classes.json").read_text("utf-8"))["classes"]
 classifier = vision.ImageClassifier.create_from_file(f"{folder}/model.tflite")
 
 
+squares = []  # the images are views of them, and do not keep them alive
+
+
 def image(path: str) -> vision.TensorImage:
     """The photo in the file `path`."""
     if whole:
         return vision.TensorImage.create_from_file(path)
-    return vision.TensorImage.create_from_array(pixels(path, f"{folder}/classes.json")[0].astype(np.uint8))
+    squares.append(pixels(path, f"{folder}/classes.json")[0].astype(np.uint8))
+    return vision.TensorImage.create_from_array(squares[-1])
 
 
 rows = []
