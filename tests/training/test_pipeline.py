@@ -25,8 +25,9 @@ from finetune_cli.practice import sample
 from finetune_cli.progress import Silent
 from finetune_cli.runs.run import Run, read_split
 from finetune_cli.training import check as command_check
-from finetune_cli.training import converted, keras_process, keras_tasks, outputs, prepare, resume
+from finetune_cli.training import converted, extract, keras_process, keras_tasks, outputs, prepare, resume
 from finetune_cli.training import pipeline as command_train
+from finetune_cli.training.extractor import Extractor
 from finetune_cli.training.requirements import check_settings
 
 # Everything that a run holds besides pictures; each of these names is promised in the README.
@@ -178,7 +179,7 @@ def test_other_head_settings_run_no_backbone_pass(tmp_path, drawn, cache, finish
     def never(*_args):
         pytest.fail("the backbone was compiled for features that the cache holds")
 
-    monkeypatch.setattr(prepare.Extractor, "_runtime", never)
+    monkeypatch.setattr(Extractor, "runtime", never)
     overrides = (*small, *FLIP, *ADAM, "training.learning_rate=0.01")
     run = command_train.train(load(tmp_path, drawn, cache, *overrides), Silent())
     assert run.manifest.views.computed == 0
@@ -278,7 +279,7 @@ def test_a_third_class_keeps_the_first_two(tmp_path, drawn, cache, finished_smal
 
 
 def test_start_from_wants_the_same_backbone(tmp_path, drawn, cache, finished, small, monkeypatch):
-    monkeypatch.setattr(prepare.extract, "extract", None)  # it is told before the features are computed
+    monkeypatch.setattr(extract, "extract", None)  # it is told before the features are computed
     with pytest.raises(RunError, match="another backbone"):
         command_train.train(load(tmp_path, drawn, cache, *small, f"model.start_from={finished.folder}"), Silent())
 

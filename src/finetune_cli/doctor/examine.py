@@ -25,8 +25,8 @@ from finetune_cli.photos.scan import BadPhoto, Sample
 from finetune_cli.progress import Observer
 from finetune_cli.training import near, prepare
 from finetune_cli.training.extract import Features
+from finetune_cli.training.extractor import Extractor
 from finetune_cli.training.near import Linked
-from finetune_cli.training.prepare import Extractor
 from finetune_cli.training.requirements import check_settings
 from finetune_cli.training.settings import Settings
 

@@ -5,7 +5,6 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,9 +21,7 @@ from finetune_cli.runs.run import Run, SplitRow
 from finetune_cli.tables import parse_csv, write_csv
 from finetune_cli.text import counted, shown
 from finetune_cli.training.extract import Features, scratch_array
-
-if TYPE_CHECKING:
-    from finetune_cli.training.prepare import Extractor
+from finetune_cli.training.extractor import Extractor
 
 LEAKS = "leaks.csv"
 _MOST_STORED = 1 << 24  # `Found.packed` has no larger numbers
@@ -75,7 +72,7 @@ class Linked:
         )
 
 
-def link(extractor: "Extractor", store: FeatureStore, parts: Sequence[Features]) -> Linked:
+def link(extractor: Extractor, store: FeatureStore, parts: Sequence[Features]) -> Linked:
     """The near-duplicates among the photos of `parts`, which have thumbnails: from `store`, or found now.
 
     Raises `StorageError` when there is no room for a copy of view 0.
@@ -102,7 +99,7 @@ def link(extractor: "Extractor", store: FeatureStore, parts: Sequence[Features])
     return Linked(photos, found)
 
 
-def _key(extractor: "Extractor", photos: Sequence[Sample]) -> bytes:
+def _key(extractor: Extractor, photos: Sequence[Sample]) -> bytes:
     """The key, in the feature cache, of what `find` found: all that it depends on."""
     image = extractor.settings.image
     backbone = f"{extractor.backbone.fingerprint} {extractor.precision} {image.size} {image.resize} {decode.decoder()}"

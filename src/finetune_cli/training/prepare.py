@@ -7,8 +7,7 @@ all of them see the same photos in the same way.
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,18 +23,18 @@ from finetune_cli.errors import BadImage, ChangedPhoto, Interrupted
 from finetune_cli.head.data import class_weights
 from finetune_cli.inference import runtimes
 from finetune_cli.inference.predictor import UNSURE
-from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.parallel import ordered_map
 from finetune_cli.photos import dataset, groups, scan
 from finetune_cli.photos.dataset import Dataset, DataSettings
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.scan import BadPhoto, Sample
-from finetune_cli.progress import Advance, Observer, timed
+from finetune_cli.progress import Observer, timed
 from finetune_cli.runs.run import SplitRow
 from finetune_cli.text import counted, shown
-from finetune_cli.training import extract, near, start_from
-from finetune_cli.training.converted import Conversion, Converted
-from finetune_cli.training.extract import FeatureRequest, Features, Resources
+from finetune_cli.training import near, start_from
+from finetune_cli.training.converted import Conversion
+from finetune_cli.training.extract import Features
+from finetune_cli.training.extractor import Extractor
 from finetune_cli.training.near import Leak
 from finetune_cli.training.requirements import check_room
 from finetune_cli.training.settings import Settings
@@ -171,7 +170,7 @@ def _note_augmentation(settings: Settings, observer: Observer) -> None:
         observer.warn("augmentation.views is 1, the photo itself: no transform is applied")
 
 
-def make_extractor(settings: Settings, observer: Observer, conversion: Conversion | None = None) -> "Extractor":
+def make_extractor(settings: Settings, observer: Observer, conversion: Conversion | None = None) -> Extractor:
     """`conversion`: of the backbone; `None` for one that Keras builds here, see `Settings.builds_backbone`."""
     with observer.stage("backbone", None, "MB") as advance:
         device = settings.device
@@ -194,7 +193,7 @@ class _Split:
 
 
 def _split_and_extract(
-    extractor: "Extractor", data: Dataset, recorded: Sequence[SplitRow] | None, seconds: dict[str, float]
+    extractor: Extractor, data: Dataset, recorded: Sequence[SplitRow] | None, seconds: dict[str, float]
 ) -> _Split:
     """Split the photos of `data` as near-duplicates or `recorded` want it, with the features of every split."""
     observer, folder = extractor.observer, extractor.settings.cache
@@ -221,14 +220,14 @@ def _split_and_extract(
 
 
 def _features(
-    extractor: "Extractor", store: FeatureStore, data: Dataset, seconds: dict[str, float], thumbnails: bool = False
+    extractor: Extractor, store: FeatureStore, data: Dataset, seconds: dict[str, float], thumbnails: bool = False
 ) -> dict[str, Features]:
     with timed(seconds, "features"):
         return {split: extractor(store, split, samples, thumbnails) for split, samples in data.splits.items()}
 
 
 def _with_near_duplicates(
-    extractor: "Extractor", store: FeatureStore, data: Dataset, seconds: dict[str, float]
+    extractor: Extractor, store: FeatureStore, data: Dataset, seconds: dict[str, float]
 ) -> _Split:
     """Where the user chose the validation photos, all features come first; else view 0 alone, which decides the split.
 
@@ -319,98 +318,6 @@ def decode_all(data: Dataset, image: ImageSettings, workers: int, observer: Obse
             if fault is not None:
                 bad.append(fault)
     return bad
-
-
-@dataclass
-class Extractor:
-    """Computes the features of one split after another with one backbone.
-
-    Training photos get all views, in `precision`; the others are float32 and as they are. `prove`: see
-    `extract.Resources`.
-    """
-
-    settings: Settings
-    backbone: AnyBackbone
-    device: Device
-    precision: Precision
-    observer: Observer
-    prove: Callable[[], object] = field(default=lambda: None)
-    _compiled: dict[Precision, Runtime] = field(default_factory=dict, init=False)
-
-    @property
-    def workers(self) -> int:
-        """Threads that decode and infer."""
-        return self.settings.workers
-
-    def __call__(
-        self,
-        store: FeatureStore,
-        split: str,
-        samples: Sequence[Sample],
-        thumbnails: bool = False,
-        first: Features | None = None,
-    ) -> Features:
-        """The features of `samples`, `float32 (n, views, D)`, through `store`.
-
-        `first`: view 0 of some of them, if it was computed before in the precision of this split.
-        """
-        image, fingerprint = self.settings.image, self.backbone.fingerprint
-        if split == "train":
-            request = FeatureRequest(image, fingerprint, self.precision, self.settings.augmenter, thumbnails)
-        else:
-            request = FeatureRequest(image, fingerprint, "float32", thumbnails=thumbnails)
-        with self.observer.stage(f"features of {split}", len(samples)) as advance:
-            return self._extract(store, samples, request, advance, first)
-
-    def first_views(self, store: FeatureStore, samples: Sequence[Sample]) -> Features:
-        """View 0 of `samples` in the precision of training photos, with thumbnails: what near-duplicates are found by.
-
-        It is computed before it is known which of them are training photos.
-        """
-        request = FeatureRequest(self.settings.image, self.backbone.fingerprint, self.precision, thumbnails=True)
-        with self.observer.stage("features of all photos", len(samples)) as advance:
-            return self._extract(store, samples, request, advance)
-
-    def _extract(
-        self,
-        store: FeatureStore,
-        samples: Sequence[Sample],
-        request: FeatureRequest,
-        advance: Advance,
-        first: Features | None = None,
-    ) -> Features:
-        scratch = self.settings.cache.scratch
-        resources = Resources(store, self.runtime, scratch, self.workers, self.batch_size, first, self.prove)
-        return extract.extract(samples, request, self.backbone.width, resources, advance)
-
-    def runtime(self, precision: Precision) -> Runtime:
-        """The backbone, converted once and compiled once per precision."""
-        if precision not in self._compiled:
-            if self.device == "gpu":
-                self._compiled[precision] = runtimes.TensorFlowRuntime(self._keras_model, precision)
-            else:
-                self._compiled[precision] = runtimes.OpenVinoRuntime(self._converted.clone(), precision, self.workers)
-        return self._compiled[precision]
-
-    @cached_property
-    def _keras_model(self) -> Any:
-        assert isinstance(self.backbone, Backbone)  # on a GPU, see `Settings.builds_backbone`
-        return self.backbone.model
-
-    @cached_property
-    def _converted(self) -> Any:
-        if isinstance(self.backbone, Converted):
-            return self.backbone.openvino_model()
-        return runtimes.convert(self.backbone.model)
-
-    @property
-    def batch_size(self) -> int:
-        """Views in a call of the runtime."""
-        batch_size = self.settings.config.runtime.batch_size
-        if batch_size != "auto":
-            return batch_size
-        # On a CPU the activations of a few photos stay in the cache of a core; a GPU needs larger batches.
-        return 4 if self.device == "cpu" else 64
 
 
 def index(

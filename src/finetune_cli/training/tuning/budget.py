@@ -24,7 +24,8 @@ from finetune_cli.photos.scan import Sample, decode_sample
 from finetune_cli.progress import Observer, ignore_progress
 from finetune_cli.training.converted import Converted
 from finetune_cli.training.extract import FeatureRequest
-from finetune_cli.training.prepare import Extractor, index, make_extractor
+from finetune_cli.training.extractor import Extractor
+from finetune_cli.training.prepare import index, make_extractor
 from finetune_cli.training.requirements import check_room, check_settings
 from finetune_cli.training.start_from import AnyBackbone
 from finetune_cli.training.tuning import activations, inputs, plan, stage

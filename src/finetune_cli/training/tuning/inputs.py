@@ -17,7 +17,7 @@ from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.scan import Sample
 from finetune_cli.text import counted
 from finetune_cli.training.extract import FeatureRequest
-from finetune_cli.training.prepare import Extractor
+from finetune_cli.training.extractor import Extractor
 from finetune_cli.training.tuning import activations
 from finetune_cli.training.tuning.activations import Lower, Pixels, Recomputed, Scratch, Source
 from finetune_cli.training.tuning.cuts import Cut

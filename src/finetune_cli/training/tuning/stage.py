@@ -29,8 +29,9 @@ from finetune_cli.progress import Observer, timed
 from finetune_cli.runs import checkpoints
 from finetune_cli.training import fit
 from finetune_cli.training.extract import Features, release, scratch_array
+from finetune_cli.training.extractor import Extractor
 from finetune_cli.training.fit import Fitted, labels_of
-from finetune_cli.training.prepare import Extractor, Prepared
+from finetune_cli.training.prepare import Prepared
 from finetune_cli.training.settings import Settings
 from finetune_cli.training.start_from import AnyBackbone
 from finetune_cli.training.tuning import candidates, inputs, plan

@@ -1,0 +1,111 @@
+"""One backbone on its runtime, which computes the features of one split after another."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from finetune_cli.backbones.build import Backbone
+from finetune_cli.cache.features import FeatureStore
+from finetune_cli.devices import Device, Precision
+from finetune_cli.inference import runtimes
+from finetune_cli.inference.runtimes import Runtime
+from finetune_cli.photos.scan import Sample
+from finetune_cli.progress import Advance, Observer
+from finetune_cli.training import extract
+from finetune_cli.training.converted import Converted
+from finetune_cli.training.extract import FeatureRequest, Features, Resources
+from finetune_cli.training.settings import Settings
+from finetune_cli.training.start_from import AnyBackbone
+
+
+@dataclass
+class Extractor:
+    """Computes the features of one split after another with one backbone.
+
+    Training photos get all views, in `precision`; the others are float32 and as they are. `prove`: see
+    `extract.Resources`.
+    """
+
+    settings: Settings
+    backbone: AnyBackbone
+    device: Device
+    precision: Precision
+    observer: Observer
+    prove: Callable[[], object] = field(default=lambda: None)
+    _compiled: dict[Precision, Runtime] = field(default_factory=dict, init=False)
+
+    @property
+    def workers(self) -> int:
+        """Threads that decode and infer."""
+        return self.settings.workers
+
+    def __call__(
+        self,
+        store: FeatureStore,
+        split: str,
+        samples: Sequence[Sample],
+        thumbnails: bool = False,
+        first: Features | None = None,
+    ) -> Features:
+        """The features of `samples`, `float32 (n, views, D)`, through `store`.
+
+        `first`: view 0 of some of them, if it was computed before in the precision of this split.
+        """
+        image, fingerprint = self.settings.image, self.backbone.fingerprint
+        if split == "train":
+            request = FeatureRequest(image, fingerprint, self.precision, self.settings.augmenter, thumbnails)
+        else:
+            request = FeatureRequest(image, fingerprint, "float32", thumbnails=thumbnails)
+        with self.observer.stage(f"features of {split}", len(samples)) as advance:
+            return self._extract(store, samples, request, advance, first)
+
+    def first_views(self, store: FeatureStore, samples: Sequence[Sample]) -> Features:
+        """View 0 of `samples` in the precision of training photos, with thumbnails: what near-duplicates are found by.
+
+        It is computed before it is known which of them are training photos.
+        """
+        request = FeatureRequest(self.settings.image, self.backbone.fingerprint, self.precision, thumbnails=True)
+        with self.observer.stage("features of all photos", len(samples)) as advance:
+            return self._extract(store, samples, request, advance)
+
+    def _extract(
+        self,
+        store: FeatureStore,
+        samples: Sequence[Sample],
+        request: FeatureRequest,
+        advance: Advance,
+        first: Features | None = None,
+    ) -> Features:
+        scratch = self.settings.cache.scratch
+        resources = Resources(store, self.runtime, scratch, self.workers, self.batch_size, first, self.prove)
+        return extract.extract(samples, request, self.backbone.width, resources, advance)
+
+    def runtime(self, precision: Precision) -> Runtime:
+        """The backbone, converted once and compiled once per precision."""
+        if precision not in self._compiled:
+            if self.device == "gpu":
+                self._compiled[precision] = runtimes.TensorFlowRuntime(self._keras_model, precision)
+            else:
+                self._compiled[precision] = runtimes.OpenVinoRuntime(self._converted.clone(), precision, self.workers)
+        return self._compiled[precision]
+
+    @cached_property
+    def _keras_model(self) -> Any:
+        assert isinstance(self.backbone, Backbone)  # on a GPU, see `Settings.builds_backbone`
+        return self.backbone.model
+
+    @cached_property
+    def _converted(self) -> Any:
+        if isinstance(self.backbone, Converted):
+            return self.backbone.openvino_model()
+        return runtimes.convert(self.backbone.model)
+
+    @property
+    def batch_size(self) -> int:
+        """Views in a call of the runtime."""
+        batch_size = self.settings.config.runtime.batch_size
+        if batch_size != "auto":
+            return batch_size
+        # On a CPU the activations of a few photos stay in the cache of a core; a GPU needs larger batches.
+        return 4 if self.device == "cpu" else 64
