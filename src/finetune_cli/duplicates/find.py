@@ -7,8 +7,8 @@
 Neither similarity decides alone. Two photos of ants may be closer to the backbone than a photo and its crop.
 """
 
-import itertools
-from collections.abc import Sequence, Set
+from collections import Counter
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from finetune_cli.parallel import ordered_map
 from finetune_cli.progress import Advance, ignore_progress
 
 _BY_FEATURES, _FIRST = 8, 3  # neighbours of a photo; those that it is compared with in any case
+_PER_GROUPS = 2  # pairs of photos of two groups that are compared at once
 _LEAST_COSINE, _LEAST_HASH = 0.1, 0.8
 _BAR, _HIGHEST_BAR = 0.6, 0.86
 _COMPARED = 600  # pairs of different photos that the bar is raised by
@@ -86,20 +87,20 @@ def find(
 
     `thumbnails`: ``uint8 (n, SIDE, SIDE)``; `features`: ``float32 (n, D)`` of view 0, perhaps a memory map; `labels`:
     ``int64 (n,)``. Memory: about 4 KB a photo, and 64 MB a thread. `advance` counts comparisons, and learns their
-    total, perhaps twice: photos that have a near-duplicate are compared with more of their neighbours.
+    total, which grows: photos that have a near-duplicate are compared with more of their neighbours.
     """
     comparison = _Comparison(Alignment(thumbnails), labels, workers)
-    nearest, likely = _candidates(thumbnails, features, workers)
-    comparison.compare(likely, advance)
-    found = comparison.groups()
-    if found:
+    found: list[list[int]] = []
+    group_of = np.arange(len(labels))
+    for stage in _candidates(thumbnails, features, workers):
+        if stage.only_grouped:
+            grouped = group_of < len(found)
+            stage.keep[~(grouped[:, None] | grouped[stage.index])] = False
+        comparison.compare(_between_groups(stage, group_of), advance)
+        found = comparison.groups()
         group_of = np.arange(len(labels)) + len(found)
         for number, group in enumerate(found):
             group_of[group] = number
-        more = group_of[nearest] != group_of[:, None]
-        more[group_of >= len(found)] = False
-        comparison.compare(set(neighbours.pairs(nearest, more)), advance)
-        found = comparison.groups()
     large = [group for group in found if _is_large(group, labels)]
     used = tuple(tuple(group) for group in found if group not in large)
     return Found(tuple(comparison.links()), used, tuple(map(tuple, large)))
@@ -143,20 +144,42 @@ class _Comparison:
         return self._scores[pair] >= self._bar
 
 
-def _candidates(
-    thumbnails: NDArray[np.uint8], features: NDArray[np.float32], workers: int
-) -> tuple[NDArray[np.intp], set[tuple[int, int]]]:
-    """The nearest neighbours of every photo by its features ``(n, k)``; pairs that are the first to be compared."""
+@dataclass(frozen=True)
+class _Stage:
+    """Neighbours ``(n, k)`` of every photo that are compared with it where `keep` ``(n, k)`` is true.
+
+    only_grouped: only pairs of which one photo has a near-duplicate already.
+    """
+
+    index: NDArray[np.intp]
+    keep: NDArray[np.bool_]
+    only_grouped: bool = False
+
+
+def _candidates(thumbnails: NDArray[np.uint8], features: NDArray[np.float32], workers: int) -> Iterator[_Stage]:
+    """The most likely pairs first: what they bring together need not be compared again."""
     rows = neighbours.directions(features)
     nearest, cosines = neighbours.nearest(rows, rows, _BY_FEATURES, workers)
     likely = cosines >= _LEAST_COSINE
-    likely[:, _FIRST:] = False
-    found = set(neighbours.pairs(nearest, likely))
+    yield _Stage(nearest[:, :1], likely[:, :1])
     plain = hashes.hashes(thumbnails)
     for queries in (plain, hashes.mirrored(plain)):
         index, cosines = neighbours.nearest(queries, plain, 1, workers)
-        found |= set(neighbours.pairs(index, cosines >= _LEAST_HASH))
-    return nearest, found
+        yield _Stage(index, cosines >= _LEAST_HASH)
+    yield _Stage(nearest[:, 1:_FIRST], likely[:, 1:_FIRST])
+    yield _Stage(nearest[:, _FIRST:], likely[:, _FIRST:], only_grouped=True)
+
+
+def _between_groups(stage: _Stage, group_of: NDArray[np.intp]) -> set[tuple[int, int]]:
+    """The pairs of `stage` whose photos are in different groups, at most a few for any two groups."""
+    counts: Counter[tuple[int, int]] = Counter()
+    found = set()
+    for pair in neighbours.pairs(stage.index, stage.keep):
+        a, b = sorted((int(group_of[pair[0]]), int(group_of[pair[1]])))
+        if a != b and pair not in found and counts[a, b] < _PER_GROUPS:
+            counts[a, b] += 1
+            found.add(pair)
+    return found
 
 
 def _bar(alignment: Alignment, labels: NDArray[np.int64]) -> float:
@@ -182,13 +205,3 @@ def _is_large(group: Sequence[int], labels: NDArray[np.int64]) -> bool:
     sizes = np.bincount(labels)
     own = np.bincount(labels[list(group)], minlength=len(sizes))
     return bool(np.any((own > SMALLEST_LARGE) & (own > LARGEST_SHARE * sizes)))
-
-
-def linked_to(links: Sequence[Link], chosen: NDArray[np.bool_]) -> dict[int, Link]:
-    """Photos outside `chosen` ``bool (n,)`` that a link joins with one inside, with the strongest such link."""
-    found: dict[int, Link] = {}
-    for link in sorted(links, key=lambda each: -each.score):
-        for own, other in itertools.permutations(link[:2]):
-            if chosen[other] and not chosen[own]:
-                found.setdefault(own, link)
-    return found

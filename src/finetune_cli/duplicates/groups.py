@@ -5,6 +5,7 @@ the first has nothing to do with the last. So two groups are joined only if at l
 are links, too (average linkage), of up to nine such pairs, evenly chosen.
 """
 
+import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -45,7 +46,12 @@ def _belong_together(one: list[int], other: list[int], is_link: Callable[[int, i
     smaller, larger = sorted((one, other), key=len)
     some = _some(smaller, _PER_GROUP)
     pairs = [(a, b) for a in some for b in _some(larger, _PAIRS // len(some))]
-    return sum(is_link(a, b) for a, b in pairs) >= _LEAST_LINKED * len(pairs)
+    missing = math.ceil(_LEAST_LINKED * len(pairs))
+    for left, (a, b) in zip(range(len(pairs), 0, -1), pairs, strict=True):
+        if not 0 < missing <= left:
+            break
+        missing -= is_link(a, b)
+    return missing <= 0
 
 
 def _some(group: list[int], most: int) -> list[int]:
