@@ -89,11 +89,14 @@ def test_the_page_is_one_file_without_scripts(found, tmp_path):
 def test_names_of_photos_are_text_in_the_page(found, tmp_path):
     from dataclasses import replace
 
-    evil = replace(found.findings[0], path="<img src=x onerror=alert(1)>.png", evidence="<script>alert(2)</script>")
+    evil = replace(
+        found.findings[0], path="<img src=x onerror=alert(1)>\u202e\udcff.png", evidence="<script>alert(2)</script>"
+    )
     page.write(tmp_path / "doctor.html", replace(found, findings=(evil,)), Silent())
     text = (tmp_path / "doctor.html").read_text()
     assert "<script" not in text
     assert "<img src=x" not in text
+    assert "\u202e" not in text
 
 
 def test_a_page_of_many_findings_stays_small(found, tmp_path):

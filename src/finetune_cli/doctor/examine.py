@@ -5,7 +5,7 @@ All splits are examined together, by what a training computes anyway: digests, v
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +69,8 @@ class Examination:
 def examine(config: Config, observer: Observer) -> Examination:
     """Examine all photos of `config`. Raises what a training raises before it fits the head, but not for bad photos."""
     settings = check_settings(config)
+    # Which photos may validate does not matter here, and must not stop the examination.
+    settings = replace(settings, photos=replace(settings.photos, trained_on=frozenset()))
     context = contextlib.nullcontext() if settings.builds_backbone else prepare.conversion_of(settings)
     with context as conversion:
 

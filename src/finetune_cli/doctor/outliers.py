@@ -20,7 +20,8 @@ def outliers(features: NDArray[np.float32], workers: int) -> list[tuple[int, flo
     """
     if len(features) < FEWEST:
         return []
-    roots = np.sign(features) * np.sqrt(np.abs(features))
+    roots = np.abs(features)
+    np.copysign(np.sqrt(roots, out=roots), features, out=roots)
     rows = neighbours.directions(roots, centred=False)
     cosines = neighbours.nearest(rows, rows, _NEIGHBOUR, workers)[1][:, -1]
     median = float(np.median(cosines))

@@ -17,7 +17,7 @@ from finetune_cli.progress import Observer
 from finetune_cli.report import page
 from finetune_cli.report.thumbnails import THUMBNAIL, Figure, jpeg
 from finetune_cli.runs import run
-from finetune_cli.text import counted
+from finetune_cli.text import brief, counted, shown
 
 FILE = "doctor.html"
 _MOST_BYTES = 4_000_000  # of figures
@@ -102,7 +102,7 @@ def write(path: Path, found: Examination, observer: Observer) -> None:
         classes=len(data.classes),
         sections=tuple(sections),
         notes=tuple(notes),
-        bad=tuple(f"{photo.name}: {photo.reason}" for photo in found.bad[:_MOST_BAD]),
+        bad=tuple(f"{brief(photo.name)}: {shown(photo.reason)}" for photo in found.bad[:_MOST_BAD]),
         bad_count=len(found.bad),
     )
     files.write_text(path, page.render(content, "doctor.html.j2"))
@@ -127,14 +127,15 @@ def _drawer(found: Examination) -> Callable[[Finding], Figure]:
     classes = found.data.classes
 
     def draw(finding: Finding) -> Figure:
+        name, lines = brief(finding.path), (brief(classes[finding.photo.label]), shown(finding.evidence))
         pictures: list[NDArray[np.uint8]] = []
         for sample in (finding.photo, finding.other):
             if sample is not None:
                 try:
                     pictures.append(pixels(sample, small))
                 except BadImage:
-                    return Figure(finding.path, None, (finding.evidence,))
+                    return Figure(name, None, lines)
         picture = pictures[0] if len(pictures) == 1 else heatmap.side_by_side(*pictures, gap=4)
-        return Figure(finding.path, jpeg(picture), (classes[finding.photo.label], finding.evidence))
+        return Figure(name, jpeg(picture), lines)
 
     return draw
