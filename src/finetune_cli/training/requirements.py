@@ -15,6 +15,7 @@ from finetune_cli import files
 from finetune_cli.backbones import source
 from finetune_cli.cache import folder
 from finetune_cli.config.schema import Config
+from finetune_cli.duplicates import thumbnails
 from finetune_cli.errors import ConfigError, StorageError
 from finetune_cli.photos.dataset import Dataset
 from finetune_cli.runs import run
@@ -98,9 +99,12 @@ def _named(key: str) -> Iterator[None]:
 def check_room(wanted: Settings, data: Dataset, backbone: Sized) -> None:
     """Raise `StorageError` unless there is room for the features and for the run, before hours go into them."""
     rows = wanted.augmenter.views * len(data.train) + len(data.val) + len(data.test)
+    size = 2 * 4 * backbone.width * rows  # the features are in the cache, and in the scratch file
+    if wanted.config.data.near_duplicates != "ignore":
+        # View 0 of all photos comes first, and is copied once; a thumbnail of each photo is in the cache.
+        size += (2 * 4 * backbone.width + thumbnails.SIDE**2) * data.photos
     with _named("runtime.cache_dir"):
-        # The features are in the cache, and in the scratch file.
-        files.free_space_check(wanted.cache.scratch, 2 * 4 * backbone.width * rows)
+        files.free_space_check(wanted.cache.scratch, size)
     head = 4 * (backbone.width + 1) * len(data.classes)
     model = 4 * backbone.parameters + head
     # The model in two forms; up to four checkpoints, each with the head, the best head and Adam's two moments.
