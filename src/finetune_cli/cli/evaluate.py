@@ -121,9 +121,7 @@ def _scores(console: "Console", judged: "Judgement") -> None:
     evaluation, calibration = judged.evaluation, judged.calibration
     shares = [("accuracy", evaluation.accuracy)]
     if (others := evaluation.without_near_duplicates) is not None:
-        shares += [
-            (f"accuracy without the {evaluation.photos - others[0]} near-duplicates of training photos", others[1])
-        ]
+        shares += [(f"accuracy on the {others[0]} that are no near-duplicates of training photos", others[1])]
     shares += [(f"top-{k} accuracy", share) for k, share in evaluation.top_k.items()]
     shares += [(f"majority-class baseline: {shown(evaluation.baseline_class)}", evaluation.baseline)]
     rows = [(name, f"{share.value:.1%}", f"{share.low:.1%} to {share.high:.1%}") for name, share in shares]
