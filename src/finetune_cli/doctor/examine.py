@@ -87,7 +87,7 @@ def _examined(data: Dataset, settings: Settings, extractor: Extractor, observer:
     with FeatureStore(settings.cache.path, settings.cache.writable) as store:
         features = extractor.first_views(store, samples)
         extractor.prove()  # all features may have been in the cache
-        linked = near.link(extractor, store, [features])
+        linked = near.link([features], extractor.first_request, store, settings, observer)
     for warning in store.warnings:
         observer.warn(warning)
     data = dataset.without(data, features.bad)

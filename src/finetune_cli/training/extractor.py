@@ -60,14 +60,18 @@ class Extractor:
         with self.observer.stage(f"features of {split}", len(samples)) as advance:
             return self._extract(store, samples, request, advance, first)
 
+    @property
+    def first_request(self) -> FeatureRequest:
+        """What `first_views` computes."""
+        return FeatureRequest(self.settings.image, self.backbone.fingerprint, self.precision, thumbnails=True)
+
     def first_views(self, store: FeatureStore, samples: Sequence[Sample]) -> Features:
         """View 0 of `samples` in the precision of training photos, with thumbnails: what near-duplicates are found by.
 
         It is computed before it is known which of them are training photos.
         """
-        request = FeatureRequest(self.settings.image, self.backbone.fingerprint, self.precision, thumbnails=True)
         with self.observer.stage("features of all photos", len(samples)) as advance:
-            return self._extract(store, samples, request, advance)
+            return self._extract(store, samples, self.first_request, advance)
 
     def _extract(
         self,

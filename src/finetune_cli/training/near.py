@@ -13,15 +13,15 @@ from finetune_cli import files
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.duplicates.find import VERSION, Found, find
 from finetune_cli.errors import RunError
-from finetune_cli.photos import dataset, decode
+from finetune_cli.photos import dataset
 from finetune_cli.photos.dataset import Dataset
 from finetune_cli.photos.scan import Sample
 from finetune_cli.progress import Observer
 from finetune_cli.runs.run import Run, SplitRow
 from finetune_cli.tables import parse_csv, write_csv
 from finetune_cli.text import counted, shown
-from finetune_cli.training.extract import Features, scratch_array
-from finetune_cli.training.extractor import Extractor
+from finetune_cli.training.extract import FeatureRequest, Features, scratch_array
+from finetune_cli.training.settings import Settings
 
 LEAKS = "leaks.csv"
 _MOST_STORED = 1 << 24  # `Found.packed` has no larger numbers
@@ -72,18 +72,20 @@ class Linked:
         )
 
 
-def link(extractor: Extractor, store: FeatureStore, parts: Sequence[Features]) -> Linked:
+def link(
+    parts: Sequence[Features], request: FeatureRequest, store: FeatureStore, settings: Settings, observer: Observer
+) -> Linked:
     """The near-duplicates among the photos of `parts`, which have thumbnails: from `store`, or found now.
 
-    Raises `StorageError` when there is no room for a copy of view 0.
+    `request`: what view 0 of training photos was computed from. Raises `StorageError` when there is no room for a copy
+    of view 0.
     """
-    settings = extractor.settings
     where: dict[str, tuple[int, int]] = {}
     for p, part in enumerate(parts):
         for i, sample in enumerate(part.samples):
             where.setdefault(sample.digest, (p, i))
     photos = tuple(parts[p].samples[i] for p, i in where.values())
-    key = _key(extractor, photos)
+    key = _key(request, photos)
     found = Found.unpacked(store.get([key]).get(key), len(photos))
     if found is None:
         features = scratch_array(settings.cache.scratch, (len(photos), parts[0].array.shape[2]))
@@ -91,19 +93,16 @@ def link(extractor: Extractor, store: FeatureStore, parts: Sequence[Features]) -
             features[row] = parts[p].array[i, 0]
         thumbnails: NDArray[np.uint8] = np.stack([parts[p].thumbnails[i] for p, i in where.values()])
         labels = np.array([sample.label for sample in photos], np.int64)
-        with extractor.observer.stage("near-duplicates", None, "comparisons") as advance:
+        with observer.stage("near-duplicates", None, "comparisons") as advance:
             found = find(thumbnails, features, labels, settings.workers, advance)
         if len(photos) <= _MOST_STORED:
-            extractor.prove()
             store.put([(key, found.packed())])
     return Linked(photos, found)
 
 
-def _key(extractor: Extractor, photos: Sequence[Sample]) -> bytes:
+def _key(request: FeatureRequest, photos: Sequence[Sample]) -> bytes:
     """The key, in the feature cache, of what `find` found: all that it depends on."""
-    image = extractor.settings.image
-    backbone = f"{extractor.backbone.fingerprint} {extractor.precision} {image.size} {image.resize} {decode.decoder()}"
-    key = hashlib.sha256(f"near-duplicates {VERSION} {backbone}".encode())
+    key = hashlib.sha256(f"near-duplicates {VERSION}".encode() + request.key("", 0))
     for sample in photos:
         key.update(f"\0{sample.digest} {sample.label}".encode())
     return key.digest()

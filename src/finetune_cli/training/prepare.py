@@ -248,7 +248,8 @@ def _with_near_duplicates(
         dataset.refuse_empty(data.classes, data.splits, data.bad)
         parts = first
     with timed(seconds, "near-duplicates"):
-        linked = near.link(extractor, store, list(parts.values()))
+        extractor.prove()  # what is linked is stored, too
+        linked = near.link(list(parts.values()), extractor.first_request, store, settings, observer)
     data = near.keep_together(linked, data, settings.photos.trained_on, observer)
     if first:
         with timed(seconds, "features"):
