@@ -19,9 +19,9 @@ from finetune_cli.progress import ignore_progress
 
 
 def load(train, val=None, test=None, val_split=0.2, group_regex=None, max_pixels=10**8, **options):
-    options = {"cache": DigestCache(None), "advance": ignore_progress, "trained_on": frozenset()} | options
-    settings = DataSettings(train, val, test, val_split, group_regex, max_pixels, options["trained_on"])
-    return dataset.load(settings, options["cache"], options["advance"])
+    options = {"cache": DigestCache(None), "advance": ignore_progress} | options
+    cache, advance = options.pop("cache"), options.pop("advance")
+    return dataset.load(DataSettings(train, val, test, val_split, group_regex, max_pixels, **options), cache, advance)
 
 
 def names(samples):
@@ -283,6 +283,42 @@ def test_likely_groups_on_both_sides_are_warned_of(tmp_path):
     assert data.proposal is None
     sides = [{sample.group for sample in part} for part in (data.train, data.val)]
     assert sides[0].isdisjoint(sides[1])
+
+
+def test_likely_groups_in_several_folds_are_warned_of(tmp_path):
+    write_persons(tmp_path)
+    data = load(tmp_path, folds=5)
+    (warning,) = data.warnings
+    assert "in 10 groups; 10 of them are in several folds, so the accuracy may look better" in warning
+    assert warning.endswith("keep each on one side with 'data.group_regex=(?:^|/)(p[0-9]+)'")
+    data = load(tmp_path, folds=5, group_regex=data.proposal.regex)
+    assert data.warnings == ()
+    assert len({(sample.group, sample.fold) for sample in data.train}) == 10
+
+
+def test_with_folds_all_photos_are_training_photos(two_classes):
+    data = load(two_classes, folds=4)
+    assert (len(data.train), data.val) == (40, ())
+    assert "val" not in data.roots
+    assert sorted((s.label, s.fold) for s in data.train) == sorted((c, k) for c in (0, 1) for k in (1, 2, 3, 4) * 5)
+
+
+def test_folds_beside_validation_photos_are_refused(tmp_path):
+    write_photos(tmp_path, "train/a/1.png train/b/1.png val/a/2.png val/b/2.png")
+    assert "data.folds is 5, but there are validation photos" in problem(tmp_path, folds=5)
+
+
+def test_too_few_photos_for_the_folds(tmp_path):
+    write_photos(tmp_path, "a/1.png a/2.png b/1.png b/2.png")
+    assert "fill only 4 folds" in problem(tmp_path, folds=5)
+    assert sorted(sample.fold for sample in load(tmp_path, folds=4).train) == [1, 2, 3, 4]
+
+
+def test_a_class_that_no_fold_can_judge_is_noted(tmp_path):
+    write_photos(tmp_path, "a/1.png a/2.png a/3.png b/1.png b/2.png b/3.png c/1.png")
+    data = load(tmp_path, folds=3)
+    assert [sample.fold for sample in data.train if data.classes[sample.label] == "c"] == [None]
+    assert "not cross-validated, only trained on: 1 photo of c, because a class needs photos in two folds" in data.notes
 
 
 def test_likely_groups_on_both_sides_of_a_split_that_was_given(tmp_path):

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from finetune_cli.photos.split import choose, merged, near_group
+from finetune_cli.photos.split import choose, into_folds, merged, near_group
 
 
 def digest(i):
@@ -154,3 +154,54 @@ def test_every_class_trains_whatever_the_groups():
         rows = [(random_.randrange(4), digest((seed, i)), f"g{random_.randrange(5)}") for i in range(20)]
         trained = {row[0] for row, kept in zip(rows, choose(rows, 0.5), strict=True) if not kept}
         assert trained == {row[0] for row in rows}
+
+
+def sizes(rows, folds, label=None):
+    """How many photos each fold holds out, of a class or of all."""
+    found = Counter(fold for row, fold in zip(rows, into_folds(rows, folds), strict=True) if label in (None, row[0]))
+    return [found[fold] for fold in range(1, folds + 1)]
+
+
+@pytest.mark.parametrize(("n", "folds"), [(20, 5), (33, 5), (101, 7), (300, 10)])
+def test_folds_differ_by_one_photo_in_every_class_and_as_a_whole(n, folds):
+    rows = photos(n)
+    for label in (None, 0, 1, 2):
+        assert max(sizes(rows, folds, label)) - min(sizes(rows, folds, label)) <= 1
+    assert sum(sizes(rows, folds)) == n
+
+
+def test_folds_depend_on_content_alone():
+    rows = photos(100)
+    before = dict(zip(rows, into_folds(rows, 5), strict=True))
+    random.Random(0).shuffle(rows)
+    assert dict(zip(rows, into_folds(rows, 5), strict=True)) == before
+
+
+def test_groups_and_copies_are_in_one_fold():
+    copies = [(0, digest(0), None), (1, digest(500), None), (1, digest(500), "x")]
+    rows = [*photos(60, group=lambda i: f"g{i // 7}"), *copies]
+    folds = into_folds(rows, 4)
+    for key in (lambda row: row[2] or row[1], lambda row: row[1]):
+        together = {}
+        for row, fold in zip(rows, folds, strict=True):
+            together.setdefault(key(row), set()).add(fold)
+        assert all(len(found) == 1 for found in together.values())
+
+
+def test_persons_who_show_every_class_are_spread_evenly():
+    rows = [(label, digest((person, label)), f"p{person}") for person in range(12) for label in range(10)]
+    assert sorted(sizes(rows, 5)) == [20, 20, 20, 30, 30]
+
+
+def test_a_class_of_two_units_is_in_two_folds_whatever_else_they_hold():
+    # Both units of class 1 would go to the emptiest fold by the shares of class 0 alone.
+    rows = [(0, digest(i), f"g{i // 10}") for i in range(40)] + [(1, digest(100), "g0"), (1, digest(101), "g1")]
+    folds = into_folds(rows, 2)
+    assert {fold for row, fold in zip(rows, folds, strict=True) if row[0] == 1} == {1, 2}
+
+
+def test_the_only_unit_of_a_class_is_never_held_out():
+    rows = [*photos(20, 2), (2, digest(900), "g"), (2, digest(901), "g"), (0, digest(902), "g")]
+    folds = into_folds(rows, 5)
+    assert folds[20:] == [None, None, None]
+    assert None not in folds[:20]

@@ -33,8 +33,8 @@ class Dataset:
 
     `roots` maps each split that has photos to the folder that their names are relative to. `notes` and `warnings` are
     for the user; warnings report what makes the numbers look better than they are. `proposal`: likely groups, if none
-    were given. `val_split`: the share of the training photos that validates, `None` if the user chose these photos.
-    `fixes`: the table that was applied, as it was read.
+    were given. `val_split`: the share of the training photos that validates, `None` if the user chose these photos,
+    or if all validate in folds. `fixes`: the table that was applied, as it was read.
     """
 
     classes: tuple[str, ...]
@@ -66,9 +66,10 @@ class DataSettings:
     """Where the photos are and how they are split.
 
     Validation photos come from `val`, else from the table's column `split`, else from a folder beside the training
-    photos, else from a share `val_split` of the training photos. `group_regex`: finds the group in a photo's name.
-    `max_pixels`: photos with more are bad. `trained_on`: digests of photos that must not validate, because
-    `model.start_from` was trained on them. `fixes`: a table that `photos/fixes.py` reads and applies.
+    photos, else from a share `val_split` of the training photos. With `folds` there are none: every training photo
+    validates in one of so many folds. `group_regex`: finds the group in a photo's name. `max_pixels`: photos with more
+    are bad. `trained_on`: digests of photos that must not validate, because `model.start_from` was trained on them.
+    `fixes`: a table that `photos/fixes.py` reads and applies.
     """
 
     train: Path
@@ -79,6 +80,7 @@ class DataSettings:
     max_pixels: int = 100_000_000
     trained_on: frozenset[str] = frozenset()
     fixes: Path | None = None
+    folds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ def load(settings: DataSettings, cache: DigestCache, advance: Advance, contradic
     listings = _listings(sources)
     classes = listings["train"].classes
     _check_classes(listings)
+    _check_folds(settings.folds, listings)
     rules = Rules(classes, settings.max_pixels, grouping(settings.group_regex))
     parts, bad = preflight(listings, rules, cache, advance)
     notes = [*sources.notes, *(note for listing in listings.values() for note in listing.notes)]
@@ -118,7 +121,10 @@ def load(settings: DataSettings, cache: DigestCache, advance: Advance, contradic
     if settings.group_regex is not None:
         notes += _ungrouped(parts["train"], settings.group_regex)
     val_is_given = "val" in parts
-    if not val_is_given:
+    if settings.folds is not None:
+        parts["train"] = into_folds(parts["train"], settings.folds)
+        notes += _never_held_out(parts["train"], classes)
+    elif not val_is_given:
         if settings.val_split is None:
             raise DataError("there are no validation photos", "set data.val, or data.val_split: 0.2")
         parts["train"], parts["val"] = _split_off_validation(parts["train"], settings.val_split, settings.trained_on)
@@ -127,7 +133,8 @@ def load(settings: DataSettings, cache: DigestCache, advance: Advance, contradic
     proposal = None
     if all(sample.group is None for samples in parts.values() for sample in samples):
         proposal = propose(
-            {name: [(sample.name, classes[sample.label]) for sample in samples] for name, samples in parts.items()}
+            {name: [(sample.name, classes[sample.label]) for sample in samples] for name, samples in parts.items()},
+            [sample.fold for sample in parts["train"]],
         )
     warnings = [*_overlaps(parts), *_alike(classes), *_shared_groups(proposal, val_is_given)]
     ready = {name: tuple(parts.get(name, ())) for name in ("train", "val", "test")}
@@ -142,7 +149,7 @@ def load(settings: DataSettings, cache: DigestCache, advance: Advance, contradic
         warnings=tuple(warnings),
         roots=roots,
         proposal=proposal,
-        val_split=None if val_is_given else settings.val_split,
+        val_split=None if val_is_given or settings.folds is not None else settings.val_split,
         fixes=fixed_by,
     )
 
@@ -281,6 +288,32 @@ def _in_order(samples: Sequence[Sample]) -> list[Sample]:
     return sorted(samples, key=lambda sample: (sample.label, byte_order(sample.name)))
 
 
+def into_folds(samples: Sequence[Sample], folds: int) -> list[Sample]:
+    """The `samples` with their folds, see `split.into_folds`.
+
+    Raises `DataError` when there are too few photos or groups for so many folds.
+    """
+    found = split.into_folds([(sample.label, sample.digest, sample.group) for sample in samples], folds)
+    filled = len(set(found) - {None})
+    if filled < folds:
+        raise DataError(
+            f"data.folds is {folds}, but the photos, with copies and groups kept together, fill only {filled or 'no'} "
+            f"fold{'s' * (filled != 1)}",
+            f"set data.folds to {filled}, or add photos" if filled > 1 else "add photos, or set data.val",
+        )
+    return [replace(sample, fold=fold) for sample, fold in zip(samples, found, strict=True)]
+
+
+def _never_held_out(samples: Sequence[Sample], classes: Sequence[str]) -> list[str]:
+    """A note on the photos that no fold holds out, and on their classes."""
+    labels = [sample.label for sample in samples if sample.fold is None]
+    if not labels:
+        return []
+    names = _enumerated([name for i, name in enumerate(classes) if i in labels])
+    many = counted(len(labels), "photo")
+    return [f"not cross-validated, only trained on: {many} of {names}, because a class needs photos in two folds"]
+
+
 def _check_classes(listings: Mapping[str, Listing]) -> None:
     """Check the names: too few classes, empty classes, and classes that only one split has."""
     train = listings["train"]
@@ -307,6 +340,15 @@ def _check_classes(listings: Mapping[str, Listing]) -> None:
             problems.append(f"{shown(listing.source)} has no photos for {name}")
     notes = [note for listing in listings.values() for note in listing.notes]
     _raise(problems, remedy, notes)
+
+
+def _check_folds(folds: int | None, listings: Mapping[str, Listing]) -> None:
+    """Raise `DataError` for validation photos beside folds, in which the training photos validate."""
+    if folds is not None and "val" in listings:
+        raise DataError(
+            f"data.folds is {folds}, but there are validation photos: {shown(listings['val'].source)}",
+            "leave out data.folds to validate with these; or move them to the training photos, to validate with all",
+        )
 
 
 def _unknown(listing: Listing, classes: Sequence[str], who: str) -> list[str]:
@@ -413,7 +455,7 @@ def _shared_groups(proposal: Proposal | None, val_is_given: bool) -> list[str]:
     if proposal is None or not proposal.shared:
         return []
     remedy = "make the split by these groups"
-    if not val_is_given and "val" in proposal.shared:
+    if not val_is_given and proposal.shared.keys() & {"val", "folds"}:
         remedy = f"keep each on one side with {shlex.quote(f'data.group_regex={proposal.regex}')}"
     return [f"{proposal}, so the accuracy may look better than it is; {remedy}"]
 

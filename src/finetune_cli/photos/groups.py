@@ -10,7 +10,7 @@ with the fewest groups is taken: too large a group costs some validation photos,
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -48,7 +48,8 @@ _Groups = dict[str, list[tuple[str, str]]]
 class Proposal:
     """A `group_regex` and what it finds: `groups` groups, of which the two names `example` belong to one.
 
-    `shared` maps val and test to how many of the groups are in train, too; those that share none are left out.
+    `shared` maps val and test to how many of the groups are in train, too, and folds to how many are in several folds;
+    those that share none are left out.
     """
 
     regex: str
@@ -59,13 +60,19 @@ class Proposal:
     def __str__(self) -> str:
         """What was found, without the remedy."""
         first, second = (brief(name, 60) for name in self.example)
-        shared = [f"{number} of them are in both train and {split}" for split, number in self.shared.items()]
+        shared = [
+            f"{number} of them are in " + ("several folds" if split == "folds" else f"both train and {split}")
+            for split, number in self.shared.items()
+        ]
         found = f"photos such as {first} and {second} seem to belong together, by their names, in {self.groups} groups"
         return "; ".join([found, *(shared or ["none of them is on both sides of the split"])])
 
 
-def propose(splits: Mapping[str, Photos]) -> Proposal | None:
-    """The likely groups of the photos of train and val, each given as (name, class); None if names show no groups."""
+def propose(splits: Mapping[str, Photos], folds: Iterable[int | None] = ()) -> Proposal | None:
+    """The likely groups of the photos of train and val, each given as (name, class); None if names show no groups.
+
+    `folds`: the fold of each photo of train, if they are cross-validated.
+    """
     photos = [*splits.get("train", ()), *splits.get("val", ())]
     found = [
         (pattern, groups)
@@ -83,6 +90,12 @@ def propose(splits: Mapping[str, Photos]) -> Proposal | None:
         group = both["val"][0]
         names = (parts["train"][group][0][0], parts["val"][group][0][0])
     shared: dict[str, int] = {split: len(groups_of) for split, groups_of in both.items() if groups_of}
+    sides: dict[str, set[int | None]] = defaultdict(set)
+    for (name, _label), fold in zip(splits.get("train", ()), folds, strict=False):
+        if match := re.search(pattern, name):
+            sides[match[1]].add(fold)
+    if divided := sum(len(found) > 1 for found in sides.values()):
+        shared["folds"] = divided
     return Proposal(_shortened(pattern, groups, photos), len(groups), shared, names)
 
 
@@ -140,11 +153,12 @@ def _shortened(pattern: str, groups: _Groups, photos: Photos) -> str:
 
 
 def series(splits: Mapping[str, Sequence[Path]], max_pixels: int) -> str | None:
-    """A sentence about photos of train and val that were taken within seconds of each other; None if few were.
+    """A sentence about photos that were taken within seconds of each other but are apart; None if few were.
 
-    A `group_regex` cannot express times, so this is only a warning. Of very many photos, only the first ones are read.
+    splits: the photos of train, and of val or, of cross-validated ones, of each fold; those of test do not count. A
+    `group_regex` cannot express times, so this is only a warning. Of very many photos, only the first ones are read.
     """
-    photos = [(path, split) for split in ("train", "val") for path in splits.get(split, ())][:_MOST_DATED]
+    photos = [(path, split) for split, paths in splits.items() if split != "test" for path in paths][:_MOST_DATED]
     times = ordered_map(lambda photo: decode.recorded(photo[0], max_pixels), photos, cores())
     dated = sorted((time, split) for time, (_path, split) in zip(times, photos, strict=True) if time is not None)
     found: list[list[str]] = []
@@ -161,5 +175,5 @@ def series(splits: Mapping[str, Sequence[Path]], max_pixels: int) -> str | None:
         return None
     return (
         f"{count} of {len(dated)} photos with a recording time (Exif) were taken within {_SERIES_GAP.seconds} s of "
-        f"another; {split_series} such series are in both train and val"
+        f"another; {split_series} such series are in {'both train and val' if 'val' in splits else 'several folds'}"
     )

@@ -31,13 +31,17 @@ _CHUNK = 32
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A good photo. `name` is its posix path below its root, `digest` the SHA-256 of its bytes in hexadecimal."""
+    """A good photo. `name` is its posix path below its root, `digest` the SHA-256 of its bytes in hexadecimal.
+
+    fold: in which it is held out when the training photos are cross-validated, from 1; None for one that never is.
+    """
 
     path: Path
     name: str
     label: int
     digest: str
     group: str | None = None
+    fold: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,50 @@ def _shares(photos: Mapping[int, int], fraction: float) -> Counter[int]:
     return shares
 
 
+def into_folds(photos: Sequence[tuple[int, str, str | None]], folds: int) -> list[int | None]:
+    """The fold, from 1 to `folds`, of each photo, given as (label, digest, group); units stay whole.
+
+    The largest units come first, class by class and in the order of their places; each goes to the fold that has the
+    smallest shares of its classes so far, of equals to the smallest fold. So for photos without groups or copies, the
+    folds' sizes differ by at most one photo, in every class and as a whole.
+
+    A class must be in two folds for either to be judged by a head that knows it: the last unit of a class avoids the
+    fold that holds the others. The units of a class for which that is impossible, because it has one unit only, get no
+    fold, None: they are in the training part of every fold.
+    """
+    units = _units(photos)
+    contents: dict[str, Counter[int]] = {}
+    places: dict[str, float] = {}
+    for (label, digest, group), unit in zip(photos, units, strict=True):
+        contents.setdefault(unit, Counter())[label] += 1
+        places[unit] = min(places.get(unit, 1.0), _place(digest, group))
+    totals = Counter(label for label, _digest, _group in photos)
+    waiting = Counter(label for content in contents.values() for label in content)
+    in_fold = {fold: Counter[int]() for fold in range(1, folds + 1)}
+
+    def only_fold(label: int) -> int | None:
+        found = [fold for fold, counts in in_fold.items() if counts[label]]
+        return found[0] if len(found) == 1 else None
+
+    chosen: dict[str, int] = {}
+    for unit in sorted(contents, key=lambda unit: (-contents[unit].total(), min(contents[unit]), places[unit], unit)):
+        content = contents[unit]
+        alone = [only_fold(label) for label in content if waiting[label] == 1]
+        chosen[unit] = min(
+            in_fold,
+            key=lambda fold: (
+                alone.count(fold),
+                sum(count * in_fold[fold][label] / totals[label] for label, count in sorted(content.items())),
+                in_fold[fold].total(),
+                fold,
+            ),
+        )
+        in_fold[chosen[unit]].update(content)
+        waiting.subtract(content.keys())
+    unknown = {label for label in totals if only_fold(label) is not None}
+    return [None if unknown & contents[unit].keys() else chosen[unit] for unit in units]
+
+
 def near_group(digests: Collection[str]) -> str:
     """The name of a group of near-duplicates, by the digest of one of them.
 
