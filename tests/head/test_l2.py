@@ -1,5 +1,7 @@
 """The choice of l2 against scikit-learn, and the bound on its work."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from head_examples import blobs, many_classes
@@ -142,3 +144,20 @@ def test_a_model_that_gets_a_temperature_may_have_a_stronger_penalty():
     both = set(dict(raw)) & set(dict(corrected))
     assert len(both) >= 3
     assert all(dict(corrected)[l2] < dict(raw)[l2] + 1e-3 for l2 in both)
+
+
+def test_choose_l2_holds_out_the_folds_of_the_data():
+    # Pure noise in pairs of equal rows: only folds that divide the pairs believe that it can be learned.
+    rng = np.random.default_rng(0)
+    x, y = np.repeat(rng.normal(size=(60, 200)), 2, axis=0).astype(np.float32), np.repeat(np.arange(60) % 2, 2)
+    rows = HeadData.of(x, y, 2)
+    _, honest = choose_l2(replace(rows, folds=1 + np.arange(120) // 2 % 3))
+    _, fooled = choose_l2(replace(rows, folds=1 + np.arange(120) % 2))
+    assert min(loss for _, loss in honest) > 0.68
+    assert min(loss for _, loss in fooled) < 0.4
+
+
+def test_choose_l2_does_not_judge_rows_without_a_fold():
+    x, y = blobs(photos=30, classes=2)
+    _, tried = choose_l2(replace(HeadData.of(x, y, 2), folds=np.zeros(30, np.int64)))
+    assert all(loss == 0 for _, loss in tried)

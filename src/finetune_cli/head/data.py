@@ -21,7 +21,8 @@ class HeadData:
 
     features: ``(photos, views, D)``, or ``(N, D)``; a memory map stays one. labels: ``(n,)``, from 0 to
     ``n_classes - 1``, where n is the number of photos or rows. weights: ``(n,)``. groups: ``(n,)``, numbers; what has
-    the same number is on one side of a split.
+    the same number is on one side of a split. folds: ``(n,)``, in which fold of a cross-validation each is held out,
+    from 1; 0 for what never is; None if there are no folds.
     """
 
     features: Rows
@@ -29,6 +30,7 @@ class HeadData:
     n_classes: int
     weights: Floats
     groups: Ints
+    folds: Ints | None = None
 
     @classmethod
     def of(
@@ -62,6 +64,7 @@ class HeadData:
             labels=np.repeat(self.labels, views),
             weights=np.repeat(self.weights, views) / views,
             groups=np.repeat(self.groups, views),
+            folds=None if self.folds is None else np.repeat(self.folds, views),
         )
 
     def part(self, chosen: Any) -> Self:
@@ -72,6 +75,7 @@ class HeadData:
             labels=self.labels[chosen],
             weights=self.weights[chosen],
             groups=self.groups[chosen],
+            folds=None if self.folds is None else self.folds[chosen],
         )
 
 

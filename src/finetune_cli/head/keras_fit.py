@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,13 +105,14 @@ class EpochState:
             best_epoch=info.integer("best_epoch", 1),
             best_loss=info.number("best_loss"),
             wait=info.integer("wait"),
-            history=tuple(_history_row(row) for row in info.objects("history")),
+            history=tuple(history_row(row) for row in info.objects("history")),
             optimizer=numbered("optimizer"),
             dropout=numbered("dropout"),
         )
 
 
-def _history_row(row: Fields) -> dict[str, float]:
+def history_row(row: Fields) -> dict[str, float]:
+    """A row of `EpochState.history`. Raises `FieldError`."""
     columns = ("loss", "accuracy", "val_loss", "val_accuracy", "seconds")
     return {"epoch": row.integer("epoch", 1), **{column: row.number(column) for column in columns}}
 
@@ -126,18 +127,18 @@ def fit_epochs(
     """Fit a head in Keras, by Adam or SGD, and yield the state after each epoch; the last one's `best` is the result.
 
     train: features float32 ``(photos, views, D)``, read batch by batch, so they may be a memory map. val: features
-    ``(n, D)``, n >= 1; its weights are not used. An epoch visits each photo once, in an order drawn from (seed, epoch)
-    and in its next view. Training stops after `patience` epochs without a lower validation loss (the objective on the
-    validation photos, all of weight 1). Given as `resume`, any state leads to a bit-identical result; after a last one
-    nothing is yielded. Raises `FinetuneError` when the loss is no longer finite, `Interrupted` after a batch in which a
-    signal came.
+    ``(n, D)``, n >= 1; its weights are not used. An epoch visits each photo of a weight above 0 once, in an order drawn
+    from (seed, epoch) and in its next view. Training stops after `patience` epochs without a lower validation loss (the
+    objective on the validation photos, all of weight 1). Given as `resume`, any state leads to a bit-identical result;
+    after a last one nothing is yielded. Raises `FinetuneError` when the loss is no longer finite, `Interrupted` after a
+    batch in which a signal came.
     """
     state = resume
-    if state is not None and _is_last(state, settings):
+    if state is not None and is_last(state, settings):
         return
     keras, width = import_keras(), train.features.shape[2]
     trainer = None
-    while state is None or not _is_last(state, settings):
+    while state is None or not is_last(state, settings):
         began = time.perf_counter()
         epoch = state.epoch if state is not None else 0
         # So small a model is slower on a GPU, and not reproducible. Signals are deferred during the epoch only.
@@ -226,7 +227,22 @@ def _optimizer(keras: Any, settings: KerasSettings) -> Any:
     return keras.optimizers.SGD(settings.learning_rate, momentum=0.9, nesterov=True)
 
 
-def _is_last(state: EpochState, settings: KerasSettings) -> bool:
+class Progressed(Protocol):
+    """A training after some epochs: how many, and how many of the last ones were no better than the best."""
+
+    @property
+    def epoch(self) -> int:
+        """Completed epochs."""
+        ...
+
+    @property
+    def wait(self) -> int:
+        """Epochs since the best."""
+        ...
+
+
+def is_last(state: Progressed, settings: KerasSettings) -> bool:
+    """Whether a training ends with `state`: all epochs were run, or `patience` of them brought nothing better."""
     stopped = settings.patience is not None and state.wait >= settings.patience
     return stopped or state.epoch >= settings.epochs
 
@@ -237,16 +253,16 @@ def _batches(data: HeadData, settings: KerasSettings) -> Callable[[int], Iterato
     A batch is features (n, D), targets (n, C), weights (n,). Batches of an epoch differ by at most one photo in size,
     and weights have the mean 1: then the mean loss of the batches is the objective.
     """
-    photos, views = data.features.shape[:2]
+    views, photos = data.features.shape[1], np.flatnonzero(data.weights)
     targets = np.eye(data.n_classes, dtype=np.float32)[data.labels]
-    scaled = (data.weights / data.weights.mean()).astype(np.float32)
-    first_views = np.random.default_rng(settings.seed).integers(0, views, size=(photos,))
+    scaled = (data.weights / data.weights[photos].mean()).astype(np.float32)
+    first_views = np.random.default_rng(settings.seed).integers(0, views, size=data.labels.shape)
 
     def batches(epoch: int) -> Iterator[tuple[Rows, Rows, Rows]]:
-        order = np.random.default_rng((settings.seed, epoch)).permutation(photos)
+        order = photos[np.random.default_rng((settings.seed, epoch)).permutation(len(photos))]
         # Each photo takes its views in turn, from a random first one, so all are seen equally often.
         turn = (first_views + epoch) % views
-        for chosen in np.array_split(order, math.ceil(photos / settings.batch_size)):
+        for chosen in np.array_split(order, math.ceil(len(photos) / settings.batch_size)):
             yield np.asarray(data.features[chosen, turn[chosen]]), targets[chosen], scaled[chosen]
 
     return batches

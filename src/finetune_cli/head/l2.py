@@ -42,11 +42,11 @@ def choose_l2(
     progress: Advance = ignore_progress,
     note: Callable[[str], None] = lambda _text: None,
 ) -> tuple[float, list[tuple[float, float]]]:
-    """The `l2` with the least log loss in 5-fold cross-validation, and all (l2, log loss) tried, weakest first.
+    """The `l2` with the least log loss in cross-validation, and all (l2, log loss) tried, weakest first.
 
-    `data` has features ``(N, D)``; rows of one group stay on one side. The values are half a decade apart; they go from
-    strong to weak, each fit starting from the one before, until two in a row gain less than `_GAIN`, and then to
-    stronger ones if the first was the best.
+    `data` has features ``(N, D)``. Its own folds are used if it has some, else five, with the rows of a group in one.
+    The values are half a decade apart; they go from strong to weak, each fit starting from the one before, until two in
+    a row gain less than `_GAIN`, and then to stronger ones if the first was the best.
 
     Large sets are reduced: to at most about `CV_ROWS` rows, whole groups and all classes evenly, and of many classes to
     as many, drawn by the seed, as keep the work below `CV_WORK`, however long that takes. The result is scaled
@@ -67,8 +67,7 @@ def choose_l2(
     tried: dict[int, float] = {}
     best = first
     with one_blas_thread():
-        folds = _validation_folds(reduced.labels, reduced.groups, search.seed)
-        validation = _CrossValidation(reduced, folds, search.label_smoothing)
+        validation = _CrossValidation(reduced, _validation_folds(reduced, search.seed), search.label_smoothing)
         for exponents in (range(first, first - _WEAKER, -1), range(first + 1, first + 1 + _STRONGER)):
             for exponent in exponents if best == first else ():
                 tried[exponent] = validation.log_loss(10.0 ** (exponent / 2), search.calibrated, progress)
@@ -117,8 +116,11 @@ def _first_exponent(features: Rows, groups: int) -> int:
     return round(2 * math.log10(max(float(sample.var(axis=0).sum()), 1e-12) / (2 * groups)))
 
 
-def _validation_folds(labels: Ints, groups: Ints, seed: int) -> NDArray[np.intp]:
+def _validation_folds(data: HeadData, seed: int) -> NDArray[np.integer[Any]]:
     """The fold of each row, -1 for the only group of a class: without it nothing could be learned about the class."""
+    if data.folds is not None:
+        return data.folds - 1
+    labels, groups = data.labels, data.groups
     fold = group_folds(labels, groups, FOLDS, seed)
     for label in np.unique(labels):
         own = labels == label
@@ -134,7 +136,7 @@ class _CrossValidation:
     rows of all others, so a fit reads no row that is held out, and its rows are not copied again.
     """
 
-    def __init__(self, data: HeadData, fold: NDArray[np.intp], label_smoothing: float) -> None:
+    def __init__(self, data: HeadData, fold: NDArray[np.integer[Any]], label_smoothing: float) -> None:
         order, count = np.argsort(fold, kind="stable"), len(fold)
         self.first = int((fold < 0).sum())  # rows that are never held out
         self.data = data.part(np.concatenate([order, order]))

@@ -1,0 +1,42 @@
+"""Out-of-fold logits: each from a head that was fitted by itself on the other folds."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from head_examples import blobs
+
+from finetune_cli.head.data import HeadData
+from finetune_cli.head.lbfgs import fit_lbfgs
+from finetune_cli.head.out_of_fold import fit_folds, numbers
+
+
+def data(photos=60, views=2):
+    x, y = blobs(photos=photos, width=12)
+    noise = np.random.default_rng(1).normal(0, 0.2, (photos, views, 12))
+    folds = 1 + np.arange(photos) // 3 % 4
+    folds[:2] = 0
+    return HeadData.of((x[:, None] + noise).astype(np.float32), y, 3, np.linspace(1, 2, photos)), folds
+
+
+def test_each_fold_is_answered_by_a_head_that_was_fitted_on_the_others():
+    whole, folds = data()
+    held_out = whole.features[:, 0] + np.float32(0.01)
+    found = fit_folds(replace(whole, folds=folds), held_out, 0.01, 0.1)
+    assert np.isnan(found[:2]).all()
+    assert numbers(folds) == [1, 2, 3, 4]
+    for fold in (1, 2, 3, 4):
+        head = fit_lbfgs(whole.part(folds != fold).rows(), 0.01, 0.1)
+        assert found[folds == fold] == pytest.approx(head.logits(held_out[folds == fold]), abs=2e-3)
+
+
+def test_the_answer_for_a_photo_does_not_depend_on_its_label_or_its_features():
+    whole, folds = data()
+    own = np.flatnonzero(folds == 2)
+    before = fit_folds(replace(whole, folds=folds), whole.features[:, 0], 0.01)
+    features, labels = whole.features.copy(), whole.labels.copy()
+    features[own], labels[own] = 7, (labels[own] + 1) % 3
+    other = replace(whole, features=features, labels=labels, folds=folds)
+    after = fit_folds(other, whole.features[:, 0], 0.01)
+    assert after[own] == pytest.approx(before[own], abs=2e-3)
+    assert np.abs(after - before)[folds == 3].max() > 0.1
