@@ -72,6 +72,28 @@ def test_a_key_that_lbfgs_ignores_is_refused(tmp_path, key):
     assert f"`training.{key}` has no effect with solver lbfgs" in text
 
 
+@pytest.mark.parametrize(
+    ("rest", "line", "key"),
+    [
+        ("  val: b\n", 3, "data.val"),
+        ("  val_split: 0.2\n", 3, "data.val_split"),
+        ("fine_tuning: auto\n", 3, "fine_tuning"),
+        ("fine_tuning:\n  epochs: 3\n", 3, "fine_tuning"),
+    ],
+)
+def test_folds_exclude_what_validates_otherwise_and_fine_tuning(tmp_path, rest, line, key):
+    found = problem_of(tmp_path, f"data:\n  train: a\n{rest}" + ("" if "fine" in rest else "  folds: 5\n"),
+                       *(["data.folds=5"] if "fine" in rest else []))  # fmt: skip
+    assert f"line {line}: `{key}` and `data.folds` exclude each other" in found
+
+
+def test_folds_replace_val_split_in_the_stored_config(tmp_path):
+    (tmp_path / "c.yaml").write_text("data: {train: a, folds: 5}")
+    stored = load_config(tmp_path / "c.yaml").dump(tmp_path)
+    assert stored["data"]["folds"] == 5
+    assert "val_split" not in stored["data"]
+
+
 def test_val_and_val_split_exclude_each_other(tmp_path):
     assert "exclude each other" in problem_of(tmp_path, "data: {train: a, val: b, val_split: 0.1}")
 

@@ -125,6 +125,10 @@ def test_wilson_gives_the_published_intervals(right, photos, low, high):
 
 def test_wilson_stays_inside_zero_and_one():
     assert metrics.wilson(7, 7).high == 1.0
+    # Of 5 folds, the interval of photos / 2.25, a size that need not be whole.
+    folded, fewer = metrics.wilson(180, 225, 5), metrics.wilson(80, 100)
+    assert (folded.low, folded.high) == pytest.approx((fewer.low, fewer.high))
+    assert folded.value == 0.8
     assert metrics.wilson(0, 7).low == 0.0
 
 

@@ -200,7 +200,7 @@ def thousand_pages(thousand, tmp_path_factory) -> tuple[Path, Path]:
             suspects=(figure,) * report._MOST_SUSPECTS,
             suspect_count=900,
             augmentation="&" * 1000,
-            curve=report._curve(curve, SimpleNamespace(labels=[0], photos=2), run),
+            curve=report._curve(curve, SimpleNamespace(folds=None), SimpleNamespace(labels=[0], photos=2), run),
         )
 
     wide = thumbnails.jpeg(noise(0, thumbnails.LARGE, 2 * thumbnails.LARGE + 4))

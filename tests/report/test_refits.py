@@ -166,6 +166,36 @@ def test_the_learning_curve_counts_what_it_says():
     np.testing.assert_allclose(curve.gain[:2], curve.recall[-1, :2] - curve.recall[1, :2])
 
 
+def test_cross_validated_photos_are_judged_by_heads_that_do_not_know_their_fold():
+    labels, features = clusters(20, 2.5)
+    folds = 1 + np.arange(60) % 4
+    folds[:2] = 0
+    stuff = replace(made(labels, features), folds=folds)
+    calls = []
+    curve = refits.learning_curve(stuff, Judges.of_folds(stuff), calls.append)
+    assert len(calls) == refits.fits(4) == 16
+    assert curve.photos == (12, 24, 34, 46)
+    right = np.zeros(60, bool)
+    for fold in (1, 2, 3, 4):
+        rest, own = folds != fold, folds == fold
+        head = LogisticRegression(C=1 / (2 * 1e-3 * 60), tol=1e-8, max_iter=10_000).fit(features[rest], labels[rest])
+        right[own] = head.predict(features[own]) == labels[own]
+    assert 0.5 < right[2:].mean() < 1
+    assert curve.accuracy[-1] == pytest.approx(right[2:].mean(), abs=0.018)
+    assert curve.support.sum() == 58
+
+
+def test_suspects_are_judged_in_the_folds_of_the_run():
+    labels, features = clusters(12, 0.3)
+    folds = 1 + np.arange(36) // 2 % 3
+    wrong = labels.copy()
+    wrong[[0, 4]] = 1  # of two folds
+    stuff = replace(made(wrong, features), folds=folds)
+    assert {suspect.row.path for suspect in refits.suspects(stuff, lambda _n: None)} == {"b/0.jpg", "b/4.jpg"}
+    never = replace(stuff, folds=np.where(np.arange(36) < 2, 0, folds))
+    assert {suspect.row.path for suspect in refits.suspects(never, lambda _n: None)} == {"b/4.jpg"}
+
+
 def test_gain_and_error_by_hand():
     right = np.array([[0, 0, 0, 0], [1, 0, 0.5, 1], [1, 1, 1, 1], [1, 1, 1, 0]], float)
     curve = refits._summed_up(right, (1, 2, 3, 4), np.array([0, 0, 0, 1]), 3)

@@ -15,6 +15,7 @@ from paths import TESTS
 from finetune_cli import api
 from finetune_cli.config.load import load_config
 from finetune_cli.fields import FieldError, Fields
+from finetune_cli.head.keras_fit import EpochState
 from finetune_cli.progress import Silent
 from finetune_cli.runs import formats, start
 from finetune_cli.runs.environment import read_environment
@@ -86,7 +87,7 @@ def test_a_run_that_is_interrupted_again_has_the_newest_format(old):
     document = json.loads((folder / "checkpoints" / "epoch-0008" / "state.json").read_text())
     assert document["format"] == json.loads((folder / start.FILE).read_text())["format"] == formats.FORMAT
     assert start.read(folder).training_id == training_id == document["state"]["training_id"]
-    assert head_state.load_latest(folder, ("ant", "bee", "wasp"), training_id, Silent()).epoch == 8
+    assert head_state.load_latest(folder, ("ant", "bee", "wasp"), training_id, Silent(), EpochState).epoch == 8
 
 
 def test_a_resumed_environment_of_format_1():

@@ -50,6 +50,16 @@ def test_a_split_comes_back_also_from_before_there_were_groups(tmp_path):
             run.read_split(tmp_path / "split.csv")
 
 
+def test_folds_come_back(tmp_path):
+    rows = [SplitRow("train", "ant", "00", "1.jpg", "", 3), SplitRow("train", "bee", "01", "2.jpg", "g")]
+    run.write_split(tmp_path / "split.csv", rows)
+    assert run.read_split(tmp_path / "split.csv") == rows
+    for fold in ("0", "-1", "1.5", "x", "101"):
+        (tmp_path / "split.csv").write_text(f"split,class,digest,path,group,fold\ntrain,ant,00,1.jpg,,{fold}\n")
+        with pytest.raises(RunError, match="damaged"):
+            run.read_split(tmp_path / "split.csv")
+
+
 def fill(temporary, folder):
     assert not folder.exists()
     (temporary / "config.yaml").write_text("of " + folder.name)

@@ -22,7 +22,7 @@ def state():
 
 
 def load(folder, classes=("ant", "bee"), training_id=TRAINING):
-    return head_state.load_latest(folder, classes, training_id, Silent())
+    return head_state.load_latest(folder, classes, training_id, Silent(), EpochState)
 
 
 def test_what_is_saved_is_loaded(tmp_path):

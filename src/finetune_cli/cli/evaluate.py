@@ -35,7 +35,7 @@ def evaluate(
         typer.Argument(
             metavar="DATA",
             help="Labelled photos: a folder of class folders, or a CSV file. [default: the run's test photos if it has "
-            "some, else its validation photos]",
+            "some, else those that validated it]",
             show_default=False,
         ),
     ] = None,

@@ -45,7 +45,7 @@ def _table(console: "Console", rows: "Sequence[Row]") -> None:
                 "-" if row.photos is None else row.photos,
                 "-" if row.classes is None else len(row.classes),
                 "-" if row.accuracy is None else f"{row.accuracy:.1%}",
-                {"val": "validation", "test": "test"}.get(row.split or "", "-"),
+                {"val": "validation", "folds": "cross-validation", "test": "test"}.get(row.split or "", "-"),
                 brief(row.backbone or "-"),
                 row.kind or row.state,
             )

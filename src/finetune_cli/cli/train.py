@@ -120,7 +120,7 @@ def _print_result(console: "Console", run: "Run") -> None:
     from finetune_cli.cli import tuning_output
 
     manifest = run.manifest
-    names = {"val": "selection (validation)", "test": "test"}
+    names = {"val": "selection (validation)", "folds": "selection (cross-validated)", "test": "test"}
     folder = nearby(run.folder)
     console.print()
     console.title(f"{shown(folder)}: {shown(manifest.backbone.name)}, {len(run.classes)} classes")
@@ -149,14 +149,16 @@ def _print_result(console: "Console", run: "Run") -> None:
     console.print("\ntry next:")
     console.print(f"  finetune predict PHOTO --run {shown(shlex.quote(str(folder)))}")
     console.print(f"  finetune evaluate --run {shown(shlex.quote(str(folder)))}")
-    if manifest.fine_tuning is None and manifest.metrics["val"].accuracy < 1:
+    in_folds = "folds" in manifest.metrics
+    if manifest.fine_tuning is None and manifest.metrics["folds" if in_folds else "val"].accuracy < 1:
         seconds = manifest.fine_tuning_seconds
         takes = (
             "add --dry-run to see how long that takes"
             if seconds is None
             else f"about {tuning_output.duration(seconds)} more"
         )
-        console.print(f"  finetune train {shown(shlex.quote(str(folder / 'config.yaml')))} fine_tuning=auto")
+        changes = "data.folds=null fine_tuning=auto" if in_folds else "fine_tuning=auto"
+        console.print(f"  finetune train {shown(shlex.quote(str(folder / 'config.yaml')))} {changes}")
         console.print(f"    (the backbone learns, too; kept only if it is better; {takes})")
 
 

@@ -24,6 +24,7 @@ _ELSEWHERE = {
     "augmentation.views": "numviews",
     "augmentation.width_shift_range": "randomtranslation translate translation widthshift",
     "augmentation.zoom_range": "maxzoom randomresizedcrop randomzoom scale zoom",
+    "data.folds": "crossval crossvalidation cv cvfolds kfold kfolds nfolds numfolds nsplits",
     "data.group_regex": "groupby groups",
     "data.test": "testdata testdir testpath",
     "data.train": "clsnames datadir datapath dataset traindata traindir trainpath",

@@ -35,6 +35,7 @@ class DataConfig(Section):
     val: _Path | None = None
     test: _Path | None = None
     val_split: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    folds: Annotated[int, Field(ge=2, le=100)] | None = None
     group_regex: str | None = None
     fixes: _Path | None = None
     near_duplicates: Literal["together", "ignore"] = "together"
@@ -169,7 +170,7 @@ class Config(Section):
         if self.training.solver == "lbfgs":
             for key in KERAS_ONLY:
                 del values["training"][key]
-        if self.data.val is not None:
+        if self.data.val is not None or self.data.folds is not None:
             del values["data"]["val_split"]
         for section, key in path_keys(values):
             typed_absolute = f"{section}.{key}" in self._typed_absolute

@@ -4,15 +4,16 @@ A photo that cannot be used (gone, changed, undecodable) is listed with its reas
 Neither TensorFlow nor SciPy is imported.
 """
 
+import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli.errors import BadImage
+from finetune_cli.errors import BadImage, RunError
 from finetune_cli.evaluation.photos import pixels
 from finetune_cli.inference.predictor import InsightfulPredictor, chunks
 from finetune_cli.parallel import ordered_map
@@ -20,6 +21,7 @@ from finetune_cli.photos.scan import BadPhoto, Sample
 from finetune_cli.progress import Advance
 from finetune_cli.runs import novelty as stored
 from finetune_cli.runs.run import Run
+from finetune_cli.tables import parse_csv
 
 # At most so many rows of features are stored, evenly spread over the photos: enough for any comparison.
 _FEATURE_ROWS = 20_000
@@ -78,6 +80,28 @@ def answer(run: Run, samples: Sequence[Sample], workers: int, advance: Advance) 
     )
 
 
+def out_of_fold(run: Run, samples: Sequence[Sample]) -> Answers | None:
+    """What the heads that were fitted without a photo's fold answered for `samples`, as the run has recorded it.
+
+    None unless all of them were cross-validated in `run`: a photo is recognised by its content. There are no features.
+    Raises `RunError` when predictions.csv is damaged.
+    """
+    if "folds" not in run.manifest.metrics:
+        return None
+    name = {row.digest: row.path for row in run.split() if row.fold}
+    if not all(sample.digest in name for sample in samples):
+        return None
+    try:
+        rows = parse_csv(run.read("predictions.csv"), ("split", "path", "true", "predicted", *run.classes))
+        known = {row[1]: np.array(row[4:], np.float32) for row in rows if row[0] == "folds"}
+        probabilities = np.stack([known[name[sample.digest]] for sample in samples])
+        if not ((probabilities >= 0) & (probabilities <= 1)).all():
+            raise ValueError("a probability is not between 0 and 1")
+    except (ValueError, KeyError, csv.Error) as exc:
+        raise RunError(f"{run.folder}/predictions.csv is damaged: {exc}", "restore the run from a copy") from exc
+    return Answers(tuple(samples), probabilities, np.zeros((0, run.manifest.backbone.width), np.float32), 1, ())
+
+
 def _answer_chunk(predictor: InsightfulPredictor, chunk: Sequence[Sample]) -> Answers:
     """The answers for a few photos, with the features of all of them."""
     samples: list[Sample] = []
@@ -94,3 +118,9 @@ def _answer_chunk(predictor: InsightfulPredictor, chunk: Sequence[Sample]) -> An
         return Answers((), np.zeros((0, classes), np.float32), np.zeros((0, width), np.float32), 1, tuple(bad))
     insight = predictor.insight(np.stack(photos))
     return Answers(tuple(samples), insight.probabilities, insight.features, 1, tuple(bad), insight.p_values)
+
+
+def seen_in_training(run: Run, samples: Iterable[Sample]) -> int:
+    """How many of `samples` are, byte for byte, among the training photos of `run`."""
+    trained_on = {row.digest for row in run.split() if row.split == "train"}
+    return sum(sample.digest in trained_on for sample in samples)

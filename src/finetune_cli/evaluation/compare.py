@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli.errors import DataError, UsageError
-from finetune_cli.evaluation.answers import Answers, answer
+from finetune_cli.evaluation.answers import Answers, answer, out_of_fold
 from finetune_cli.metrics import scores
 from finetune_cli.metrics.scores import Comparison
 from finetune_cli.photos.scan import Sample
@@ -21,7 +21,8 @@ class Compared:
 
     classes: those that both runs have, in the order of the first run. left_out: those that only one of them has. rows:
     ``(n,)``, which of the first run's answers are compared. first, second: ``int64 (n,)``, the class that each run
-    answers, as an index into `classes`, when it may choose among these only.
+    answers, as an index into `classes`, when it may choose among these only. out_of_fold: whether the
+    second run has not learned from the photos because it was cross-validated on them.
     """
 
     run: Run
@@ -31,6 +32,7 @@ class Compared:
     first: NDArray[np.int64]
     second: NDArray[np.int64]
     comparison: Comparison
+    out_of_fold: bool
 
 
 def shared_classes(run: Run, other: Run) -> tuple[str, ...]:
@@ -52,13 +54,15 @@ def compare(run: Run, answers: Answers, other: Run, workers: int, advance: Advan
     """Compare the `answers` of `run` with those of `other` on the photos of the classes that both have.
 
     Each run chooses among these classes only, which are matched by name: a run is not worse for a class that the other
-    does not know. Raises `DataError` when no such photo can be read any more.
+    does not know. Photos that were cross-validated in `other` have the answers recorded there. Raises `DataError` when
+    no such photo can be read any more.
     """
     shared = shared_classes(run, other)
     number = {name: i for i, name in enumerate(shared)}
     position = {id(sample): i for i, sample in enumerate(answers.samples)}
     samples = [sample for sample in answers.samples if run.classes[sample.label] in number]
-    others = answer(other, samples, workers, advance)
+    recorded = out_of_fold(other, samples)
+    others = answer(other, samples, workers, advance) if recorded is None else recorded
     if not others.samples:
         raise DataError(f"no photo is left to compare with {other.folder}", "compare on photos that both runs can use")
     rows = np.array([position[id(sample)] for sample in others.samples], np.intp)
@@ -73,4 +77,5 @@ def compare(run: Run, answers: Answers, other: Run, workers: int, advance: Advan
         first=first.astype(np.int64),
         second=second.astype(np.int64),
         comparison=scores.compare(labels, first, second),
+        out_of_fold=recorded is not None,
     )

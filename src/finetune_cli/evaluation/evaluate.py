@@ -16,6 +16,7 @@ from finetune_cli import files
 from finetune_cli.cache.digests import DigestCache
 from finetune_cli.errors import GateError, StorageError, UsageError
 from finetune_cli.evaluation import compare, judge
+from finetune_cli.evaluation.answers import seen_in_training
 from finetune_cli.evaluation.compare import Compared
 from finetune_cli.evaluation.judge import Calibration, Judgement
 from finetune_cli.evaluation.photos import LabelledPhotos, photos_of_run
@@ -54,7 +55,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationRequest:
-    """What to evaluate on. data: labelled photos; by default the run's own test photos, else its validation photos.
+    """What to evaluate on. data: labelled photos; by default the run's own test photos, else those that validated it.
 
     root: where the run's own photos are now, if they were moved. other: a second run to compare with.
     """
@@ -112,7 +113,8 @@ def judge_photos(run: Run, observer: Observer, request: EvaluationRequest = Eval
         with observer.stage(f"evaluating {other.name}", len(found.answers.samples)) as advance:
             compared = compare.compare(run, found.answers, other, workers, advance)
         found = replace(found, compared=compared)
-        _warn_of_seen(other, judge.seen_in_training(other, found.answers.samples), observer)
+        if not compared.out_of_fold:
+            _warn_of_seen(other, seen_in_training(other, found.answers.samples), observer)
     if found.calibration is not None and found.calibration.left_out:
         left_out = found.calibration.left_out
         observer.note(f"calibration leaves out {left_out} of these photos, on which the temperature was fitted")

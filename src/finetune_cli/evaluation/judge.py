@@ -1,12 +1,11 @@
 """How good a finished run is on labelled photos: its scores and its calibration."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from finetune_cli.errors import DataError
-from finetune_cli.evaluation.answers import Answers, answer
+from finetune_cli.evaluation.answers import Answers, answer, out_of_fold, seen_in_training
 from finetune_cli.evaluation.compare import Compared
 from finetune_cli.evaluation.photos import LabelledPhotos
 from finetune_cli.evaluation.unknown import Refused, refused
@@ -19,7 +18,7 @@ from finetune_cli.metrics.calibration import (
 )
 from finetune_cli.metrics.folds import group_numbers
 from finetune_cli.metrics.scores import Evaluation
-from finetune_cli.photos.scan import BadPhoto, Sample
+from finetune_cli.photos.scan import BadPhoto
 from finetune_cli.progress import Advance
 from finetune_cli.runs.run import Run
 from finetune_cli.training import near
@@ -67,19 +66,25 @@ class Judgement:
 
 
 def judge(run: Run, photos: LabelledPhotos, workers: int, advance: Advance) -> Judgement:
-    """Judge `run` by `photos`. Raises `DataError` when not one of them can be used."""
-    answers = answer(run, photos.samples, workers, advance)
+    """Judge `run` by `photos`. Raises `DataError` when not one of them can be used.
+
+    Photos that were cross-validated, the part `folds`, have their recorded answers: the model has learned from them.
+    """
+    recorded = out_of_fold(run, photos.samples) if photos.part == "folds" else None
+    answers = answer(run, photos.samples, workers, advance) if recorded is None else recorded
     if not answers.samples:
         bad = (*photos.bad, *answers.bad)
         first = f"; the first is {bad[0].path}: {bad[0].reason}" if bad else ""
         raise DataError(f"none of the {len(bad)} photos can be used{first}", "name a folder of readable photos")
     evaluation = scores.evaluate(answers.probabilities, answers.labels, run.classes)
+    if recorded is not None:
+        evaluation = scores.of_folds(evaluation, len({row.fold for row in run.split() if row.fold}))
     calibration = _calibration(run, answers, evaluation)
     if calibration is not None:
         evaluation = replace(evaluation, calibration=calibration.after)
     leaked = near.leaked(near.leaks_of(run), photos.part, answers.samples)
     evaluation = scores.without(evaluation, leaked, answers.probabilities, answers.labels)
-    seen = seen_in_training(run, answers.samples)
+    seen = seen_in_training(run, answers.samples) if recorded is None else 0
     return Judgement(run, photos, answers, evaluation, calibration, seen=seen, refused=refused(run, answers))
 
 
@@ -89,7 +94,7 @@ def _calibration(run: Run, answers: Answers, evaluation: Evaluation) -> Calibrat
         return None
     logits = run.temperature * np.log(np.maximum(answers.probabilities, _SMALLEST), dtype=np.float64)
     rows = run.split()
-    fitted_on = {row.digest for row in rows if row.split == "val"}
+    fitted_on = {row.digest for row in rows if row.split == "val" or row.fold}
     others = np.array([sample.digest not in fitted_on for sample in answers.samples])
     if not others.any():
         group_of = {row.digest: row.group for row in rows}
@@ -102,9 +107,3 @@ def _calibration(run: Run, answers: Answers, evaluation: Evaluation) -> Calibrat
         return Calibration(before, evaluation.calibration, cross_fitted=False)
     after = calibration_scores(answers.probabilities[others], labels)
     return Calibration(before, after, cross_fitted=False, left_out=int((~others).sum()))
-
-
-def seen_in_training(run: Run, samples: Iterable[Sample]) -> int:
-    """How many of `samples` are, byte for byte, among the training photos of `run`."""
-    trained_on = {row.digest for row in run.split() if row.split == "train"}
-    return sum(sample.digest in trained_on for sample in samples)

@@ -16,12 +16,12 @@ from finetune_cli.photos.scan import BadPhoto, Sample
 from finetune_cli.progress import Advance
 from finetune_cli.runs.run import Run
 
-_SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test"}
+_SPLIT_NAMES = {"train": "training", "val": "validation", "test": "test", "folds": "training"}
 
 
 @dataclass(frozen=True)
 class LabelledPhotos:
-    """Photos that a run is evaluated on. part: a split of the run, or data. source: the same in words.
+    """Photos that a run is evaluated on. part: a split of the run, folds, or data. source: the same in words.
 
     bad: those that cannot be used. moved: after a search by content, where every photo of the run is, by digest.
     """
@@ -37,19 +37,23 @@ class LabelledPhotos:
 def photos_of_run(
     run: Run, root: Path | None, workers: int, advance: Advance, part: str | None = None
 ) -> LabelledPhotos:
-    """The photos of `run` in `part`, by default its test photos if it has some, else its validation photos.
+    """The photos of `run` in `part`, by default its test photos if it has some, else those that validated it.
 
-    They are looked for where they were when the run was made or, with `root`, by their content anywhere below it.
-    Raises `DataError` when none is found, `RunError` when the run does not say where they were, `UsageError` when
-    `root` is not a folder.
+    `part` is train, val, test or folds: the training photos that were cross-validated. They are looked for where they
+    were when the run was made or, with `root`, by their content anywhere below it. For those of folds, whose answers
+    are known, it does not matter whether they are there. Raises `DataError` when none is found, `RunError` when the run
+    does not say where they were, `UsageError` when `root` is not a folder.
     """
     rows = run.split()
     if part is None:
-        part = "test" if any(row.split == "test" for row in rows) else "val"
+        parts = {row.split for row in rows} | {"folds" for row in rows if row.fold}
+        part = next((part for part in ("test", "folds") if part in parts), "val")
     source = f"{_SPLIT_NAMES[part]} photos of the run"
+    if part == "folds":
+        source += f", cross-validated in {len({row.fold for row in rows if row.fold})} folds"
     moved = None if root is None else _by_digest(root, {row.digest for row in rows}, workers, advance)
-    rows = [row for row in rows if row.split == part]
-    folder = run.data_roots().get(part) if root is None else root
+    rows = [row for row in rows if (row.fold if part == "folds" else row.split == part)]
+    folder = run.data_roots().get("train" if part == "folds" else part) if root is None else root
     if folder is None:
         raise RunError(f"{run.folder}/run.json does not say where the {source} are", "add --data FOLDER")
     label = {name: i for i, name in enumerate(run.classes)}
@@ -61,7 +65,9 @@ def photos_of_run(
                 "restore the run from a copy",
             )
         path = folder / row.path if moved is None else moved.get(row.digest)
-        if path is None or not path.is_file():
+        if part == "folds":
+            samples.append(Sample(path or folder / row.path, row.path, label[row.label], row.digest))
+        elif path is None or not path.is_file():
             bad.append(BadPhoto(folder / row.path, row.path, f"not found under {folder}"))
         else:
             samples.append(Sample(path, row.path, label[row.label], row.digest))

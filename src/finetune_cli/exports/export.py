@@ -176,7 +176,7 @@ def _warn(replay: Replay, observer: Observer) -> None:
             f"{replay.missing} validation photos are not where they were, or have changed; "
             f"{len(replay.photos)} others are replayed"
         )
-    if replay.measured > PARITY_LIMIT:
+    if replay.measured is not None and replay.measured > PARITY_LIMIT:
         observer.warn(
             f"on this machine the run's probabilities differ by {replay.measured:.2g} from those in predictions.csv; "
             "another CPU or another version of Pillow can do that"

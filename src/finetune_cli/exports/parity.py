@@ -83,13 +83,14 @@ class Photo:
 class Replay:
     """The photos and the run's probabilities ``float32 (n, C)`` for them; `missing` validation photos were not found.
 
-    `measured`: the largest difference from predictions.csv, which was written when the run was trained.
+    `measured`: the largest difference from predictions.csv, which was written when the run was trained; None for a run
+    that was cross-validated, where predictions.csv has the answers of other heads.
     """
 
     photos: tuple[Photo, ...]
     reference: Floats
     missing: int
-    measured: float
+    measured: float | None
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,9 @@ def collect(run: Run, root: Path | None, observer: Observer) -> Replay:
 
     Raises `DataError` when not one of them can be found with its old content.
     """
+    part = "val" if run.manifest.photos.get("val") else "train"  # of a run that was cross-validated
     with observer.stage("looking for validation photos", None, "files") as advance:
-        found = run_photos.photos_of_run(run, root, cores(), advance, part="val")
+        found = run_photos.photos_of_run(run, root, cores(), advance, part)
     margins = _margins(run)
     samples = choose(found.samples, [margins.get(sample.name, 0.0) for sample in found.samples])
     photos: list[Photo] = []
@@ -179,9 +181,9 @@ def choose(samples: Sequence[Sample], margins: Sequence[float]) -> list[Sample]:
 
 
 def _predictions(run: Run) -> dict[str, Floats]:
-    """Validation photo -> the probabilities that were measured when the run was trained."""
+    """Validation photo -> the probabilities that were measured when the run was trained, by `folds` out of fold."""
     rows = parse_csv(run.read("predictions.csv"), ("split", "path", "true", "predicted", *run.classes))
-    return {row[1]: np.array(row[4:], np.float32) for row in rows if row[0] == "val"}
+    return {row[1]: np.array(row[4:], np.float32) for row in rows if row[0] in ("val", "folds")}
 
 
 def _margins(run: Run) -> dict[str, float]:
@@ -189,7 +191,9 @@ def _margins(run: Run) -> dict[str, float]:
     return {name: float(row[1] - row[0]) for name, row in best.items()}
 
 
-def _from_measured(run: Run, photos: Sequence[Photo], reference: Floats) -> float:
+def _from_measured(run: Run, photos: Sequence[Photo], reference: Floats) -> float | None:
+    if "folds" in run.manifest.metrics:
+        return None
     measured = _predictions(run)
     known = [
         (row, measured[photo.name]) for photo, row in zip(photos, reference, strict=True) if photo.name in measured

@@ -209,11 +209,34 @@ def without(
     return replace(evaluation, without_near_duplicates=(count, wilson(int(right[~left_out].sum()), count)))
 
 
-def wilson(right: int, photos: int) -> Proportion:
-    """`right` of `photos` (at least one) with Wilson's 95 % score interval (Wilson 1927), which stays inside 0..1."""
+def of_folds(evaluation: Evaluation, folds: int) -> Evaluation:
+    """`evaluation`, of out-of-fold predictions, with the intervals that `wilson` gives for so many `folds`."""
+
+    def widened(share: Proportion, photos: int) -> Proportion:
+        return wilson(round(share.value * photos), photos, folds)
+
+    return replace(
+        evaluation,
+        accuracy=widened(evaluation.accuracy, evaluation.photos),
+        top_k={k: widened(share, evaluation.photos) for k, share in evaluation.top_k.items()},
+        coverage=tuple(
+            row if row.precision is None else replace(row, precision=widened(row.precision, row.accepted))
+            for row in evaluation.coverage
+        ),
+    )
+
+
+def wilson(right: int, photos: int, folds: int | None = None) -> Proportion:
+    """`right` of `photos` (at least one) with Wilson's 95 % score interval (Wilson 1927), which stays inside 0..1.
+
+    `folds`: the photos were predicted out of fold, K of them. Then it is the interval of fewer photos, n / (1 + K /
+    (K - 1)), because the heads share training photos: the correction of the variance by Nadeau and Bengio (2003,
+    Machine Learning 52), 1/K + n_test / n_train in place of 1/K.
+    """
     share, z2 = right / photos, Z95**2
-    middle = (share + z2 / (2 * photos)) / (1 + z2 / photos)
-    half = Z95 / (1 + z2 / photos) * math.sqrt(share * (1 - share) / photos + z2 / (4 * photos**2))
+    n = photos if folds is None else photos / (1 + folds / (folds - 1))
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
     return Proportion(share, min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share))
 
 

@@ -83,6 +83,7 @@ def report(judged: Judgement, folder: Path, observer: Observer) -> Path:
         classes=_classes(judged),
         examples=examples,
         feature_map=run.manifest.backbone.feature_map,
+        cross_validated=judged.photos.part == "folds",
         reliability=charts.reliability(
             None if calibration is None else calibration.before,
             evaluation.calibration if calibration is None else calibration.after,
@@ -197,11 +198,14 @@ def _duplicates(judged: Judgement) -> Duplicates:
 def _likely_groups(run: Run) -> str | None:
     """A sentence about photos that seem to belong together but were split, if no groups were given."""
     splits: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    folds: list[int | None] = []
     for row in run.split():
         if row.group:
             return None
         splits[row.split].append((row.path, row.label))
-    proposal = propose(splits)
+        if row.split == "train":
+            folds.append(row.fold)
+    proposal = propose(splits, folds)
     if proposal is None or not proposal.shared:
         return None
     return (
@@ -217,16 +221,20 @@ def _refits(judged: Judgement, observer: Observer) -> Refits:
     except FinetuneError as exc:
         return Refits(problem="; ".join(map(shown, filter(None, (exc.problem, exc.remedy)))))
     photos_are_new = judged.seen <= _MOST_SEEN * len(judged.answers.samples)
-    fits = refits.FOLDS + photos_are_new * (refits.fits() + 2 * (material.views > 1))
+    if judged.photos.part == "folds":
+        judges = Judges.of_folds(material)
+    else:
+        judges = Judges(judged.answers.features, judged.answers.labels[:: judged.answers.stride])
+    sides = len(judges.sides(material))
+    fits = refits.folds(material) + photos_are_new * (refits.fits(sides) + 2 * (material.views > 1))
     with observer.stage("refits for the report", fits, "fits") as advance:
         suspects = refits.suspects(material, advance)
         found = Refits(suspects=_suspects(judged, suspects[:_MOST_SUSPECTS]), suspect_count=len(suspects))
         if not photos_are_new:
             problem = "Photos that the run was trained on cannot answer this; evaluate on others."
             return replace(found, curve_problem=problem)
-        judges = Judges(judged.answers.features, judged.answers.labels[:: judged.answers.stride])
         curve = refits.learning_curve(material, judges, advance)
-        found = replace(found, curve=_curve(curve, material, run))
+        found = replace(found, curve=_curve(curve, judges, material, run))
         if material.views > 1:
             found = replace(found, augmentation=sentences.augmentation(refits.effect_of_views(material, judges)))
             advance(2)
@@ -254,10 +262,11 @@ def _suspects(judged: Judgement, found: Sequence[Suspect]) -> tuple[Figure, ...]
     )
 
 
-def _curve(curve: LearningCurve, material: Material, run: Run) -> Curve:
+def _curve(curve: LearningCurve, judges: Judges, material: Material, run: Run) -> Curve:
     """The learning curve: the classes that gained most from the second half of the photos first."""
     order = [int(i) for i in np.argsort(-np.nan_to_num(curve.gain, nan=-2)) if curve.support[i]]
     low = float(np.nanmin(curve.recall))
+    parts = "mean of three random parts" if judges.folds is None else "without each fold in turn, which judges it"
     recalls = {i: tuple(float(share) for share in curve.recall[:, i]) for i in order[:_MOST_ROWS]}
     rows = tuple(
         CurveRow(
@@ -272,6 +281,7 @@ def _curve(curve: LearningCurve, material: Material, run: Run) -> Curve:
     )
     return Curve(
         sentence=sentences.more_photos(curve, run.classes),
+        how=f"The head fitted on a part of the photos of every class; {parts}.",
         chart=charts.by_photos(curve.photos, [float(share) for share in curve.accuracy]),
         fractions=tuple(f"{fraction:.0%}" for fraction in FRACTIONS),
         rows=rows,

@@ -102,9 +102,13 @@ class CurveRow:
 
 @dataclass(frozen=True)
 class Curve:
-    """The learning curve; `more` classes are left out of `rows`. used: of all `photos`, those that were refitted on."""
+    """The learning curve; `more` classes are left out of `rows`. used: of all `photos`, those that were refitted on.
+
+    how: what the heads were fitted on and judged by.
+    """
 
     sentence: str
+    how: str
     chart: Chart
     fractions: tuple[str, ...]
     rows: tuple[CurveRow, ...]
@@ -172,6 +176,7 @@ class Page:
     classes: ClassTable
     examples: Examples
     feature_map: bool
+    cross_validated: bool
     reliability: Chart
     coverage: Chart
     unknown: UnknownSection | None

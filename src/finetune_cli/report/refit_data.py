@@ -35,7 +35,8 @@ class Material:
     """Training features ``float32 (n, views, D)`` with labels, weights and groups ``(n,)`` and lines of split.csv.
 
     `photos` is how many training photos the run has; n may be less, then the classes keep their shares. `l2`: the
-    strength that the run's head was fitted with. `calibrated`: whether its model got a temperature.
+    strength that the run's head was fitted with. `calibrated`: whether its model got a temperature. `folds` ``(n,)``:
+    in which fold the run held a photo out, from 1, 0 if in none; None if the run was not cross-validated.
     """
 
     features: NDArray[np.float32]
@@ -49,6 +50,7 @@ class Material:
     label_smoothing: float
     seed: int
     calibrated: bool
+    folds: NDArray[np.int64] | None = None
 
     @property
     def views(self) -> int:
@@ -93,6 +95,7 @@ def load(run: Run, config: Config) -> Material:
         training.label_smoothing,
         training.seed,
         config.calibration == "temperature",
+        np.array([row.fold or 0 for row in rows], np.int64) if any(row.fold for row in rows) else None,
     )
 
 

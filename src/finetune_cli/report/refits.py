@@ -29,10 +29,31 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Judges:
-    """The photos that refits are judged by: features ``float32 (m, D)`` and labels ``(m,)``."""
+    """The photos that refits are judged by: features ``float32 (m, D)`` and labels ``(m,)``.
+
+    folds: of training photos, which have been cross-validated, in which fold each is held out ``(m,)``: heads that
+    judge it are fitted without its fold. None for photos that were not trained on.
+    """
 
     features: NDArray[np.float32]
     labels: NDArray[np.int64]
+    folds: NDArray[np.int64] | None = None
+
+    @classmethod
+    def of_folds(cls, material: Material) -> "Judges":
+        """The training photos of a run that was cross-validated, in its own folds."""
+        assert material.folds is not None
+        rows = np.flatnonzero(material.folds)
+        return cls(material.features[rows, 0], material.labels[rows], material.folds[rows])
+
+    def sides(self, material: Material) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+        """The photos of `material` that a head may learn from, with those that it is judged by, for each fold."""
+        if self.folds is None or material.folds is None:
+            return [(np.arange(len(material.labels)), np.arange(len(self.labels)))]
+        return [
+            (np.flatnonzero(material.folds != fold), np.flatnonzero(self.folds == fold))
+            for fold in np.unique(self.folds)
+        ]
 
 
 @dataclass(frozen=True)
@@ -96,7 +117,7 @@ def with_strength(material: Material) -> Material:
 
 def _chosen_l2(material: Material, views: int) -> float:
     features = material.features[:, :views]
-    data = HeadData(features, material.labels, len(material.classes), material.weights, material.groups)
+    data = HeadData(features, material.labels, len(material.classes), material.weights, material.groups, material.folds)
     return choose_l2(data.rows(), L2Search(material.label_smoothing, material.seed, material.calibrated))[0]
 
 
@@ -105,13 +126,14 @@ def effect_of_views(material: Material, judges: Judges) -> ViewsEffect:
 
     Without the temperature, the log loss would blame a strong l2 for the low probabilities that a temperature corrects.
     """
-    everything = np.arange(len(material.labels))
-    heads = (
-        refit(material, everything, views=1, l2=_chosen_l2(material, 1)),
-        refit(material, everything),
-    )
+    logits = np.zeros((2, len(judges.labels), len(material.classes)), np.float32)
+    l2_of_photos = _chosen_l2(material, 1)
+    for known, rows in judges.sides(material):
+        heads = refit(material, known, views=1, l2=l2_of_photos), refit(material, known)
+        for i, head in enumerate(heads):
+            logits[i, rows] = head.logits(judges.features[rows])
     answer = (lambda logits: cross_fitted(logits, judges.labels)) if material.calibrated else softmax
-    probabilities = [answer(head.logits(judges.features)) for head in heads]
+    probabilities = [answer(logits[i]) for i in range(2)]
     own = np.arange(len(judges.labels)), judges.labels
     gains = np.log(np.maximum(probabilities[1][own], 1e-15)) - np.log(np.maximum(probabilities[0][own], 1e-15))
     half = Z95 * float(gains.std(ddof=1)) / np.sqrt(len(gains)) if len(gains) > 1 else float("inf")
@@ -131,13 +153,15 @@ def suspects(material: Material, advance: Callable[[int], None]) -> list[Suspect
 
     A photo is suspected of showing class j if its probability of j is at least the average of the photos labelled j,
     j is the most probable class, and its label's probability is below the average of its own class: the confident
-    joint of Northcutt et al. 2021 (https://arxiv.org/abs/1911.00068). Calls `advance` for each of five folds.
+    joint of Northcutt et al. 2021 (https://arxiv.org/abs/1911.00068). The folds are the run's own, else five. Calls
+    `advance` for each.
     """
-    fold = group_folds(material.labels, material.groups, FOLDS, material.seed)
+    numbers = material.folds
+    if numbers is None:
+        numbers = 1 + group_folds(material.labels, material.groups, FOLDS, material.seed)
     p = np.zeros((len(material.labels), len(material.classes)))
-    for k in range(FOLDS):
-        held_out = np.flatnonzero(fold == k)
-        rest = np.flatnonzero(fold != k)
+    for fold in range(1, folds(material) + 1):
+        held_out, rest = np.flatnonzero(numbers == fold), np.flatnonzero(numbers != fold)
         if len(held_out) and len(rest):
             p[held_out] = softmax(refit(material, rest, views=1).logits(material.features[held_out, 0]))
         advance(1)
@@ -146,37 +170,54 @@ def suspects(material: Material, advance: Callable[[int], None]) -> list[Suspect
     average = np.bincount(material.labels, weights=own, minlength=len(counts)) / np.maximum(counts, 1)
     other = p.argmax(axis=1)
     best = p.max(axis=1)
-    enough = (counts[material.labels] >= _FEWEST) & (counts[other] >= _FEWEST)
+    enough = (counts[material.labels] >= _FEWEST) & (counts[other] >= _FEWEST) & (numbers > 0)
     suspected = (other != material.labels) & (best >= average[other]) & (own < average[material.labels]) & enough
     order = sorted(np.flatnonzero(suspected), key=lambda i: own[i] - best[i])
     return [Suspect(material.rows[i], float(own[i]), material.classes[other[i]], float(best[i])) for i in order]
 
 
+def folds(material: Material) -> int:
+    """In how many folds `suspects` looks at the photos."""
+    return FOLDS if material.folds is None else int(material.folds.max())
+
+
 def learning_curve(material: Material, judges: Judges, advance: Callable[[int], None]) -> LearningCurve:
     """Fit on a quarter, half, three quarters and all of every class's photos; below all, three random parts each.
 
-    Calls `advance` for every fit, `fits()` of them.
+    With folds, on parts of the photos outside each fold, one random part each. Calls `advance` for every fit, `fits()`
+    of them.
     """
     rng = np.random.default_rng(material.seed)
-    full = refit(material, np.arange(len(material.labels)))
-    advance(1)
     right = np.zeros((len(FRACTIONS), len(judges.labels)))
-    right[-1] = full.logits(judges.features).argmax(axis=1) == judges.labels
-    sizes = [0] * (len(FRACTIONS) - 1) + [len(material.labels)]
-    for _draw in range(_DRAWS):
-        orders = [rng.permutation(np.flatnonzero(material.labels == i)) for i in range(len(material.classes))]
-        for j, fraction in enumerate(FRACTIONS[:-1]):
-            part = np.sort(np.concatenate([own[: max(1, round(fraction * len(own)))] for own in orders if len(own)]))
-            sizes[j] = len(part)
-            head = refit(material, part, start=full)
-            right[j] += (head.logits(judges.features).argmax(axis=1) == judges.labels) / _DRAWS
-            advance(1)
-    return _summed_up(right, sizes, judges.labels, len(material.classes))
+    sides = judges.sides(material)
+    draws = _draws(len(sides))
+    sizes = np.zeros((len(sides), len(FRACTIONS)))
+    for side, (known, rows) in enumerate(sides):
+        features, labels = judges.features[rows], judges.labels[rows]
+        full = refit(material, known)
+        advance(1)
+        right[-1, rows] = full.logits(features).argmax(axis=1) == labels
+        sizes[side, -1] = len(known)
+        for _draw in range(draws):
+            own_photos = (known[material.labels[known] == i] for i in range(len(material.classes)))
+            orders = [rng.permutation(photos) for photos in own_photos if len(photos)]
+            for j, fraction in enumerate(FRACTIONS[:-1]):
+                part = np.sort(np.concatenate([order[: max(1, round(fraction * len(order)))] for order in orders]))
+                sizes[side, j] = len(part)
+                head = refit(material, part, start=full)
+                right[j, rows] += (head.logits(features).argmax(axis=1) == labels) / draws
+                advance(1)
+    return _summed_up(right, [round(size) for size in sizes.mean(axis=0)], judges.labels, len(material.classes))
 
 
-def fits() -> int:
-    """How many heads `learning_curve` fits."""
-    return 1 + _DRAWS * (len(FRACTIONS) - 1)
+def _draws(sides: int) -> int:
+    """Random parts for each fraction: folds bring a part each."""
+    return _DRAWS if sides == 1 else 1
+
+
+def fits(sides: int = 1) -> int:
+    """How many heads `learning_curve` fits; `sides`: the number of folds, or 1."""
+    return sides * (1 + _draws(sides) * (len(FRACTIONS) - 1))
 
 
 def _summed_up(right: Floats, sizes: Sequence[int], labels: NDArray[np.int64], n_classes: int) -> LearningCurve:

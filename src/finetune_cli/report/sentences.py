@@ -43,6 +43,12 @@ def verdict(judged: Judgement) -> list[str]:
         sentences.append(
             "Validation photos take part in choosing settings, so expect a slightly lower accuracy on new photos."
         )
+    if judged.photos.part == "folds":
+        sentences.append(
+            "The accuracy is cross-validated: each photo is predicted by a head that was fitted without its fold. The "
+            "final head has learned from all of these photos and may be a little better; the interval is approximate "
+            "and wider than for as many independent photos, because the heads share training photos."
+        )
     if (compared := judged.compared) is not None:
         other = brief(compared.run.name)
         if compared.left_out:

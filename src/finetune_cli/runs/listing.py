@@ -16,8 +16,8 @@ State = Literal["finished", "unfinished", "damaged"]
 class Row:
     """A run. What is unknown of an unfinished or damaged run is None; `problem` says what is wrong with it.
 
-    photos: of all splits. accuracy: on the photos of `split`, test if the run has some, else val. kind: "frozen", a
-    head on a frozen backbone.
+    photos: of all splits. accuracy: on the photos of `split`, test if the run has some, else val or folds. kind:
+    "frozen", a head on a frozen backbone.
     """
 
     folder: Path
@@ -77,7 +77,7 @@ def _row(folder: Path) -> Row | None:
 
 def _finished(found: Run) -> Row:
     manifest = found.manifest
-    split = "test" if "test" in manifest.metrics else "val" if "val" in manifest.metrics else None
+    split = next((split for split in ("test", "val", "folds") if split in manifest.metrics), None)
     metrics = manifest.metrics[split] if split is not None else None
     return Row(
         folder=found.folder,

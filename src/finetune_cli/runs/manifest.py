@@ -18,6 +18,7 @@ from finetune_cli.runs import formats
 
 FILE = "run.json"
 SPLITS = ("train", "val", "test")
+MEASURED = (*SPLITS, "folds")  # on folds: training photos, each answered by a head that was fitted without its fold
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,8 +291,8 @@ class Manifest:
             fine_tuning_seconds=_fine_tuning_seconds(fields),
             unknown=_unknown(fields),
         )
-        for key in ("photos", "roots", "metrics"):
-            if unknown := set(getattr(manifest, key)) - set(SPLITS):
+        for key, allowed in (("photos", SPLITS), ("roots", SPLITS), ("metrics", MEASURED)):
+            if unknown := set(getattr(manifest, key)) - set(allowed):
                 raise FieldError(f"{key} names {min(unknown)!r}, which is not a split")
         if missing := {split for split, count in manifest.photos.items() if count} - set(manifest.roots):
             raise FieldError(f"roots.{min(missing)} is missing")

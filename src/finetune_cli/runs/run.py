@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,7 +35,8 @@ _REMEDY = "restore it from a copy, or train again"
 class SplitRow:
     """One line of split.csv: `split` is train, val or test; `path` is relative to that split's data root.
 
-    group: photos of a group are on one side of a split; empty for a photo without one.
+    group: photos of a group are on one side of a split; empty for a photo without one. fold: in which a training photo
+    was held out in cross-validation, from 1; None for one that was not.
     """
 
     split: str
@@ -43,6 +44,7 @@ class SplitRow:
     digest: str
     path: str
     group: str = ""
+    fold: int | None = None
 
 
 @dataclass(frozen=True)
@@ -224,9 +226,14 @@ def finish(folder: Path, manifest: Manifest, names: Iterable[str]) -> Run:
 _SPLIT_HEADER = ("split", "class", "digest", "path", "group")
 
 
-def write_split(path: Path, rows: Iterable[SplitRow]) -> None:
-    """Write split.csv."""
-    write_csv(path, _SPLIT_HEADER, ((row.split, row.label, row.digest, row.path, row.group) for row in rows))
+def write_split(path: Path, rows: Sequence[SplitRow]) -> None:
+    """Write split.csv, with the column `fold` if there are folds."""
+    lines = [(row.split, row.label, row.digest, row.path, row.group) for row in rows]
+    if any(row.fold for row in rows):
+        numbered = [(*line, row.fold or "") for line, row in zip(lines, rows, strict=True)]
+        write_csv(path, (*_SPLIT_HEADER, "fold"), numbered)
+    else:
+        write_csv(path, _SPLIT_HEADER, lines)
 
 
 def read_split(path: Path) -> list[SplitRow]:
@@ -238,14 +245,30 @@ def read_split(path: Path) -> list[SplitRow]:
     return _parse_split(data, path)
 
 
+def _fold(rest: Sequence[str]) -> int | None:
+    """The number in the column `fold`, if there is that column and a number in it. Raises `ValueError`."""
+    if not rest or not rest[0]:
+        return None
+    fold = int(rest[0])
+    if not 1 <= fold <= 100:
+        raise ValueError(f"there is no fold {rest[0]!r}")
+    return fold
+
+
 def _parse_split(data: bytes, path: Path) -> list[SplitRow]:
     try:
         try:
             rows = parse_csv(data, _SPLIT_HEADER)
         except ValueError:
-            rows = parse_csv(data, _SPLIT_HEADER[:-1])  # written before groups were recorded
+            try:
+                rows = parse_csv(data, (*_SPLIT_HEADER, "fold"))
+            except ValueError:
+                rows = parse_csv(data, _SPLIT_HEADER[:-1])  # written before groups were recorded
         if unknown := {row[0] for row in rows} - set(SPLITS):
             raise ValueError(f"there is no split {min(unknown)!r}")
-        return [SplitRow(*row) for row in rows]
+        return [
+            SplitRow(split, label, digest, name, rest[0] if rest else "", _fold(rest[1:]))
+            for split, label, digest, name, *rest in rows
+        ]
     except (ValueError, csv.Error) as exc:
         raise RunError(f"{path} is damaged: {exc}", _REMEDY) from exc

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli.config.schema import Config
-from finetune_cli.head.data import HeadData, class_weights
+from finetune_cli.head.data import HeadData, Rows, class_weights
 from finetune_cli.head.keras_fit import KerasSettings
 from finetune_cli.head.l2 import L2Search, choose_l2
 from finetune_cli.head.lbfgs import Head, fit_lbfgs
@@ -26,11 +26,16 @@ _STILL, _LAST = 0.01, 3  # a loss that fell by more than 1 % in the last 3 epoch
 
 @dataclass(frozen=True)
 class Fitted:
-    """A head, the `l2` that it was fitted with, and a row of numbers per epoch (empty for L-BFGS)."""
+    """A head, the `l2` that it was fitted with, and a row of numbers per epoch (empty for L-BFGS).
+
+    out_of_fold: with `data.folds`, the out-of-fold logits ``float32 (n, C)`` of the training photos, NaN for those
+    that are never held out.
+    """
 
     head: Head
     l2: float
     history: Sequence[dict[str, float]]
+    out_of_fold: Rows | None = None
 
 
 def labels_of(samples: Sequence[Sample]) -> NDArray[np.int64]:
@@ -96,11 +101,14 @@ def chosen_l2(config: Config, train: Features, classes: Sequence[str], observer:
 
 
 def head_data(config: Config, train: Features, classes: Sequence[str]) -> HeadData:
-    """The training photos in all their views, weighted by `training.class_weights`."""
+    """The training photos in all their views, weighted by `training.class_weights`; with their folds, if any."""
     labels = labels_of(train.samples)
     weights = class_weights(labels, config.training.class_weights, classes)
     groups = group_numbers((sample.group, sample.digest) for sample in train.samples)
-    return HeadData(train.array, labels, len(classes), weights, groups)
+    folds = None
+    if config.data.folds is not None:
+        folds = np.array([sample.fold or 0 for sample in train.samples], np.int64)
+    return HeadData(train.array, labels, len(classes), weights, groups, folds)
 
 
 def validation_data(val: Features, classes: Sequence[str]) -> HeadData:

@@ -117,10 +117,11 @@ def keep_together(linked: Linked, data: Dataset, trained_on: Set[str], observer:
     pool = {sample.digest for sample in (*data.train, *data.val)}
     sizes = [sum(linked.photos[i].digest in pool for i in group) for group in linked.found.groups]
     sizes = [size for size in sizes if size > 1]
-    if sizes and data.val_split is not None:
+    in_folds = any(sample.fold for sample in data.train)
+    if sizes and (in_folds or data.val_split is not None):
         observer.note(
             f"{counted(sum(sizes), 'photo')} have near-duplicates, in {counted(len(sizes), 'group')}; "
-            "each group is on one side of the validation split"
+            f"each group is {'in one fold' if in_folds else 'on one side of the validation split'}"
         )
     for group in linked.found.large:
         first, second = (shown(linked.photos[i].path) for i in group[:2])

@@ -8,7 +8,7 @@ photos were decoded, and `run.json` is written last.
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,13 +22,17 @@ from finetune_cli.drawing import figures
 from finetune_cli.errors import Interrupted
 from finetune_cli.fields import Fields
 from finetune_cli.head import classifier, finished
+from finetune_cli.head.data import Rows
 from finetune_cli.head.keras_fit import EpochState, fit_epochs
+from finetune_cli.head.keras_folds import FoldsState, fit_folds_by_epochs
 from finetune_cli.head.lbfgs import Head
+from finetune_cli.head.out_of_fold import fit_folds
 from finetune_cli.inference import runtimes
-from finetune_cli.metrics.calibration import CalibrationScores, cross_fitted_calibration, fit_temperature, softmax32
+from finetune_cli.metrics.calibration import cross_fitted_calibration, fit_temperature, softmax32
 from finetune_cli.metrics.folds import group_numbers
-from finetune_cli.metrics.scores import evaluate, without
+from finetune_cli.metrics.scores import evaluate, of_folds, without
 from finetune_cli.photos import scan
+from finetune_cli.photos.scan import Sample
 from finetune_cli.progress import Observer, timed
 from finetune_cli.runs import run
 from finetune_cli.runs import start as start_record
@@ -39,7 +43,6 @@ from finetune_cli.text import shown
 from finetune_cli.training import fit, head_state, near, outputs, start_from, unknown
 from finetune_cli.training import resume as resume_checks
 from finetune_cli.training.converted import Converted
-from finetune_cli.training.extract import Features
 from finetune_cli.training.fit import Fitted, labels_of
 from finetune_cli.training.head_state import HeadState
 from finetune_cli.training.keras_process import KerasProcess
@@ -120,7 +123,7 @@ def _fit_and_finish(
     classes = prepared.data.classes
     with timed(prepared.seconds, "head"):
         fitted = _fit(folder, prepared, start, observer)
-    temperature, judged = _judge(prepared, fitted.head)
+    temperature, judged = _judge(prepared, fitted)
     names = ["config.yaml", "environment.json", "split.csv", *([near.LEAKS] if prepared.leaks else [])]
     names += [run.FIXES] if prepared.data.fixes is not None else []
     tuning: dict[str, Any] | None = None
@@ -129,7 +132,7 @@ def _fit_and_finish(
         before = judged
         prepared = replace(prepared, backbone=tuned.backbone, parts=tuned.parts)
         fitted = tuned.fitted
-        temperature, judged = _judge(prepared, fitted.head)
+        temperature, judged = _judge(prepared, fitted)
         tuning = {**tuned.facts, "compared": comparison.compared(before, judged)}
         names += comparison.write_history(folder, tuned.history, tuned.training)
         names += comparison.write_flipped(folder, classes, before, judged)
@@ -159,24 +162,43 @@ def _fit_and_finish(
     return finished
 
 
-def _judge(prepared: Prepared, fitted: Head) -> tuple[float, list[outputs.ScoredSplit]]:
-    """The temperature of a head, and what the model with both says of the validation and the test photos."""
+def _judge(prepared: Prepared, fitted: Fitted) -> tuple[float, list[outputs.ScoredSplit]]:
+    """The temperature of a head, and how good it is on the photos that validate it and on the test photos."""
     parts, classes = prepared.parts, prepared.data.classes
     calibrated = prepared.config.calibration == "temperature"
-    chooses = unknown.choosing(parts["val"], prepared.config)
-    logits = fitted.logits(chooses.array[:, 0])
-    temperature = fit_temperature(logits, labels_of(chooses.samples)) if calibrated else 1.0
-    judged: list[outputs.ScoredSplit] = []
-    for split in ("val", "test"):
-        if split in parts:
-            probabilities = softmax32(fitted.logits(parts[split].array[:, 0]), temperature)
-            evaluation = evaluate(probabilities, labels_of(parts[split].samples), classes)
-            if split == "val" and calibrated:
-                evaluation = replace(evaluation, calibration=_cross_fitted(fitted, parts[split]))
-            leaked = near.leaked(prepared.leaks, split, parts[split].samples)
-            evaluation = without(evaluation, leaked, probabilities, labels_of(parts[split].samples))
-            judged.append(outputs.ScoredSplit(split, parts[split].samples, probabilities, evaluation))
+    measured = [_validation(prepared, fitted)]
+    if "test" in parts:
+        measured.append(("test", parts["test"].samples, fitted.head.logits(parts["test"].array[:, 0])))
+    _split, choosing, logits = measured[0]
+    if "val" in parts:
+        chooses = unknown.choosing(parts["val"], prepared.config)
+        choosing, logits = chooses.samples, fitted.head.logits(chooses.array[:, 0])
+    temperature = fit_temperature(logits, labels_of(choosing)) if calibrated else 1.0
+    judged = []
+    for split, samples, logits in measured:
+        labels, probabilities = labels_of(samples), softmax32(logits, temperature)
+        evaluation = evaluate(probabilities, labels, classes)
+        if calibrated and split != "test":  # cross-fitted, so that no photo fits the temperature that it is judged by
+            groups = group_numbers((sample.group, sample.digest) for sample in samples)
+            evaluation = replace(evaluation, calibration=cross_fitted_calibration(logits, labels, groups)[1])
+        if split == "folds" and prepared.config.data.folds is not None:
+            evaluation = of_folds(evaluation, prepared.config.data.folds)
+        evaluation = without(evaluation, near.leaked(prepared.leaks, split, samples), probabilities, labels)
+        judged.append(outputs.ScoredSplit(split, samples, probabilities, evaluation))
     return temperature, judged
+
+
+def _validation(prepared: Prepared, fitted: Fitted) -> tuple[str, Sequence[Sample], Rows]:
+    """What validates a head: the name of the part, its photos and their logits ``float32 (n, C)``.
+
+    With `data.folds`, the training photos do, by their out-of-fold logits; `folds` is the name of that part.
+    """
+    if fitted.out_of_fold is None:
+        val = prepared.parts["val"]
+        return "val", val.samples, fitted.head.logits(val.array[:, 0])
+    samples = prepared.parts["train"].samples
+    held_out = [i for i, sample in enumerate(samples) if sample.fold is not None]
+    return "folds", [samples[i] for i in held_out], fitted.out_of_fold[held_out]
 
 
 def _below_baseline(config: Config, part: outputs.ScoredSplit) -> str | None:
@@ -194,42 +216,52 @@ def _below_baseline(config: Config, part: outputs.ScoredSplit) -> str | None:
         why = "look at the labels, and whether the test photos are like the training photos"
     else:
         why = "look at the labels (finetune check) and at what augmentation makes of the photos (finetune preview)"
-    photos = {"val": "validation", "test": "test"}[part.split]
+    photos = {"val": "validation photos", "test": "test photos", "folds": "cross-validated photos"}[part.split]
     return (
-        f"the accuracy on the {photos} photos, {accuracy.value:.1%}, is not clearly above that of the majority class "
+        f"the accuracy on the {photos}, {accuracy.value:.1%}, is not clearly above that of the majority class "
         f"{shown(part.evaluation.baseline_class)!r}, {baseline:.1%}: {why}"
     )
-
-
-def _cross_fitted(fitted: Head, val: Features) -> CalibrationScores:
-    """The calibration on the photos that the temperature is fitted on: cross-fitted, so that no photo fits its own."""
-    groups = group_numbers((sample.group, sample.digest) for sample in val.samples)
-    return cross_fitted_calibration(fitted.logits(val.array[:, 0]), labels_of(val.samples), groups)[1]
 
 
 def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observer) -> Fitted:
     """Fit the head; in Keras, from the last checkpoint if there is one, with a new one after every epoch."""
     config, parts, classes = prepared.config, prepared.parts, prepared.data.classes
-    training = config.training
-    if training.solver == "lbfgs":
-        return fit.lbfgs(config, parts["train"], classes, start, observer)
+    data, held_out = fit.head_data(config, parts["train"], classes), prepared.validating.array[:, 0]
+    if config.training.solver == "lbfgs":
+        fitted = fit.lbfgs(config, parts["train"], classes, start, observer)
+        if data.folds is None:
+            return fitted
+        with observer.stage("cross-validation", config.data.folds, "folds") as advance:
+            logits = fit_folds(data, held_out, fitted.l2, config.training.label_smoothing, advance)
+        return replace(fitted, out_of_fold=logits)
     training_id = start_record.read(folder).training_id
-    resumed = state = head_state.load_latest(folder, classes, training_id, observer)
-    l2 = fit.chosen_l2(config, parts["train"], classes, observer)
-    chooses = unknown.choosing(parts["val"], config)
-    data, val = fit.head_data(config, parts["train"], classes), fit.validation_data(chooses, classes)
-    with observer.stage(f"head ({training.solver})", training.epochs, "epochs") as advance:
-        for state in fit_epochs(data, val, fit.keras_settings(config, l2), start, resumed):
+    state: EpochState | FoldsState | None
+    epochs: Iterator[EpochState | FoldsState]
+    if data.folds is None:
+        resumed = state = head_state.load_latest(folder, classes, training_id, observer, EpochState)
+        l2 = fit.chosen_l2(config, parts["train"], classes, observer)
+        val = fit.validation_data(unknown.choosing(parts["val"], config), classes)
+        epochs = fit_epochs(data, val, fit.keras_settings(config, l2), start, resumed)
+    else:
+        resumed_folds = state = head_state.load_latest(folder, classes, training_id, observer, FoldsState)
+        l2 = fit.chosen_l2(config, parts["train"], classes, observer)
+        epochs = fit_folds_by_epochs(data, held_out, fit.keras_settings(config, l2), start, resumed_folds)
+    solver, most = config.training.solver, config.training.epochs
+    with observer.stage(f"head ({solver})", most, "epochs") as advance:
+        for state in epochs:
             HeadState(state, classes, l2, training_id).save(folder)
-            observer.epoch(state.epoch, training.epochs, _epoch_line(state, training.epochs))
+            observer.epoch(state.epoch, most, _epoch_line(state, most))
             advance(1)
     assert state is not None
-    if text := fit.still_improving(state.history, training.solver, training.epochs):
+    if text := fit.still_improving(state.history, solver, most):
         observer.warn(text)
+    if isinstance(state, FoldsState):
+        assert data.folds is not None
+        return Fitted(state.final, l2, state.history, state.out_of_fold(data.folds, held_out))
     return Fitted(state.best, l2, state.history)
 
 
-def _epoch_line(state: EpochState, epochs: int) -> str:
+def _epoch_line(state: EpochState | FoldsState, epochs: int) -> str:
     row = state.history[-1]
     return (
         f"epoch {state.epoch}/{epochs}: loss {row['loss']:.4f}, accuracy {row['accuracy']:.1%}, "
@@ -253,10 +285,10 @@ def _start(prepared: Prepared, observer: Observer) -> Head | None:
 
 def _save_models(folder: Path, prepared: Prepared, outcome: Outcome, keras: KerasProcess) -> outputs.Proof:
     head, temperature = outcome.fitted.head, outcome.temperature
-    val = prepared.parts["val"].samples
-    chosen = evenly_spread(len(val), outputs.PARITY_PHOTOS)
-    photos = np.stack([scan.decode_sample(val[i], prepared.settings.image) for i in chosen])
-    backbone, expected = prepared.backbone, outcome.judged[0].probabilities[chosen]
+    known = prepared.validating
+    chosen = evenly_spread(len(known.samples), outputs.PARITY_PHOTOS)
+    photos = np.stack([scan.decode_sample(known.samples[i], prepared.settings.image) for i in chosen])
+    backbone, expected = prepared.backbone, softmax32(head.logits(known.array[chosen, 0]), temperature)
     if isinstance(backbone, Converted):
         parts = outputs.Parts(backbone, head, temperature)
         return outputs.save_with_proof(folder, parts, photos, expected, keras)
@@ -269,6 +301,7 @@ def _save_models(folder: Path, prepared: Prepared, outcome: Outcome, keras: Kera
 def _manifest(folder: Path, prepared: Prepared, outcome: Outcome) -> Manifest:
     """The content of run.json, but for the hashes of the files."""
     config, backbone = prepared.config, prepared.backbone
+    passes = [*prepared.parts.values(), *([] if prepared.held_out is None else [prepared.held_out])]
     skipped = (*prepared.data.bad, *(bad for part in prepared.parts.values() for bad in part.bad))
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -290,8 +323,8 @@ def _manifest(folder: Path, prepared: Prepared, outcome: Outcome) -> Manifest:
         photos={split: len(part.samples) for split, part in prepared.parts.items()},
         views=Views(
             per_photo=prepared.parts["train"].array.shape[1],
-            computed=sum(part.computed for part in prepared.parts.values()),
-            cached=sum(part.cached for part in prepared.parts.values()),
+            computed=sum(part.computed for part in passes),
+            cached=sum(part.cached for part in passes),
         ),
         cache_bytes=prepared.cache_bytes,
         bad_photos=tuple(SkippedPhoto(photo.name, photo.reason) for photo in skipped),

@@ -52,7 +52,8 @@ class Prepared:
     """All that a head is fitted and evaluated on; `parts` maps train, val and, if there is one, test to features.
 
     `leaks`: val and test photos that show the same picture as a training photo. `start_from`: SHA-256 of the model of
-    `model.start_from`, if there is one.
+    `model.start_from`, if there is one. With `data.folds`, `held_out` has view 0 of the training photos in float32, as
+    they are answered when their fold is held out.
     """
 
     settings: Settings
@@ -65,6 +66,12 @@ class Prepared:
     leaks: tuple[Leak, ...] = ()
     start_from: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    held_out: Features | None = None
+
+    @property
+    def validating(self) -> Features:
+        """The photos that validate, view 0 in float32: those of val or, with `data.folds`, all training photos."""
+        return self.parts["val"] if self.held_out is None else self.held_out
 
     @property
     def config(self) -> Config:
@@ -107,6 +114,8 @@ def prepare(
             with timed(seconds, "backbone"):
                 extractor = make_extractor(settings, observer, conversion)
         check_room(settings, data, extractor.backbone)
+        if config.data.folds is not None:
+            start_from.check_held_out(settings.start, data.train, config.training.solver)
         for check in checks:
             check(data, extractor.backbone)
         split = _split_and_extract(extractor, data, recorded, seconds)
@@ -114,6 +123,9 @@ def prepare(
             extractor.prove()  # all features may have been in the cache
         data, parts = split.data, split.parts
         _refuse_bad(data, parts, config.data.on_bad_image, observer)
+        if config.data.folds is not None:  # again: bad photos were left out, and near-duplicates found
+            samples = tuple(dataset.into_folds(parts["train"].samples, config.data.folds))
+            parts["train"] = replace(parts["train"], samples=samples)
         return Prepared(
             settings=settings,
             data=data,
@@ -125,6 +137,7 @@ def prepare(
             leaks=split.leaks,
             start_from=start_digest,
             seconds=seconds,
+            held_out=split.held_out,
         )
 
     with contextlib.nullcontext() if settings.builds_backbone else conversion_of(settings) as conversion:
@@ -184,11 +197,15 @@ def make_extractor(settings: Settings, observer: Observer, conversion: Conversio
 
 @dataclass
 class _Split:
-    """The photos of every split, their features, and where near-duplicates are on both sides."""
+    """The photos of every split, their features, and where near-duplicates are on both sides.
+
+    held_out: see `Prepared`.
+    """
 
     data: Dataset
     parts: dict[str, Features]
     leaks: tuple[Leak, ...] = ()
+    held_out: Features | None = None
     cache_bytes: int = 0
 
 
@@ -206,6 +223,8 @@ def _split_and_extract(
                 split = _Split(data, _features(extractor, store, data, seconds))
             else:
                 split = _with_near_duplicates(extractor, store, data, seconds)
+            if extractor.settings.config.data.folds is not None:
+                split.held_out = _held_out(extractor, store, split.parts["train"], seconds)
             for part in split.parts.values():
                 _check_unchanged(part.samples)
             split.cache_bytes = store.size()
@@ -268,6 +287,16 @@ def _with_near_duplicates(
     leaks = linked.leaks(data)
     near.warn_of_leaks(leaks, observer)
     return _Split(data, parts, leaks)
+
+
+def _held_out(extractor: "Extractor", store: FeatureStore, train: Features, seconds: dict[str, float]) -> Features:
+    """View 0 of the training photos in float32, as a prediction sees them."""
+    if extractor.precision == "float32":
+        return replace(train, array=train.array[:, :1], computed=0, cached=0)
+    with timed(seconds, "features"):
+        found = extractor(store, "train in float32", train.samples)
+    scan.refuse_bad(found.bad, len(train.samples), "error")
+    return found
 
 
 def _check_unchanged(samples: Sequence[Sample]) -> None:
@@ -356,6 +385,8 @@ def warn_of_series(data: Dataset, max_pixels: int, observer: Observer) -> None:
     if data.proposal is not None or any(sample.group for part in data.splits.values() for sample in part):
         return
     paths = {split: [sample.path for sample in part] for split, part in data.splits.items()}
+    if folds := max((sample.fold or 0 for sample in data.train), default=0):
+        paths = {f"fold {i}": [s.path for s in data.train if s.fold == i] for i in range(1, folds + 1)}
     if finding := groups.series(paths, max_pixels):
         observer.warn(f"{finding}; if they show the same thing, name the groups in the column `group` of a table")
 

@@ -99,6 +99,9 @@ def _named(key: str) -> Iterator[None]:
 def check_room(wanted: Settings, data: Dataset, backbone: Sized) -> None:
     """Raise `StorageError` unless there is room for the features and for the run, before hours go into them."""
     rows = wanted.augmenter.views * len(data.train) + len(data.val) + len(data.test)
+    folds = wanted.config.data.folds or 0
+    if folds:
+        rows += len(data.train)  # once more in float32
     size = 2 * 4 * backbone.width * rows  # the features are in the cache, and in the scratch file
     if wanted.config.data.near_duplicates != "ignore":
         # View 0 of all photos comes first, and is copied once; a thumbnail of each photo is in the cache.
@@ -107,6 +110,8 @@ def check_room(wanted: Settings, data: Dataset, backbone: Sized) -> None:
         files.free_space_check(wanted.cache.scratch, size)
     head = 4 * (backbone.width + 1) * len(data.classes)
     model = 4 * backbone.parameters + head
-    # The model in two forms; up to four checkpoints, each with the head, the best head and Adam's two moments.
+    # The model in two forms; up to four checkpoints, each with the head, the best head and Adam's two moments: of the
+    # final head, and of that of every fold.
+    checkpoints = 4 * 4 * head * (folds + 1)
     with _named("output.directory"):
-        files.free_space_check(wanted.config.output.directory, 2 * model + 4 * 4 * head + _TABLES_AND_FIGURES)
+        files.free_space_check(wanted.config.output.directory, 2 * model + checkpoints + _TABLES_AND_FIGURES)

@@ -86,7 +86,6 @@ def check_inputs(folder: Path, prepared: Prepared, observer: Observer) -> None:
 
     Raises `RunError` when the photos or the settings differ; warns when the environment does.
     """
-    _refuse_other_photos(folder, prepared)
     record = start.read(folder)
     if prepared.backbone.fingerprint != record.backbone:
         raise RunError(f"the backbone's weights are not those that {folder} was started with", _NEW_RUN)
@@ -94,8 +93,10 @@ def check_inputs(folder: Path, prepared: Prepared, observer: Observer) -> None:
         raise RunError(f"the run model.start_from is not the one that {folder} was started from", _NEW_RUN)
     config = prepared.config.dump(folder)
     changed = differences(_as_dumped_now(folder, record.configs[-1]), config)
-    if refused := [change for change in changed if not change.what.startswith(_MAY_CHANGE)]:
+    refused = [change for change in changed if not change.what.startswith(_MAY_CHANGE) or change.what == "data.folds"]
+    if refused:
         raise _other_settings(folder, refused)
+    _refuse_other_photos(folder, prepared)
     if changed:
         record = replace(record, configs=(*record.configs, config))
         start.write(folder, record)
@@ -149,8 +150,9 @@ def _other_settings(folder: Path, changes: Iterable[Difference]) -> RunError:
 
 
 def _split_rows(prepared: Prepared) -> list[SplitRow]:
+    classes = prepared.data.classes
     return [
-        SplitRow(split, prepared.data.classes[sample.label], sample.digest, sample.name, sample.group or "")
+        SplitRow(split, classes[sample.label], sample.digest, sample.name, sample.group or "", sample.fold)
         for split, part in prepared.parts.items()
         for sample in part.samples
     ]

@@ -70,6 +70,7 @@ def data_settings(config: Config) -> DataSettings:
         group_regex=section.group_regex,
         max_pixels=config.image.max_pixels,
         fixes=section.fixes,
+        folds=section.folds,
     )
 
 

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 from finetune_cli.backbones import build
 from finetune_cli.backbones.build import Backbone
-from finetune_cli.errors import RunError
+from finetune_cli.errors import DataError, RunError
 from finetune_cli.head import classifier
 from finetune_cli.head.lbfgs import Head
+from finetune_cli.photos.scan import Sample
 from finetune_cli.progress import Observer
 from finetune_cli.runs.run import Run
+from finetune_cli.text import counted
 from finetune_cli.training.converted import Converted
 
 # As Keras builds it in this process, for fine-tuning, or converted, in the cache.
@@ -42,6 +44,24 @@ def backbone_of(start: Run | None, backbone: AnyBackbone) -> AnyBackbone:
     if tuned.fingerprint != old.fingerprint:
         raise RunError(f"{path} does not hold the backbone that run.json names", "restore the run from a copy")
     return tuned
+
+
+def check_held_out(start: Run | None, samples: Sequence[Sample], solver: str) -> None:
+    """Raise `DataError` when `start` has learned from some of `samples`, which are to be cross-validated.
+
+    A head that Adam or SGD take from there, or a backbone that was tuned there, would answer for photos that it knows.
+    L-BFGS ends at the same minimum whatever it starts from.
+    """
+    if start is None or (solver == "lbfgs" and not start.manifest.backbone.tuned):
+        return
+    known = {row.digest for row in start.split() if row.split != "test"}
+    seen = sum(sample.digest in known for sample in samples)
+    if seen:
+        raise DataError(
+            f"data.folds: the run {start.name} of model.start_from has learned from {counted(seen, 'photo')} of these, "
+            "so they cannot be held out from it",
+            "leave out model.start_from, or set data.val_split in place of data.folds",
+        )
 
 
 def head_of(start: Run | None, classes: Sequence[str], solver: str, seed: int, observer: Observer) -> Head | None:

@@ -86,14 +86,17 @@ def budget(config: Config, observer: Observer) -> Budget:
     meter = _Meter(backbone, extractor, few)
     held_out = (*data.val, *data.test)
     new = _missing(settings.cache, FeatureRequest(settings.image, backbone.fingerprint, precision, views), data.train)
+    photos = len(data.train) + len(held_out)
+    if config.data.folds is not None and precision != "float32":
+        held_out = (*held_out, *data.train)  # each is held out once, as it is and in float32
     new += _missing(settings.cache, FeatureRequest(settings.image, backbone.fingerprint, "float32"), held_out)
     everything = len(data.train) * views.views + len(held_out)
-    photos = len(data.train) + len(held_out)
     with observer.stage("measuring", None):
         a_view = meter.a_view()
         rows = [
             Row("features", photos, new, new * a_view, 4 * backbone.width * (new + everything)),
             Row("head", len(data.train), 0, None, 0),
+            *([] if config.data.folds is None else [Row(f"{config.data.folds} folds", len(data.train), 0, None, 0)]),
         ]
         trials: tuple[Trial, ...] = ()
         if config.fine_tuning is not None:
