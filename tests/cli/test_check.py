@@ -51,9 +51,10 @@ def test_check_and_init_warn_of_photos_of_one_moment_in_both_splits(tmp_path, mo
         path = tmp_path / "photos" / "ab"[i % 2] / f"{i:04}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (i, 0, 0)).save(path, exif=exif)
-    for arguments in (["check", "data.train=photos", "model.backbone=efficientnet_lite0"], ["init", "photos"]):
+    check = ["check", "data.train=photos", "model.backbone=efficientnet_lite0"]
+    for arguments, sides in ((check, "both train and val"), (["init", "photos"], "several folds")):
         answer = run(*arguments)
         assert answer.exit_code == 0, answer.output
         assert "warning: 40 of 40 photos with a recording time (Exif)" in answer.stderr
-        assert "are in both train and val; if they show the same thing, name the groups" in answer.stderr
+        assert f"are in {sides}; if they show the same thing, name the groups" in answer.stderr
     assert load_config(tmp_path / "config.yaml").data.group_regex is None

@@ -16,6 +16,7 @@ from finetune_cli.errors import DataError
 from finetune_cli.photos.dataset import Dataset
 from finetune_cli.progress import Silent
 from finetune_cli.training import prepare, settings
+from finetune_cli.training import starter_config as module
 from finetune_cli.training.starter_config import starter_config, yaml_text
 
 
@@ -51,6 +52,28 @@ def test_the_config_loads_and_its_photos_are_found_from_there(tmp_path: Path) ->
     data = indexed(loaded)
     assert data.classes == ("cat", "dög")
     assert len(data.train) + len(data.val) == 14
+
+
+def test_few_photos_are_cross_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos(tmp_path / "set" / "cat", 8)
+    photos(tmp_path / "set" / "dog", 6)
+    target = tmp_path / "config.yaml"
+    text = starter_config(tmp_path / "set", target, Silent())
+    files.write_text(target, text)
+    assert load_config(target).data.folds == 5
+    assert "Found 14 photos of 2 classes: 14 for training, and for validation in 5 folds." in text
+    assert len(indexed(load_config(target)).train) == 14
+    monkeypatch.setattr(module, "FEW_PHOTOS", 14)
+    assert "folds" not in yaml.safe_load(starter_config(tmp_path / "set", target, Silent()))["data"]
+
+
+def test_photos_that_validate_already_and_photos_that_fill_no_folds_get_none(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        photos(tmp_path / "few" / name, 2)
+        for split in ("train", "val"):
+            photos(tmp_path / "set" / split / name, 8)
+    for name in ("set", "few"):
+        assert "folds" not in yaml.safe_load(starter_config(tmp_path / name, tmp_path / "c.yaml", Silent()))["data"]
 
 
 def test_the_head_tells_what_was_found(tmp_path: Path) -> None:
