@@ -51,6 +51,9 @@ from finetune_cli.training.requirements import check_settings
 from finetune_cli.training.settings import Settings
 from finetune_cli.training.tuning import budget, comparison, stage
 
+# Fewer views say nothing about how long others would take: most of their seconds are the start.
+_TIMED_VIEWS = 32
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -152,7 +155,7 @@ def _fit_and_finish(
     names += outputs.MODELS
     outcome = replace(outcome, parity=parity)
     manifest = replace(_manifest(folder, prepared, outcome), fine_tuning=tuning, unknown=learnt.facts)
-    if tuning is None and manifest.views.computed:
+    if tuning is None and manifest.views.computed >= _TIMED_VIEWS:
         photos, a_view = len(prepared.parts["train"].samples), prepared.seconds["features"] / manifest.views.computed
         seconds = budget.rough_seconds(prepared.backbone, photos, prepared.settings.augmenter.views, a_view)
         manifest = replace(manifest, fine_tuning_seconds=math.ceil(seconds))
