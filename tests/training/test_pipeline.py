@@ -377,7 +377,8 @@ def test_a_backbone_that_openvino_computes_otherwise_leaves_no_run_and_no_featur
     assert not (tmp_path / "runs").exists()
     assert not [path for path in (cache / "backbones").iterdir() if path.is_dir()]
     views = command_train.train(load(tmp_path, drawn, cache, *small), Silent()).manifest.views
-    assert (views.computed, views.cached) == (32, 0)
+    assert views.cached == 0
+    assert views.computed >= 32  # where cores have bfloat16, the first look at the validation photos is in that
 
 
 def test_on_a_gpu_the_backbone_is_not_converted_beside_the_training(tmp_path, drawn, small, monkeypatch):
