@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from finetune_cli.backbones import build
+from finetune_cli.backbones.source import Wanted
 from finetune_cli.head.data import HeadData
 from finetune_cli.head.lbfgs import Head, fit_lbfgs
 from finetune_cli.training.extract import release, scratch_array
@@ -53,7 +54,7 @@ def report(what: str) -> None:
 def main(unfreeze: str) -> None:
     rng = np.random.default_rng(0)
     labels = rng.integers(0, CLASSES, PHOTOS)
-    backbone = build.build("efficientnet_lite0", None, 224, 0)
+    backbone = build.build(Wanted("efficientnet_lite0", None, 224, 0))
     part = cut(backbone.model, unfreeze)
     counts = plan.Counts(PHOTOS, VIEWS, 1)
     store = plan.store(part, 1, "cpu", counts, LIMIT)
