@@ -390,7 +390,7 @@ def test_the_frozen_model_is_kept_when_nothing_is_gained(place, frozen, tmp_path
         assert run.manifest.files[name] == frozen.manifest.files[name]
 
 
-@pytest.mark.parametrize("rates", [(1e30,), (1e30, 0.02)])
+@pytest.mark.parametrize("rates", [pytest.param((1e30,), marks=pytest.mark.slow), (1e30, 0.02)])
 def test_a_training_that_diverges_loses_nothing(place, frozen, tmp_path, monkeypatch, capsys, rates):
     trials = tuple(Trial("last_stage", rate, 2) for rate in rates)
     monkeypatch.setattr(plan, "_LISTS", ((math.inf, trials),))
