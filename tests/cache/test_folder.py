@@ -255,6 +255,6 @@ def test_a_training_without_a_cache_folder(tmp_path):
     ]
     observer = Silent()
     run = train(load_config(None, settings), observer)
-    assert run.manifest.views.computed == 20
+    assert run.manifest.views.computed >= 20  # where cores have bfloat16, validation photos are computed twice
     assert sum("a temporary cache is used" in text for text in observer.warnings) == 1
     assert {path.name for path in tmp_path.iterdir()} == {"photos", "tiny.keras", "file", "runs"}

@@ -330,6 +330,7 @@ def test_json_keys_are_stable():
         "classes",
         "accuracy",
         "accuracy_interval",
+        "without_near_duplicates",
         "top_k",
         "balanced_accuracy",
         "macro_f1",

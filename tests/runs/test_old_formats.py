@@ -87,7 +87,8 @@ def test_a_run_that_is_interrupted_again_has_the_newest_format(old):
     document = json.loads((folder / "checkpoints" / "epoch-0008" / "state.json").read_text())
     assert document["format"] == json.loads((folder / start.FILE).read_text())["format"] == formats.FORMAT
     assert start.read(folder).training_id == training_id == document["state"]["training_id"]
-    assert head_state.load_latest(folder, ("ant", "bee", "wasp"), training_id, Silent(), EpochState).epoch == 8
+    state, _l2 = head_state.load_latest(folder, ("ant", "bee", "wasp"), training_id, Silent(), EpochState)
+    assert state.epoch == 8
 
 
 def test_a_resumed_environment_of_format_1():

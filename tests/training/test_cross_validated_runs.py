@@ -110,7 +110,7 @@ def test_a_photo_is_predicted_by_a_head_that_was_fitted_without_its_fold(finishe
         features = prepared.validating.array[own, 0]
         ours = softmax(head.logits(features), finished.temperature)
         theirs = np.stack([measured[prepared.parts["train"].samples[i].name] for i in own])
-        np.testing.assert_allclose(ours, theirs, atol=2e-3)
+        np.testing.assert_allclose(ours, theirs, atol=5e-3)
         apart = max(apart, np.abs(softmax(final.logits(features), finished.temperature) - theirs).max())
     assert apart > 0.01
 

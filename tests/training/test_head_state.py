@@ -28,7 +28,8 @@ def load(folder, classes=("ant", "bee"), training_id=TRAINING):
 def test_what_is_saved_is_loaded(tmp_path):
     assert load(tmp_path) is None
     state().save(tmp_path)
-    found = load(tmp_path)
+    found, l2 = load(tmp_path)
+    assert l2 == 0.01
     assert found.history == (ROW,)
     assert (found.epoch, found.best_epoch, found.best_loss, found.wait) == (1, 1, 0.25, 0)
     assert np.array_equal(found.head.kernel, np.ones((3, 2)))

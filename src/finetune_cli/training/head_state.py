@@ -56,8 +56,8 @@ class HeadState:
 
 def load_latest(
     folder: Path, classes: tuple[str, ...], training_id: str, observer: Observer, kind: type[State]
-) -> State | None:
-    """The state of `kind` after the last epoch in the run `folder`, `None` before the first.
+) -> tuple[State, float] | None:
+    """The state of `kind` after the last epoch in the run `folder`, with its l2; `None` before the first.
 
     Raises `CheckpointError` when no checkpoint is whole, `RunError` when the last belongs to another training.
     """
@@ -69,4 +69,4 @@ def load_latest(
         raise RunError(f"{last.path} has other classes: {', '.join(state.classes)}", "train a new run")
     observer.note(f"resuming after epoch {last.epoch}")
     assert isinstance(state.epoch, kind)
-    return state.epoch
+    return state.epoch, state.l2

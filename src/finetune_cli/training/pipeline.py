@@ -240,15 +240,19 @@ def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observe
     training_id = start_record.read(folder).training_id
     state: EpochState | FoldsState | None
     epochs: Iterator[EpochState | FoldsState]
+
+    def chosen_l2() -> float:
+        return fit.chosen_l2(config, parts["train"], classes, observer)
+
     if data.folds is None:
-        resumed = state = head_state.load_latest(folder, classes, training_id, observer, EpochState)
-        l2 = fit.chosen_l2(config, parts["train"], classes, observer)
+        last = head_state.load_latest(folder, classes, training_id, observer, EpochState)
+        state, l2 = last or (None, chosen_l2())
         val = fit.validation_data(unknown.choosing(parts["val"], config), classes)
-        epochs = fit_epochs(data, val, fit.keras_settings(config, l2), start, resumed)
+        epochs = fit_epochs(data, val, fit.keras_settings(config, l2), start, state)
     else:
-        resumed_folds = state = head_state.load_latest(folder, classes, training_id, observer, FoldsState)
-        l2 = fit.chosen_l2(config, parts["train"], classes, observer)
-        epochs = fit_folds_by_epochs(data, held_out, fit.keras_settings(config, l2), start, resumed_folds)
+        last_of_folds = head_state.load_latest(folder, classes, training_id, observer, FoldsState)
+        state, l2 = last_of_folds or (None, chosen_l2())
+        epochs = fit_folds_by_epochs(data, held_out, fit.keras_settings(config, l2), start, state)
     solver, most = config.training.solver, config.training.epochs
     with observer.stage(f"head ({solver})", most, "epochs") as advance:
         for state in epochs:
