@@ -153,6 +153,8 @@ def test_decisions_survive_another_examination_and_are_applied(config, faulty, t
     again = prepare.index(settings.photos, settings.cache, Silent())
     assert {sample.name for part in again.splits.values() for sample in part} - {"ant/broken.png"} == set(lines)
     assert {path: path.read_bytes() for path in faulty.rglob("*.png")} == before
+    of_run = run_doctor(run.folder, tmp_path / "again").output
+    assert f"finetune train {run.folder / 'config.yaml'} data.fixes=" in of_run.replace("\n", "")
 
 
 def test_problems_fail_only_where_that_is_asked_for(config, tmp_path):

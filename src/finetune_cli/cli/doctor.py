@@ -43,9 +43,9 @@ def doctor(
     quiet: QuietOption = False,
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
-    """Look for copies, wrong labels, strangers and bad photos; nothing is changed."""
+    """Look for copies, wrong labels, outliers and bad photos; nothing is changed."""
     console = new_console(quiet)
-    config = _config(source, overrides)
+    path, config = _config(source, overrides)
     from finetune_cli import files
     from finetune_cli.doctor import examine, page, table
 
@@ -66,18 +66,19 @@ def doctor(
     console.print(f"wrote {nearby((output / page.FILE).absolute())} and {nearby((output / table.FILE).absolute())}")
     if found.findings:
         fixes = shlex.quote(str(nearby((output / table.FILE).absolute())))
-        console.print(f"edit its column action, then: finetune train {shlex.quote(str(source))} data.fixes={fixes}")
+        console.print(f"edit its column action, then: finetune train {shlex.quote(str(nearby(path)))} data.fixes={fixes}")
     counts = {problem.value: found.count(problem.value, serious=problem == Problem.label) for problem in fail_on or ()}
     if any(counts.values()):
         listed = ", ".join(f"{count} with {problem}" for problem, count in counts.items() if count)
         raise GateError(f"there are photos with problems: {listed}", f"see {page.FILE} and {table.FILE}")
 
 
-def _config(source: Path, overrides: list[str] | None) -> "Config":
-    """The config at `source`, or that of the run `source`."""
+def _config(source: Path, overrides: list[str] | None) -> tuple[Path, "Config"]:
+    """The config at `source`, or that of the run `source`, and where it is."""
     from finetune_cli.runs import run
 
     located = run.located(source)
     if located.is_dir():
-        return load_config(run.Run.load(located).file("config.yaml"), overrides, own=True)
-    return load_config(source, overrides)
+        path = run.Run.load(located).file("config.yaml")
+        return path, load_config(path, overrides, own=True)
+    return source, load_config(source, overrides)
