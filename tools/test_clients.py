@@ -55,11 +55,6 @@ class Client:
     environment: tuple[tuple[str, str], ...] = ()
     limit: float | None = EXACT
 
-    @property
-    def version(self) -> str:
-        """The first package and its version, as a reader writes them."""
-        return re.sub("==|@", " ", self.packages[0])
-
 
 _ANY = ("pixels", "any-size")
 _FILES = ("files",)
@@ -183,6 +178,14 @@ def install(work: Path, client: Client) -> list[str]:
     return [str(home / "bin" / "python"), str(PROGRAMS / client.program)]
 
 
+def shown(client: Client) -> str:
+    """The client and its version, as the table names it."""
+    package = re.sub("==|@", " ", client.packages[0])
+    if client.name != "chromium":
+        return package
+    return f"{call(['chromium', '--version']).partition(' built')[0].strip()}, {package}"
+
+
 def bring_library(work: Path) -> None:
     """Put ONNX Runtime Web into the cache, from which pages are made, by npm."""
     folder = page.library_folder()
@@ -231,6 +234,7 @@ def main() -> int:
         try:
             if client.option and client.option[0] == "page":
                 bring_library(work)
+            name = shown(client)
             found = [answer(work, client, one) for one in everything]
         except (FinetuneError, RuntimeError, OSError, subprocess.SubprocessError) as exc:
             print(f"{client.name}: {exc}", file=sys.stderr)
@@ -243,7 +247,7 @@ def main() -> int:
             f"{agree / len(one.photos):.1%}, {largest:.1g}"
             for one, (agree, largest) in zip(everything, found, strict=True)
         ]
-        lines.append(f"| {client.version} | {client.given} | {' | '.join(figures)} |")
+        lines.append(f"| {name} | {client.given} | {' | '.join(figures)} |")
         print(lines[-1], flush=True)
     table = "\n".join(lines)
     print(table)
