@@ -4,7 +4,7 @@
 
 `--data`: the folder with scenes, hymenoptera and digits; where it is absent, drawn photos are used. `--write` puts the
 table of all clients into docs/serving.md. The exit code is 1 when a client cannot be installed, fails, or differs by
-more than its limit.
+more than its limit. Runs, exports and environments that are already in the folder `--work` are used again.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from finetune_cli.runs.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = Path(__file__).parent / "clients"
+FAILURES = (FinetuneError, RuntimeError, OSError, subprocess.SubprocessError)
 EXACT = 1e-4  # of a probability, as for the export itself
 ORT_WEB = f"onnxruntime-web@{page.VERSION}"
 
@@ -226,7 +227,11 @@ def main() -> int:
     work = asked.work.absolute()
     work.mkdir(exist_ok=True)
     chosen = [client for client in CLIENTS if not asked.clients or client.name in asked.clients]
-    everything = cases(work, asked.data)
+    try:
+        everything = cases(work, asked.data)
+    except FAILURES as exc:
+        print(f"the runs: {exc}", file=sys.stderr)
+        return 1
     heads = [f"{one.name} ({len(one.photos)})" for one in everything]
     lines = [f"| client | given | {' | '.join(heads)} |", "|" + " --- |" * (2 + len(heads))]
     failed = False
@@ -236,7 +241,7 @@ def main() -> int:
                 bring_library(work)
             name = shown(client)
             found = [answer(work, client, one) for one in everything]
-        except (FinetuneError, RuntimeError, OSError, subprocess.SubprocessError) as exc:
+        except FAILURES as exc:
             print(f"{client.name}: {exc}", file=sys.stderr)
             failed = True
             continue
