@@ -2,8 +2,9 @@
 
     python tools/test_clients.py [--data DIR] [--work DIR] [--write] [CLIENT ...]
 
-`--data`: the folder with scenes and hymenoptera; where it is absent, drawn photos are used. `--write` puts the table
-into docs/serving.md. The exit code is 1 when a client cannot be installed, fails, or differs by more than its limit.
+`--data`: the folder with scenes, hymenoptera and digits; where it is absent, drawn photos are used. `--write` puts the
+table of all clients into docs/serving.md. The exit code is 1 when a client cannot be installed, fails, or differs by
+more than its limit. Runs, exports and environments that are already in the folder `--work` are used again.
 """
 
 import argparse
@@ -15,12 +16,13 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from finetune_cli.errors import BadImage, FinetuneError
+from finetune_cli.errors import BadImage, FinetuneError, RunError
 from finetune_cli.exports import page
 from finetune_cli.exports.export import ExportRequest, export
 from finetune_cli.inference.predictor import RunPredictor
@@ -31,13 +33,14 @@ from finetune_cli.runs.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAMS = Path(__file__).parent / "clients"
+FAILURES = (FinetuneError, RuntimeError, OSError, subprocess.SubprocessError)
 EXACT = 1e-4  # of a probability, as for the export itself
 ORT_WEB = f"onnxruntime-web@{page.VERSION}"
 
 
 @dataclass(frozen=True)
 class Client:
-    """Another program. packages: what pip or npm installs. form, option: the export that it gets.
+    """Another program. packages: what pip or npm installs, the program first. form, option: the export that it gets.
 
     given: what goes in. limit: the largest difference of a probability that is no fault; None: the client decodes or
     resizes photos in its own way, and its figures are only told.
@@ -55,23 +58,28 @@ class Client:
 
 
 _ANY = ("pixels", "any-size")
+_FILES = ("files",)
 _PHOTO = ("numpy", "pillow")
+# The versions are those of the table in docs/serving.md: a release of somebody else's does not break a build.
+_ONNX = ("onnxruntime==1.32.0", *_PHOTO)
+_OPENVINO = ("openvino==2026.4.1", *_PHOTO)
+_MEDIAPIPE = ("mediapipe==1.2.3", *_PHOTO)
+_TASKS = ("tflite-support==0.4.4", "numpy<2", "pillow")
+_KERAS = ("keras==3.15.1", "jax==0.10.2", *_PHOTO)
 CLIENTS = (
-    Client("onnxruntime", "with_onnxruntime.py", ("onnxruntime", *_PHOTO), "onnx"),
-    Client("onnxruntime-any-size", "with_onnxruntime.py", ("onnxruntime", *_PHOTO), "onnx", "pixels", _ANY, limit=None),
-    Client("node", "with_node.mjs", (ORT_WEB, "sharp"), "onnx", "sharp, photo.mjs", limit=None),
-    Client("chromium", "with_chromium.py", ("playwright",), "onnx", "page.html", ("page", "page"), limit=None),
-    Client("openvino", "with_openvino.py", ("openvino", *_PHOTO), "openvino"),
-    Client("openvino-any-size", "with_openvino.py", ("openvino", *_PHOTO), "openvino", "pixels", _ANY, limit=None),
-    Client("litert", "with_litert.py", ("ai-edge-litert", *_PHOTO), "litert"),
-    Client("mediapipe", "with_mediapipe.py", ("mediapipe", *_PHOTO), "litert"),
-    Client("mediapipe-files", "with_mediapipe.py", ("mediapipe", *_PHOTO), "litert", "files", arguments=("files",),
-           limit=None),
-    Client("tflite-support", "with_tflite_support.py", ("tflite-support", "numpy<2", "pillow"), "litert"),
-    Client("tflite-support-files", "with_tflite_support.py", ("tflite-support", "numpy<2", "pillow"), "litert", "files",
-           arguments=("files",), limit=None),
-    Client("keras-jax", "with_keras.py", ("keras", "jax", *_PHOTO), "keras", environment=(("KERAS_BACKEND", "jax"),)),
-    Client("tensorflow", "with_tensorflow.py", ("tensorflow",), "savedmodel", "files", limit=None),
+    Client("onnxruntime", "with_onnxruntime.py", _ONNX, "onnx"),
+    Client("onnxruntime-any-size", "with_onnxruntime.py", _ONNX, "onnx", "pixels", _ANY, limit=None),
+    Client("node", "with_node.mjs", (ORT_WEB, "sharp@0.35.5"), "onnx", "sharp, photo.mjs", limit=None),
+    Client("chromium", "with_chromium.py", ("playwright==1.65.2",), "onnx", "page.html", ("page", "page"), limit=None),
+    Client("openvino", "with_openvino.py", _OPENVINO, "openvino"),
+    Client("openvino-any-size", "with_openvino.py", _OPENVINO, "openvino", "pixels", _ANY, limit=None),
+    Client("litert", "with_litert.py", ("ai-edge-litert==2.3.0", *_PHOTO), "litert"),
+    Client("mediapipe", "with_mediapipe.py", _MEDIAPIPE, "litert"),
+    Client("mediapipe-files", "with_mediapipe.py", _MEDIAPIPE, "litert", "files", arguments=_FILES, limit=None),
+    Client("tflite-support", "with_tflite_support.py", _TASKS, "litert"),
+    Client("tflite-support-files", "with_tflite_support.py", _TASKS, "litert", "files", arguments=_FILES, limit=None),
+    Client("keras-jax", "with_keras.py", _KERAS, "keras", environment=(("KERAS_BACKEND", "jax"),)),
+    Client("tensorflow", "with_tensorflow.py", ("tensorflow==2.21.0",), "savedmodel", "files", limit=None),
 )  # fmt: skip
 
 
@@ -85,13 +93,30 @@ class Case:
     reference: np.ndarray
 
 
+def call(command: Sequence[str | Path], environment: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+    """What `command` prints. Raises `RuntimeError` with its last words when it fails."""
+    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=1200, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))[:300]}\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
 def train(work: Path, name: str, photos: Path, *settings: str) -> Run:
     """The run `name`, trained now unless it is there."""
     if not (work / "runs" / name / "run.json").exists():
         command = [sys.executable, "-m", "finetune_cli", "train", f"data.train={photos}", f"output.name={name}"]
         command += ["model.backbone=efficientnet_lite0", f"output.directory={work / 'runs'}"]
-        subprocess.run([*command, f"runtime.cache_dir={work / 'cache'}", *settings], check=True, capture_output=True)
+        call([*command, f"runtime.cache_dir={work / 'cache'}", *settings])
     return Run.load(work / "runs" / name)
+
+
+def tuned(work: Path, photos: Path) -> Run:
+    """A run whose backbone was fine-tuned. Raises `RunError` if its training kept the frozen one."""
+    settings = ("data.group_regex=p[0-9]+", "fine_tuning.unfreeze=last_stage", "fine_tuning.epochs=6")
+    run = train(work, "digits-tuned", photos, *settings, "augmentation.horizontal_flip=false")
+    if not run.manifest.backbone.tuned:
+        raise RunError("digits-tuned kept the frozen backbone", "change its settings")
+    return run
 
 
 def case(run: Run, folder: Path) -> Case:
@@ -122,7 +147,7 @@ def cases(work: Path, data: Path | None) -> list[Case]:
         case(train(work, "scenes", scenes / "train"), scenes / "test"),
         case(train(work, "hymenoptera", insects / "train"), insects / "val"),
         case(train(work, "pad-96", odd, "image.resize=pad", "image.size=96"), insects / "val"),
-        case(train(work, "scenes-tuned", scenes / "train", "fine_tuning=auto"), scenes / "test"),
+        case(tuned(work, data / "digits" / "train"), data / "digits" / "test"),
     ]
 
 
@@ -139,29 +164,27 @@ def exported(work: Path, one: Case, client: Client) -> Path:
 def install(work: Path, client: Client) -> list[str]:
     """The command that runs the client's programs, after installing what it needs."""
     home = work / "clients" / re.sub(r"\W+", "-", " ".join(client.packages))
-    if client.program.endswith(".mjs"):
-        if not home.exists():
-            home.mkdir(parents=True)
-            npm = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", home, *client.packages]
-            subprocess.run(npm, check=True, capture_output=True)
-        shutil.copy(PROGRAMS / client.program, home)
-        return ["node", str(home / client.program)]
+    node = client.program.endswith(".mjs")
     if not (home / "installed").exists():
-        subprocess.run([sys.executable, "-m", "venv", home], check=True)
-        pip = [home / "bin" / "pip", "install", "--quiet", "--disable-pip-version-check", *client.packages]
-        subprocess.run(pip, check=True, capture_output=True)
+        home.mkdir(parents=True, exist_ok=True)
+        if node:
+            installer = ["npm", "install", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix", str(home)]
+        else:
+            call([sys.executable, "-m", "venv", "--clear", home])
+            installer = [str(home / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
+        call([*installer, *client.packages])
         (home / "installed").touch()
+    if node:  # it finds its packages beside it
+        return ["node", str(shutil.copy(PROGRAMS / client.program, home))]
     return [str(home / "bin" / "python"), str(PROGRAMS / client.program)]
 
 
-def version(work: Path, client: Client) -> str:
-    """The version of the client's first package."""
-    package = client.packages[0]
-    home = Path(install(work, client)[1 if client.program.endswith(".mjs") else 0])
-    if client.program.endswith(".mjs"):
+def shown(client: Client) -> str:
+    """The client and its version, as the table names it."""
+    package = re.sub("==|@", " ", client.packages[0])
+    if client.name != "chromium":
         return package
-    shown = subprocess.run([home, "-m", "pip", "show", package], capture_output=True, text=True, check=True).stdout
-    return f"{package} {re.search(r'^Version: (.*)$', shown, re.MULTILINE)[1]}"
+    return f"{call(['chromium', '--version']).partition(' built')[0].strip()}, {package}"
 
 
 def bring_library(work: Path) -> None:
@@ -170,7 +193,7 @@ def bring_library(work: Path) -> None:
     if not folder.exists():
         shutil.rmtree(work / "npm", ignore_errors=True)
         (work / "npm").mkdir()
-        subprocess.run(["npm", "pack", "--silent", ORT_WEB], cwd=work / "npm", check=True, capture_output=True)
+        call(["npm", "pack", "--silent", ORT_WEB], cwd=work / "npm")
         with tarfile.open(next((work / "npm").glob("*.tgz"))) as archive:
             archive.extractall(work / "npm", filter="data")
         folder.mkdir(parents=True)
@@ -183,12 +206,8 @@ def answer(work: Path, client: Client, one: Case) -> tuple[int, float]:
     command = [*install(work, client), str(exported(work, one, client).absolute())]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | dict(client.environment)
     photos = json.dumps([str(path) for path in one.photos])
-    done = subprocess.run(
-        [*command, photos, *client.arguments], env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"{client.name} failed on {one.name}:\n{done.stderr[-2000:]}")
-    rows = np.array(json.loads(done.stdout.splitlines()[-1]))
+    printed = call([*command, photos, *client.arguments], environment)
+    rows = np.array(json.loads(printed.splitlines()[-1]))
     agree = int((rows.argmax(axis=1) == one.reference.argmax(axis=1)).sum())
     return agree, float(np.abs(rows - one.reference).max())
 
@@ -203,10 +222,16 @@ def main() -> int:
     asked = parser.parse_args()
     if unknown := set(asked.clients) - {client.name for client in CLIENTS}:
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    if asked.write and (asked.clients or not asked.data.is_dir()):
+        parser.error("--write needs all clients, and the photos of --data")
     work = asked.work.absolute()
     work.mkdir(exist_ok=True)
     chosen = [client for client in CLIENTS if not asked.clients or client.name in asked.clients]
-    everything = cases(work, asked.data)
+    try:
+        everything = cases(work, asked.data)
+    except FAILURES as exc:
+        print(f"the runs: {exc}", file=sys.stderr)
+        return 1
     heads = [f"{one.name} ({len(one.photos)})" for one in everything]
     lines = [f"| client | given | {' | '.join(heads)} |", "|" + " --- |" * (2 + len(heads))]
     failed = False
@@ -214,9 +239,9 @@ def main() -> int:
         try:
             if client.option and client.option[0] == "page":
                 bring_library(work)
+            name = shown(client)
             found = [answer(work, client, one) for one in everything]
-            told = version(work, client)
-        except (FinetuneError, RuntimeError, OSError, subprocess.SubprocessError) as exc:
+        except FAILURES as exc:
             print(f"{client.name}: {exc}", file=sys.stderr)
             failed = True
             continue
@@ -227,7 +252,7 @@ def main() -> int:
             f"{agree / len(one.photos):.1%}, {largest:.1g}"
             for one, (agree, largest) in zip(everything, found, strict=True)
         ]
-        lines.append(f"| {told} | {client.given} | {' | '.join(figures)} |")
+        lines.append(f"| {name} | {client.given} | {' | '.join(figures)} |")
         print(lines[-1], flush=True)
     table = "\n".join(lines)
     print(table)

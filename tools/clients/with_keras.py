@@ -11,5 +11,5 @@ sys.path.insert(0, folder)
 from photo import pixels  # noqa: E402
 
 model = keras.models.load_model(f"{folder}/model.keras", safe_mode=True)
-rows = [keras.ops.convert_to_numpy(model(pixels(path, f"{folder}/classes.json")))[0] for path in photos]
+rows = [model.predict_on_batch(pixels(path, f"{folder}/classes.json"))[0] for path in photos]
 print(json.dumps(np.asarray(rows).tolist()))

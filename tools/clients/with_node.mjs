@@ -10,7 +10,8 @@ ort.env.wasm.numThreads = 1;
 const session = await ort.InferenceSession.create(readFileSync(`${folder}/model.onnx`));
 const rows = [];
 for (const path of photos) {
-  const { data, info } = await sharp(path).rotate().toColourspace("srgb").raw().toBuffer({ resolveWithObject: true });
+  const decoding = sharp(path, { ignoreIcc: true }).rotate().toColourspace("srgb").raw();
+  const { data, info } = await decoding.toBuffer({ resolveWithObject: true });
   const tensor = new ort.Tensor("float32", pixels({ data, ...info }, image), [1, image.size, image.size, 3]);
   rows.push(Array.from((await session.run({ image: tensor })).probabilities.data));
 }

@@ -8,7 +8,7 @@
 //
 // Node decodes no photos by itself; with sharp (https://sharp.pixelplumbing.com):
 //
-//     const { data, info } = await sharp(path).rotate().raw().toBuffer({ resolveWithObject: true });
+//     const { data, info } = await sharp(path, { ignoreIcc: true }).rotate().raw().toBuffer({ resolveWithObject: true });
 //     const input = pixels({ data, ...info }, image);
 //
 // `finetune export` puts this file beside every model. Resizing gives the pixels of Pillow, which training uses, bit for bit.
