@@ -46,7 +46,7 @@ from finetune_cli.training.start_from import AnyBackbone
 MOST_REFERENCES = 2000
 MOST_LEFT_OUT = 10
 _MOST_HELD_OUT = 0.75  # of the validation photos
-_MOST_KNOWN = 200  # cross-validated photos that choose the score
+_CHOOSING = 200  # so many cross-validated photos choose the score, and the rest of the last fold
 DISTANCE, BOTH = "distance", "distance and energy"
 
 
@@ -251,23 +251,21 @@ def of_validation(prepared: Prepared, fitted: Fitted) -> Known:
 def of_folds(prepared: Prepared, fitted: Fitted) -> Known:
     """What is known from the photos that are held out once: `fitted` has their out-of-fold logits.
 
-    The score is chosen by the photos of the first folds that hold about twice as many as the rate needs. Raises
-    `DataError` when too few are held out.
+    The score is chosen by the photos of the first folds, `_CHOOSING` or a few more, because every fold takes a head for
+    each class that is left out. Raises `DataError` when too few photos are held out.
     """
     train, config, logits = prepared.parts["train"], prepared.config, fitted.out_of_fold
-    assert config.unknown is not None
     assert logits is not None
     _refuse_too_few(train.samples, config)
     held_out = prepared.validating.array
     labels = labels_of(train.samples)
-    enough = min(2 * novelty.least_held_out(config.unknown.false_rejects), _MOST_KNOWN)
     materials: list[Material] = []
     terms = []
     for rows, outside in by_fold(train.samples):
         features = np.asarray(held_out[rows, 0])
         others = as_stored(np.asarray(train.array[outside, 0]))
         terms.append(Terms(novelty.distances(features, others), novelty.energies(logits[rows])))
-        if sum(len(material.val_labels) for material in materials) < enough:
+        if sum(len(material.val_labels) for material in materials) < _CHOOSING:
             materials.append(_material(prepared, fitted.l2, outside, features, labels[rows]))
     own = Terms.joined(terms)
     return Known(materials, as_stored(np.asarray(train.array[references(train.samples), 0])), own, own)
