@@ -1,19 +1,21 @@
 """Compares scores that tell photos of none of the classes; prints the tables of docs/unknown.md.
 
     python benchmarks/unknown.py PHOTOS PICTURES [sets]
+    python benchmarks/unknown.py --folds PHOTOS PICTURES
 
 PHOTOS is a folder with `scenes/{train,test}`, `hymenoptera/{train,val}` and `digits/{train,test}`; PICTURES holds any
 pictures that show nothing of these, such as `Tests/images` of Pillow's sources; with sets, only runs of these. Features
 are of the bundled backbone, through the cache. A fifth of the training photos validates, five times differently; of
 these photos half choose and half set the threshold, as in a training with `unknown: {false_rejects: 0.05}`. Strangers
 are the test photos of the other sets, or of a class that was left out of everything. All shares are means over the five
-divisions.
+divisions. With --folds, all training photos are dealt into five folds, five times differently, and a quarter of them 20
+times; the threshold is that of a training with `data.folds: 5`.
 """
 
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from finetune_cli.errors import BadImage
 from finetune_cli.head.data import HeadData
 from finetune_cli.head.l2 import L2Search, choose_l2
 from finetune_cli.head.lbfgs import Head, fit_lbfgs, one_blas_thread
+from finetune_cli.head.out_of_fold import fit_folds
 from finetune_cli.metrics import novelty
 from finetune_cli.metrics.calibration import fit_temperature, softmax
 from finetune_cli.metrics.folds import group_folds, group_numbers
@@ -31,10 +34,10 @@ from finetune_cli.metrics.novelty import NoveltyScore
 from finetune_cli.photos.dataset import iter_photos
 from finetune_cli.photos.decode import decode
 from finetune_cli.progress import Silent, ignore_progress
-from finetune_cli.training import unknown
+from finetune_cli.training import fit, unknown
 from finetune_cli.training.converted import Conversion
-from finetune_cli.training.fit import labels_of
-from finetune_cli.training.prepare import make_extractor, prepare
+from finetune_cli.training.fit import Fitted, labels_of
+from finetune_cli.training.prepare import Prepared, make_extractor, prepare
 from finetune_cli.training.requirements import check_settings
 from finetune_cli.training.settings import Settings
 
@@ -68,7 +71,7 @@ class Photos:
         )
 
 
-def settings_of(train: Path, val: Path) -> Settings:
+def settings_of(train: Path, val: Path, *more: str) -> Settings:
     overrides = [
         f"data.train={train}",
         f"data.val={val}",
@@ -77,6 +80,7 @@ def settings_of(train: Path, val: Path) -> Settings:
         "augmentation.horizontal_flip=true",
         "augmentation.width_shift_range=0.1",
         "augmentation.height_shift_range=0.1",
+        *more,
     ]
     return check_settings(load_config(None, overrides))
 
@@ -161,9 +165,10 @@ def trained(photos: Photos, seed: int, l2: float, most: int = unknown.MOST_REFER
         val_labels[~holds],
         l2 * len(train) / len(rows),
     )
-    choice = unknown.choose(material, n, RATE, ignore_progress)
+    choice = unknown.choose([material], n, RATE, ignore_progress)
     distance = NoveltyScore(material.references, 0.0)
-    both = NoveltyScore(material.references, unknown.energy_weight_of(material, head))
+    weight = unknown.Terms.of(material.val_features, material.references, head).energy_weight()
+    both = NoveltyScore(material.references, weight)
     scores: dict[str, Score] = {
         "distance": lambda x: distance(x, x),
         "distance and energy": lambda x: both(x, head.logits(x)),
@@ -184,13 +189,69 @@ def table(rows: dict[str, dict[str, list[float]]]) -> None:
         print(f"| {name} |", " | ".join(f"{100 * np.mean(row[column]):.0f} %" for column in columns), "|", flush=True)
 
 
+def folds(folder: Path, strangers: dict[str, np.ndarray]) -> None:
+    """What trainings with folds refuse, as one row per set and number of photos."""
+    rows: Any = {}
+    for name, parts in SETS.items():
+        more = ["runtime.feature_precision=float32", f"unknown.false_rejects={RATE}"]
+        if name == "digits":
+            more.append("data.group_regex=([^/-]*)-[^/]*$")
+        prepared = prepare(settings_of(*(folder / name / part for part in parts), *more), Silent())
+        for part in (1, 4):
+            row: Any = defaultdict(list)
+            for seed in range(DIVISIONS * part):
+                divided = in_folds(prepared, part, seed)
+                score, held_out, estimate = learnt_in_folds(divided)
+                own = np.asarray(prepared.parts["val"].array[:, 0])
+                for other, features in (("its own test photos", own), *strangers.items()):
+                    if other != name:
+                        refused = novelty.p_values(score(features), held_out) <= RATE
+                        row[other].append(float(refused.mean()))
+                row["estimate"].append(estimate)
+            print(name, len(held_out), {key: [round(x, 3) for x in values] for key, values in row.items()}, flush=True)
+            rows[f"{name}, {len(held_out)} photos"] = row
+    for name, row in rows.items():
+        print(f"| {name} |", " | ".join(f"{other} {100 * np.mean(values):.0f} %" for other, values in row.items()), "|")
+
+
+def in_folds(prepared: Prepared, part: int, seed: int) -> Prepared:
+    """What a training with `data.folds` and one in `part` photos prepares; the folds differ with the seed."""
+    config, train = prepared.config, prepared.parts["train"]
+    config = config.model_copy(update={"data": config.data.model_copy(update={"folds": DIVISIONS})})
+    groups = group_numbers((sample.group, sample.digest) for sample in train.samples)
+    rows = np.flatnonzero(group_folds(labels_of(train.samples), groups, part, seed) == 0)
+    numbers = group_folds(labels_of(train.samples)[rows], groups[rows], DIVISIONS, seed) + 1
+    samples = tuple(replace(train.samples[i], fold=int(fold)) for i, fold in zip(rows, numbers, strict=True))
+    some = replace(train, array=train.array[rows], samples=samples)
+    return replace(prepared, settings=replace(prepared.settings, config=config), parts={"train": some}, held_out=some)
+
+
+def learnt_in_folds(prepared: Prepared) -> tuple[Score, np.ndarray, float]:
+    """The score, those of the photos that set its threshold, and the share of left-out classes that it refuses."""
+    config, classes, train = prepared.config, prepared.data.classes, prepared.parts["train"]
+    l2 = fit.chosen_l2(config, train, classes, Silent())
+    data = fit.head_data(config, train, classes)
+    head = fit_lbfgs(data.rows(), l2)
+    logits = fit_folds(data, prepared.validating.array[:, 0], l2)
+    known = unknown.of_folds(prepared, Fitted(head, l2, (), logits))
+    choice = unknown.choose(known.materials, len(classes), RATE, ignore_progress)
+    weight = known.choosing.energy_weight() if choice.score == unknown.BOTH else 0.0
+    score = NoveltyScore(known.references, weight)
+    return lambda x: score(x, head.logits(x)), np.sort(known.held_out.scores(weight)), choice.compared[choice.score]
+
+
 def main() -> None:
+    in_folds_only = "--folds" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--folds"]
     folder = Path(sys.argv[1])
     photos = {name: load(folder, name) for name in SETS}
     strangers = {name: each.test_features for name, each in photos.items()}
     strangers["pictures"] = load_pictures(Path(sys.argv[2]), folder)
     print({name: len(each) for name, each in strangers.items()})
     with one_blas_thread():
+        if in_folds_only:
+            folds(folder, strangers)
+            return
         for name in sys.argv[3:] or SETS:
             own = photos[name]
             l2, _tried = choose_l2(

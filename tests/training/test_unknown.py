@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,19 +10,28 @@ import numpy as np
 import pytest
 import runs_fixture
 import trainings
+from command_line import run as command
 from scipy.stats import beta
 
+from finetune_cli.cli import train as train_command
+from finetune_cli.cli.console import Console
 from finetune_cli.config.load import load_config
 from finetune_cli.errors import ConfigError, DataError, Interrupted, RunError
 from finetune_cli.evaluation.photos import photos_of_run
+from finetune_cli.fields import Fields
+from finetune_cli.head.lbfgs import fit_lbfgs
 from finetune_cli.inference.predictor import InsightfulPredictor, RunPredictor
 from finetune_cli.metrics.calibration import fit_temperature
+from finetune_cli.metrics.novelty import NoveltyScore
 from finetune_cli.photos import scan
 from finetune_cli.photos.decode import decode
 from finetune_cli.photos.scan import Sample
 from finetune_cli.progress import Silent
 from finetune_cli.runs import novelty as stored
-from finetune_cli.training import pipeline, unknown
+from finetune_cli.runs.manifest import Unknown
+from finetune_cli.training import fit, pipeline, unknown
+from finetune_cli.training.prepare import prepare
+from finetune_cli.training.requirements import check_settings
 from finetune_cli.training.tuning.candidates import Validation
 from finetune_cli.training.unknown import Material
 
@@ -143,22 +153,22 @@ def clouds(classes=4, each=30, spread=6.0):
 
 
 def test_classes_that_are_far_from_the_others_are_detected():
-    found = unknown.choose(clouds(), 4, 0.05, lambda _n: None)
+    found = unknown.choose([clouds()], 4, 0.05, lambda _n: None)
     assert set(found.detection) == {0, 1, 2, 3}
     assert found.compared["distance"] > 0.9
     assert found.score == "distance"  # the first of equals, or the better one
-    alike = unknown.choose(clouds(spread=0.0), 4, 0.05, lambda _n: None)
+    alike = unknown.choose([clouds(spread=0.0)], 4, 0.05, lambda _n: None)
     assert max(alike.compared.values()) < 0.2
 
 
 def test_of_many_classes_some_are_left_out():
     counted = []
-    found = unknown.choose(clouds(classes=25, each=8), 25, 0.05, counted.append)
+    found = unknown.choose([clouds(classes=25, each=8)], 25, 0.05, counted.append)
     assert len(found.detection) == unknown.MOST_LEFT_OUT == sum(counted)
 
 
 def test_with_two_classes_the_distance_is_used():
-    found = unknown.choose(clouds(classes=2), 2, 0.05, lambda _n: None)
+    found = unknown.choose([clouds(classes=2)], 2, 0.05, lambda _n: None)
     assert set(found.compared) == {"distance"}
 
 
@@ -166,11 +176,60 @@ def test_a_class_that_only_the_training_photos_have_is_not_left_out():
     material = clouds()
     kept = material.val_labels != 3
     material = replace(material, val_features=material.val_features[kept], val_labels=material.val_labels[kept])
-    assert set(unknown.choose(material, 4, 0.05, lambda _n: None).detection) == {0, 1, 2}
+    assert set(unknown.choose([material], 4, 0.05, lambda _n: None).detection) == {0, 1, 2}
     kept = material.val_labels == 0
     material = replace(material, val_features=material.val_features[kept], val_labels=material.val_labels[kept])
-    found = unknown.choose(material, 4, 0.05, lambda _n: None)
+    found = unknown.choose([material], 4, 0.05, lambda _n: None)
     assert (found.score, found.detection, found.compared) == ("distance", {}, {})
+
+
+def test_of_several_materials_all_photos_are_taken_together():
+    whole = clouds()
+    first = np.arange(len(whole.val_labels)) % 3 > 0
+    parts = [
+        replace(whole, val_features=whole.val_features[m], val_labels=whole.val_labels[m]) for m in (first, ~first)
+    ]
+    found = unknown.choose(parts, 4, 0.05, lambda _n: None)
+    # The distances are the same as of one material; those of a left-out class's references count twice.
+    assert found.detection.keys() == {0, 1, 2, 3}
+    assert found.compared["distance"] == pytest.approx(
+        unknown.choose([whole], 4, 0.05, lambda _n: None).compared["distance"]
+    )
+    nobody = replace(whole, val_features=whole.val_features[:0], val_labels=whole.val_labels[:0])
+    assert unknown.choose([whole, nobody], 4, 0.05, lambda _n: None).detection.keys() == {0, 1, 2, 3}
+
+
+def in_folds(photos, folds=3, never=()):
+    return [replace(s, fold=None if i in never else i % folds + 1) for i, s in enumerate(photos)]
+
+
+def test_a_photo_of_a_fold_is_compared_with_photos_outside_it():
+    photos = in_folds([sample(i, i % 2) for i in range(30)], never=(7, 8))
+    found = list(unknown.by_fold(photos))
+    assert [photos[rows[0]].fold for rows, _outside in found] == [1, 2, 3]
+    assert sorted(np.concatenate([rows for rows, _outside in found])) == sorted(set(range(30)) - {7, 8})
+    for rows, outside in found:
+        assert sorted([*rows, *outside]) == list(range(30))
+
+
+def test_outside_a_fold_there_are_as_many_references_as_in_the_end(monkeypatch):
+    monkeypatch.setattr(unknown.references, "__defaults__", (10,))
+    photos = in_folds([sample(i, i % 2) for i in range(30)])
+    assert [len(outside) for _rows, outside in unknown.by_fold(photos)] == [10, 10, 10]
+
+
+@pytest.mark.parametrize(("photos", "rate", "enough"), [(19, 0.05, True), (18, 0.05, False), (19, 0.04, False)])
+def test_with_folds_every_photo_that_is_held_out_once_counts(photos, rate, enough):
+    class Data:
+        classes, val = ("ant", "bee"), ()
+        train = in_folds([sample(i, i % 2) for i in range(photos + 3)], never=range(photos, photos + 3))
+
+    check = unknown.checked(config(f"unknown.false_rejects={rate}", "data.folds=3"))
+    if enough:
+        check(Data(), None)
+        return
+    with pytest.raises(DataError, match=f"at least {24 if rate == 0.04 else 19} cross-validated.*there are {photos}"):
+        check(Data(), None)
 
 
 @pytest.mark.parametrize(("rate", "held_out"), [(0.05, 19), (0.05, 39), (0.01, 400), (0.1, 57)])
@@ -223,22 +282,116 @@ def test_a_training_learns_to_answer_unknown(settings, whole, tmp_path):
     assert whole.manifest.metrics["val"].photos == 30
 
 
-@pytest.mark.slow
-def test_it_is_resumed_to_the_same_bits(settings, whole, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def folded(tmp_path_factory):
+    """A function: a folder for runs and overrides -> the config of a training in four folds, on 49 photos."""
+    home = tmp_path_factory.mktemp("folded")
+    runs_fixture.draw_photos(home / "photos", ("ant", "bee", "wasp"))
+    (home / "photos" / "val").rename(home / "new photos")
+    shutil.rmtree(home / "photos" / "test")
+    trainings.build_backbone(home / "tiny.keras")
+    common = (
+        f"data.train={home / 'photos' / 'train'}",
+        "data.folds=4",
+        f"model.backbone={home / 'tiny.keras'}",
+        f"runtime.cache_dir={home / 'cache'}",
+        f"image.size={runs_fixture.SIZE}",
+        "unknown.false_rejects=0.05",
+    )
+    return lambda folder, *overrides: load_config(None, [*common, f"output.directory={folder}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def whole_in_folds(folded, tmp_path_factory):
+    return pipeline.train(folded(tmp_path_factory.mktemp("whole in folds")), Silent())
+
+
+def test_with_folds_every_photo_sets_the_threshold_without_its_fold(folded, whole_in_folds, tmp_path):
+    run, facts = whole_in_folds, whole_in_folds.manifest.unknown
+    assert facts is not None
+    assert (facts.interval, facts.held_out, facts.references, facts.tuned) == (None, 49, 49, False)
+    assert json.loads(run.read("metrics.json"))["unknown"] == facts.to_json()
+    assert facts.to_json()["approximate"] is True
+    assert set(facts.detection) == {"ant", "bee", "wasp"}
+    prepared = prepare(check_settings(folded(tmp_path)), Silent())
+    train, l2 = prepared.parts["train"], run.manifest.solver.l2
+    data = fit.head_data(prepared.config, train, run.classes)
+    expected = []
+    for fold in (1, 2, 3, 4):
+        others, features = data.folds != fold, prepared.validating.array[data.folds == fold, 0]
+        head = fit_lbfgs(data.part(others).rows(), l2)
+        score = NoveltyScore(unknown.as_stored(train.array[others, 0]), facts.energy_weight)
+        expected += [*score(features, head.logits(features))]
+    np.testing.assert_allclose(stored.read(run).held_out, np.sort(expected), rtol=1e-3)
+
+
+def test_a_run_with_folds_calls_its_rate_approximate(folded, whole_in_folds, tmp_path, capsys):
+    run = whole_in_folds
+    train_command._print_result(Console(), run)
+    assert "unknown: refuses approximately 5.0% of" in " ".join(capsys.readouterr().out.split())
+    answer = command("evaluate", "--run", run.folder, "--output", tmp_path / "own")
+    assert answer.exit_code == 0, answer.output
+    assert "unknown: cross-validated predictions have no p-values" in answer.stdout
+    assert json.loads((tmp_path / "own" / "metrics.json").read_text())["folds"]["unknown"] is None
+    assert not (tmp_path / "own" / "unknown.csv").exists()
+    page = " ".join((tmp_path / "own" / "report.html").read_text().split())
+    assert "approximately 5.0% of the photos that do show a class are refused" in page
+    assert "95 % interval" not in page[page.index('id="unknown"') :][:1500]
+    new = folded(tmp_path).data.train.parents[1] / "new photos"
+    answer = command("evaluate", new, "--run", run.folder, "--output", tmp_path / "new", "--no-report")
+    assert answer.exit_code == 0, answer.output
+    assert "of 30 photos; expected: approximately 5.0%" in answer.stdout
+    found = json.loads((tmp_path / "new" / "metrics.json").read_text())["data"]["unknown"]
+    assert (found["approximate"], found["counted"]) == (True, 30)
+    answer = command("predict", new, "--run", run.folder, "--quiet", "--format", "jsonl", "--unknown", 1)
+    assert {json.loads(line)["label"] for line in answer.stdout.splitlines()} == {"unknown"}
+    assert command("predict", new, "--run", run.folder, "--quiet", "--unknown", 0.001).exit_code == 2
+
+
+def test_facts_without_the_word_approximate_are_read(whole):
+    document = whole.manifest.unknown.to_json()
+    del document["approximate"]
+    assert Unknown.from_json(Fields(document)) == whole.manifest.unknown
+
+
+@pytest.fixture
+def interrupted(monkeypatch, tmp_path):
+    """A function: a config whose runs are in `tmp_path` -> the folder of its run, killed before it is finished."""
+
     def killed(*arguments):
         raise Interrupted(2)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline.outputs, "write_tables", killed)
-        with pytest.raises(Interrupted):
-            pipeline.train(settings(tmp_path), Silent())
-    [folder] = tmp_path.iterdir()
+    def train(config):
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline.outputs, "write_tables", killed)
+            with pytest.raises(Interrupted):
+                pipeline.train(config, Silent())
+        [folder] = tmp_path.iterdir()
+        return folder
+
+    return train
+
+
+def hashes(run):
+    return {name: run.manifest.files[name] for name in FILES}
+
+
+@pytest.mark.slow
+def test_it_is_resumed_to_the_same_bits(settings, whole, tmp_path, interrupted):
+    folder = interrupted(settings(tmp_path))
     with pytest.raises(RunError, match=r"unknown\.false_rejects was 0\.05"):
         pipeline.resume(folder, settings(tmp_path, "unknown.false_rejects=0.2"), Silent())
     resumed = pipeline.resume(folder, load_config(folder / "config.yaml", own=True), Silent())
-    assert {name: resumed.manifest.files[name] for name in FILES} == {
-        name: whole.manifest.files[name] for name in FILES
-    }
+    assert hashes(resumed) == hashes(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [(), ("training.solver=adam", "training.epochs=3", "training.l2=0.01")])
+def test_with_folds_it_is_resumed_to_the_same_bits(folded, tmp_path, tmp_path_factory, interrupted, overrides):
+    folder = interrupted(folded(tmp_path, *overrides))
+    resumed = pipeline.resume(folder, load_config(folder / "config.yaml", own=True), Silent())
+    expected = pipeline.train(folded(tmp_path_factory.mktemp("again"), *overrides), Silent())
+    assert hashes(resumed) == hashes(expected)
 
 
 def test_the_photos_that_set_the_threshold_end_no_training(settings, tmp_path, monkeypatch):

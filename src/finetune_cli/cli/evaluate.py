@@ -107,6 +107,8 @@ def print_result(console: "Console", result: "Result") -> None:
     console.print()
     if judged.refused is not None:
         _refused(console, judged)
+    elif judged.run.manifest.unknown is not None:
+        console.print("unknown: cross-validated predictions have no p-values; evaluate other photos\n")
     if judged.compared is not None:
         _compared(console, judged)
     for photo in judged.bad[:_MOST_ROWS]:
@@ -193,7 +195,10 @@ def _refused(console: "Console", judged: "Judgement") -> None:
             f"unknown: {counted(int(refused.photos.sum()), 'photo')}, which proves nothing, because all of these were "
             "trained on, chose the score or set its threshold"
         )
-    console.print(f"{line}; promised: at most {refused.rate:.1%} on average; all are in unknown.csv")
+    rate = f"expected: approximately {refused.rate:.1%}"
+    if not refused.approximate:
+        rate = f"promised: at most {refused.rate:.1%} on average"
+    console.print(f"{line}; {rate}; all are in unknown.csv")
     if refused.right is not None:
         console.print(f"accuracy on the others: {refused.right.value:.1%}")
     console.print()

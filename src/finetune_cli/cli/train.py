@@ -164,16 +164,22 @@ def _print_result(console: "Console", run: "Run") -> None:
 
 def _print_unknown(console: "Console", unknown: "Unknown") -> None:
     """What the answer `unknown` costs, and what it detects."""
-    low, high = unknown.interval
     if unknown.detection:
         console.table(
             ("class left out", "its photos answered unknown"),
             [(name, f"{share:.1%}") for name, share in unknown.detection.items()],
             right=(1,),
         )
-    console.print(
-        f"unknown: refuses at most {unknown.false_rejects:.1%} of the photos of these classes on average, here "
-        f"{low:.1%} to {high:.1%} (95 % interval, {unknown.held_out} held-out photos)"
-    )
+    if unknown.interval is None:
+        console.print(
+            f"unknown: refuses approximately {unknown.false_rejects:.1%} of the photos of these classes "
+            f"({unknown.held_out} cross-validated photos set the threshold, which gives no guarantee)"
+        )
+    else:
+        low, high = unknown.interval
+        console.print(
+            f"unknown: refuses at most {unknown.false_rejects:.1%} of the photos of these classes on average, here "
+            f"{low:.1%} to {high:.1%} (95 % interval, {unknown.held_out} held-out photos)"
+        )
     if unknown.tuned:
         console.print("the backbone learned from the classes that were left out, so these shares are too high")

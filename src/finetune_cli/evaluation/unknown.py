@@ -15,12 +15,14 @@ from finetune_cli.runs.run import Run
 class Refused:
     """The photos that are answered `unknown`.
 
-    rate: the share that the run promises at most. photos: ``bool (n,)``, which are refused. counted: how many photos
-    `share`, the share that is refused, is computed on: neither training photos nor those that chose the score or set
-    its threshold; None if all are such. right: the accuracy on the photos that are not refused, None if all are.
+    rate: the share that the run promises at most; approximate: that it expects, and does not promise. photos: ``bool
+    (n,)``, which are refused. counted: how many photos `share`, the share that is refused, is computed on: neither
+    training photos nor those that chose the score or set its threshold; None if all are such. right: the accuracy on
+    the photos that are not refused, None if all are.
     """
 
     rate: float
+    approximate: bool
     photos: NDArray[np.bool_]
     counted: int
     share: Proportion | None
@@ -30,6 +32,7 @@ class Refused:
         """The numbers under stable key names."""
         return {
             "false_rejects": self.rate,
+            "approximate": self.approximate,
             "refused": int(self.photos.sum()),
             "counted": self.counted,
             **_share("share", self.share),
@@ -38,7 +41,10 @@ class Refused:
 
 
 def refused(run: Run, answers: Answers) -> Refused | None:
-    """Which of the photos in `answers` the run refuses at its own rate; None if it was trained without `unknown`."""
+    """Which of the photos in `answers` the run refuses at its own rate; None if it cannot tell.
+
+    It cannot if it was trained without `unknown`; recorded out-of-fold predictions have no p-values.
+    """
     facts = run.manifest.unknown
     if facts is None or answers.p_values is None:
         return None
@@ -48,6 +54,7 @@ def refused(run: Run, answers: Answers) -> Refused | None:
     right = (answers.predicted == answers.labels)[~photos]
     return Refused(
         facts.false_rejects,
+        facts.approximate,
         photos,
         int(new.sum()),
         wilson(int(photos[new].sum()), int(new.sum())) if new.any() else None,

@@ -15,34 +15,48 @@ from finetune_cli.text import brief, counted
 
 _MOST_FIGURES = 12
 _MOST_ROWS = 20
+_NO_P_VALUES = (
+    "The photos of this report were cross-validated, and their recorded predictions have no p-values. To measure how "
+    "many photos are refused, evaluate other photos."
+)
 
 
 @dataclass(frozen=True)
 class UnknownSection:
     """sentences: what the run promises, and what these photos show. detection: (class left out, share refused).
 
-    figures: some of the `refused` photos, the least likely first.
+    figures: some of the `refused` photos, the least likely first. refused: how many; None for photos without p-values.
     """
 
     sentences: tuple[str, ...]
     detection: tuple[tuple[str, float], ...]
     figures: tuple[Figure, ...]
-    refused: int
+    refused: int | None
 
 
 def section(judged: Judgement) -> UnknownSection | None:
     """The section; None when the run was trained without `unknown`."""
     facts, refused = judged.run.manifest.unknown, judged.refused
-    if facts is None or refused is None:
+    if facts is None:
         return None
-    found = (promise(facts), *_measured(judged), estimate(facts))
     detection = tuple((brief(name), share) for name, share in [*facts.detection.items()][:_MOST_ROWS])
+    if refused is None:
+        return UnknownSection((promise(facts), _NO_P_VALUES, estimate(facts)), detection, (), None)
+    found = (promise(facts), *_measured(judged), estimate(facts))
     return UnknownSection(found, detection, _figures(judged), int(refused.photos.sum()))
 
 
 def promise(facts: Unknown) -> str:
     """What share of its own kind of photos the run refuses."""
-    rate, (low, high) = percent(facts.false_rejects), facts.interval
+    rate = percent(facts.false_rejects)
+    if facts.interval is None:
+        return (
+            f"A photo is answered “unknown” if it is less like the training photos than all but {rate} of "
+            f"{facts.held_out} cross-validated photos, each of them compared with the photos outside its fold. So "
+            f"approximately {rate} of the photos that do show a class are refused. New photos are compared with the "
+            "photos of all folds, so this rate is not guaranteed, and has no interval."
+        )
+    low, high = facts.interval
     return (
         f"A photo is answered “unknown” if it is less like the training photos than all but {rate} of "
         f"{facts.held_out} held-out validation photos, which chose nothing else. So at most {rate} of the photos that "
@@ -54,7 +68,8 @@ def promise(facts: Unknown) -> str:
 def estimate(facts: Unknown) -> str:
     """What share of strange photos it refuses."""
     if not facts.compared:
-        return "The validation photos show too few classes for an estimate of the strange photos that are refused."
+        photos = "cross-validated" if facts.approximate else "validation"
+        return f"The {photos} photos show too few classes for an estimate of the strange photos that are refused."
     score = max(facts.compared, key=facts.compared.__getitem__)
     others = "".join(
         f" (by {brief(name)}: {percent(share)})" for name, share in facts.compared.items() if name != score

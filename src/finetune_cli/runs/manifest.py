@@ -74,14 +74,15 @@ class Unknown:
     """How a run refuses photos that are unlike its training photos; the arrays are in files, see `runs/novelty.py`.
 
     false_rejects: the share of photos of the run's own kind that may be refused. interval: 95 % of runs with as many
-    held-out photos refuse a share between these. references, held_out: how many photos are compared with, and how many
-    set the threshold. energy_weight: see `metrics/novelty.py`. detection: class that was left out -> share of its
-    photos that was refused, by the score that was chosen. compared: score -> mean of these shares. tuned: whether the
-    backbone learned from the classes that were left out, so that `detection` is too high.
+    held-out photos refuse a share between these; None with `data.folds`, which make the share approximate. references,
+    held_out: how many photos are compared with, and how many set the threshold. energy_weight: see
+    `metrics/novelty.py`. detection: class that was left out -> share of its photos that was refused, by the score that
+    was chosen. compared: score -> mean of these shares. tuned: whether the backbone learned from the classes that were
+    left out, so that `detection` is too high.
     """
 
     false_rejects: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     references: int
     held_out: int
     energy_weight: float
@@ -89,11 +90,17 @@ class Unknown:
     compared: Mapping[str, float]
     tuned: bool
 
+    @property
+    def approximate(self) -> bool:
+        """Whether the rate is approximate, because the held-out photos were cross-validated."""
+        return self.interval is None
+
     def to_json(self) -> dict[str, Any]:
         """The facts as plain JSON values."""
         return {
             "false_rejects": self.false_rejects,
-            "interval": list(self.interval),
+            "approximate": self.approximate,
+            "interval": None if self.interval is None else list(self.interval),
             "references": self.references,
             "held_out": self.held_out,
             "energy_weight": self.energy_weight,
@@ -107,7 +114,7 @@ class Unknown:
         """Read what `to_json` gave. Raises `FieldError`."""
         return cls(
             false_rejects=fields.number("false_rejects", 0, 1),
-            interval=_interval(fields, "interval"),
+            interval=fields.optional("interval", lambda name: _interval(fields, name)),
             references=fields.integer("references", 1),
             held_out=fields.integer("held_out", 1),
             energy_weight=fields.number("energy_weight", 0),

@@ -6,11 +6,19 @@
 
 The promise, how many photos of the run's own kind are refused, rests on the photos that chose nothing; see
 `metrics/novelty.py`. What share of strange photos is refused is an estimate, and differs with what they show.
+
+With `data.folds` no photo is set apart:
+
+    every photo  -> its distance to photos outside its own fold, and the energy of its out-of-fold logits: the threshold
+    a few folds  -> choose the score, as the photos that choose do above
+
+New photos are compared with references of all folds and answered by the final head, so their scores are not drawn like
+those that set the threshold, and the rate is approximate (Barber et al. 2021, https://arxiv.org/abs/1905.02928).
 """
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +32,6 @@ from finetune_cli.head.lbfgs import Head, fit_lbfgs, one_blas_thread
 from finetune_cli.inference.predictor import UNKNOWN
 from finetune_cli.metrics import novelty
 from finetune_cli.metrics.folds import group_numbers
-from finetune_cli.metrics.novelty import NoveltyScore
 from finetune_cli.photos.dataset import Dataset
 from finetune_cli.photos.scan import Sample
 from finetune_cli.progress import Advance, Observer, timed
@@ -39,6 +46,7 @@ from finetune_cli.training.start_from import AnyBackbone
 MOST_REFERENCES = 2000
 MOST_LEFT_OUT = 10
 _MOST_HELD_OUT = 0.75  # of the validation photos
+_CHOOSING = 200  # so many cross-validated photos choose the score, and the rest of the last fold
 DISTANCE, BOTH = "distance", "distance and energy"
 
 
@@ -121,9 +129,25 @@ def checked(config: Config) -> Callable[[Dataset, AnyBackbone], None]:
                 f"a class is named {UNKNOWN}, which is also the answer for photos that show none of the classes",
                 "rename that class; or drop it, if it holds photos of anything else, or drop `unknown` from the config",
             )
-        sets_threshold(data.val, config)
+        if config.data.folds is None:
+            sets_threshold(data.val, config)
+        else:
+            _refuse_too_few(data.train, config)
 
     return check
+
+
+def _refuse_too_few(train: Sequence[Sample], config: Config) -> None:
+    """Raise `DataError` when fewer photos are held out once than the rate needs."""
+    if config.unknown is None:
+        return
+    rate, count = config.unknown.false_rejects, sum(sample.fold is not None for sample in train)
+    least = novelty.least_held_out(rate)
+    if count < least:
+        raise DataError(
+            f"unknown.false_rejects: {rate:g} needs at least {least} cross-validated photos; there are {count}",
+            "add photos, set a larger unknown.false_rejects, or drop `unknown`",
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,41 +161,134 @@ class Learnt:
 def learn(folder: Path, prepared: Prepared, fitted: Fitted, observer: Observer) -> Learnt:
     """Choose a score, set its threshold, and write what the run needs into `folder`; nothing without `unknown`.
 
-    fitted: the head on the features of `prepared`. Raises `DataError` as `sets_threshold` does, and `StorageError`.
+    fitted: the head on the features of `prepared`. Raises `DataError` when too few photos can set the threshold, and
+    `StorageError`.
     """
     config, classes = prepared.config, prepared.data.classes
     if config.unknown is None:
         return Learnt()
-    val, rate = prepared.parts["val"], config.unknown.false_rejects
-    mask = sets_threshold(val.samples, config)
+    rate = config.unknown.false_rejects
     with (
         timed(prepared.seconds, "unknown"),
         observer.stage("score for unknown photos", None, "classes") as advance,
         one_blas_thread(),
     ):
-        material = _material(prepared, fitted.l2)
-        found = choose(material, len(classes), rate, advance)
-        energy_weight = energy_weight_of(material, fitted.head) if found.score == BOTH else 0.0
-        features = np.asarray(val.array[mask, 0])
-        scores = NoveltyScore(material.references, energy_weight)(features, fitted.head.logits(features))
+        known = of_validation(prepared, fitted) if config.data.folds is None else of_folds(prepared, fitted)
+        found = choose(known.materials, len(classes), rate, advance)
+        energy_weight = known.choosing.energy_weight() if found.score == BOTH else 0.0
+        scores = known.held_out.scores(energy_weight)
     facts = Unknown(
         false_rejects=rate,
-        interval=interval(rate, len(scores)),
-        references=len(material.references),
+        interval=interval(rate, len(scores)) if config.data.folds is None else None,
+        references=len(known.references),
         held_out=len(scores),
         energy_weight=energy_weight,
         detection={classes[label]: share for label, share in found.detection.items()},
         compared=found.compared,
         tuned=prepared.backbone.fingerprint != prepared.backbone.original,
     )
-    names = stored.write(folder, material.references.astype(np.float16), np.sort(scores))
+    names = stored.write(folder, known.references.astype(np.float16), np.sort(scores))
     return Learnt(facts, tuple(names))
 
 
-def _material(prepared: Prepared, l2: float) -> "Material":
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """The terms of the score of some photos: distances and energies, ``float64 (n,)`` each."""
+
+    distances: NDArray[np.float64]
+    energies: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, features: NDArray[np.float32], references: NDArray[np.float32], head: Head | None) -> "Terms":
+        """Of features ``(n, D)``; without a head, the energies are 0."""
+        energies = np.zeros(len(features)) if head is None else novelty.energies(head.logits(features))
+        return cls(novelty.distances(features, references), energies)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Terms]") -> "Terms":
+        """The terms of all photos of `parts`."""
+        return cls(np.concatenate([p.distances for p in parts]), np.concatenate([p.energies for p in parts]))
+
+    def energy_weight(self) -> float:
+        """The weight with which the energy varies as much as the distance."""
+        return float(self.distances.std() / self.energies.std()) if self.energies.std() > 0 else 0.0
+
+    def scores(self, energy_weight: float) -> NDArray[np.float64]:
+        """The scores ``(n,)``."""
+        return self.distances + energy_weight * self.energies
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """What a run knows of its own kind of photos.
+
+    materials: by which the score is chosen. references: ``float32 (r, D)``, as they are stored. choosing: terms of the
+    photos that choose the weight of the energy; held_out: of those that set the threshold. With folds these are the
+    same: all that are held out once.
+    """
+
+    materials: "Sequence[Material]"
+    references: NDArray[np.float32]
+    choosing: Terms
+    held_out: Terms
+
+
+def of_validation(prepared: Prepared, fitted: Fitted) -> Known:
+    """What is known from the validation photos. Raises `DataError` as `sets_threshold` does."""
+    val, config = prepared.parts["val"], prepared.config
+    mask = sets_threshold(val.samples, config)
+    choosing = _part(val, ~mask)
+    rows = references(prepared.parts["train"].samples)
+    material = _material(prepared, fitted.l2, rows, np.asarray(choosing.array[:, 0]), labels_of(choosing.samples))
+    return Known(
+        [material],
+        material.references,
+        Terms.of(material.val_features, material.references, fitted.head),
+        Terms.of(np.asarray(val.array[mask, 0]), material.references, fitted.head),
+    )
+
+
+def of_folds(prepared: Prepared, fitted: Fitted) -> Known:
+    """What is known from the photos that are held out once: `fitted` has their out-of-fold logits.
+
+    The score is chosen by the photos of the first folds, `_CHOOSING` or a few more, because every fold takes a head for
+    each class that is left out. Raises `DataError` when too few photos are held out.
+    """
+    train, config, logits = prepared.parts["train"], prepared.config, fitted.out_of_fold
+    assert logits is not None
+    _refuse_too_few(train.samples, config)
+    held_out = prepared.validating.array
+    labels = labels_of(train.samples)
+    materials: list[Material] = []
+    terms = []
+    for rows, outside in by_fold(train.samples):
+        features = np.asarray(held_out[rows, 0])
+        others = as_stored(np.asarray(train.array[outside, 0]))
+        terms.append(Terms(novelty.distances(features, others), novelty.energies(logits[rows])))
+        if sum(len(material.val_labels) for material in materials) < _CHOOSING:
+            materials.append(_material(prepared, fitted.l2, outside, features, labels[rows]))
+    own = Terms.joined(terms)
+    return Known(materials, as_stored(np.asarray(train.array[references(train.samples), 0])), own, own)
+
+
+def by_fold(samples: Sequence[Sample]) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """For each fold, the rows ``(m,)`` of its photos and those ``(r,)`` of references outside it, both ascending."""
+    folds = np.array([sample.fold or 0 for sample in samples])
+    for fold in np.unique(folds[folds > 0]):
+        outside = np.flatnonzero(folds != fold)
+        yield np.flatnonzero(folds == fold), outside[references([samples[int(i)] for i in outside])]
+
+
+def _material(
+    prepared: Prepared,
+    l2: float,
+    rows: NDArray[np.intp],
+    val_features: NDArray[np.float32],
+    val_labels: NDArray[np.int64],
+) -> "Material":
+    """What the score is chosen by, with the training photos `rows` as references."""
     config, train = prepared.config, prepared.parts["train"]
-    val = choosing(prepared.parts["val"], config)
-    labels, rows = labels_of(train.samples), references(train.samples)
+    labels = labels_of(train.samples)
     weights = class_weights(labels, config.training.class_weights, prepared.data.classes)
     features = np.asarray(train.array[rows, 0])
     return Material(
@@ -179,8 +296,8 @@ def _material(prepared: Prepared, l2: float) -> "Material":
         labels=labels[rows],
         weights=weights[rows],
         references=as_stored(features),
-        val_features=np.asarray(val.array[:, 0]),
-        val_labels=labels_of(val.samples),
+        val_features=val_features,
+        val_labels=val_labels,
         # The objective has the mean loss: with fewer photos, the same prior is a larger penalty.
         l2=l2 * len(labels) / len(rows),
         label_smoothing=config.training.label_smoothing,
@@ -211,7 +328,7 @@ class Material:
 
     features: ``float32 (r, D)`` of the references, as the backbone gives them, with labels and weights ``(r,)``;
     references: the same with length 1, as they are stored. val_features, val_labels: ``(n, D)``, ``(n,)`` of the
-    validation photos that choose. l2: of heads that are fitted on the references.
+    photos that choose: validation photos or those of a fold. l2: of heads that are fitted on the references.
     """
 
     features: NDArray[np.float32]
@@ -247,55 +364,48 @@ class Choice:
     compared: dict[str, float]
 
 
-def choose(material: Material, n_classes: int, rate: float, advance: Advance) -> Choice:
+def choose(materials: Sequence[Material], n_classes: int, rate: float, advance: Advance) -> Choice:
     """The score that refuses most photos of classes that were left out, where `rate` of the others are refused.
 
     Both scores hold the distance, because the energy alone takes photos of another kind for confident answers; the
     energy must gain to be added. With two classes a head without one of them says nothing, so the distance is taken.
-    So it is if no class can be left out, and nothing is compared. `advance` gets 1 after every class.
+    So it is if no class can be left out, and nothing is compared. Of several `materials`, each with references and a
+    head of its own, all photos are taken together. `advance` gets 1 after every class.
     """
-    present = np.intersect1d(material.labels, material.val_labels)
+    present = np.intersect1d(
+        np.concatenate([material.labels for material in materials]),
+        np.concatenate([material.val_labels for material in materials]),
+    )
     spread = np.linspace(0, len(present) - 1, min(len(present), MOST_LEFT_OUT)).astype(np.intp)
     names = (DISTANCE, BOTH) if n_classes > 2 else (DISTANCE,)
     shares: dict[str, dict[int, float]] = {name: {} for name in names}
     for label in present[spread]:
-        rest = material.without(int(label))
-        if not len(rest.val_labels):
+        parts = [_without_class(material, int(label), n_classes) for material in materials]
+        known, strangers = (Terms.joined(terms) for terms in zip(*parts, strict=True))
+        if not len(known.distances):
             continue
-        strangers = np.concatenate(
-            [material.features[material.labels == label], material.val_features[material.val_labels == label]]
-        )
-        known = rest.val_features
-        shares[DISTANCE][int(label)] = _refused(NoveltyScore(rest.references, 0.0), None, known, strangers, rate)
-        if n_classes > 2:
-            data = HeadData.of(rest.features, rest.labels, n_classes - 1, rest.weights)
-            head = fit_lbfgs(data, rest.l2, rest.label_smoothing)
-            both = NoveltyScore(rest.references, energy_weight_of(rest, head))
-            shares[BOTH][int(label)] = _refused(both, head, known, strangers, rate)
+        for name in names:
+            weight = known.energy_weight() if name == BOTH else 0.0
+            # Of n photos, a share of k / (n + 1) is expected above the k-th highest.
+            threshold = np.quantile(known.scores(weight), 1 - rate, method="weibull")
+            shares[name][int(label)] = float((strangers.scores(weight) > threshold).mean())
         advance(1)
     compared = {name: float(np.mean([*by_class.values()])) for name, by_class in shares.items() if by_class}
     best = max(compared, key=compared.__getitem__, default=DISTANCE)  # the first of equals
     return Choice(best, shares[best], compared)
 
 
-def energy_weight_of(material: Material, head: Head) -> float:
-    """The weight with which the energy varies as much as the distance, over the validation photos that choose."""
-    far = novelty.distances(material.val_features, material.references)
-    energy = novelty.energies(head.logits(material.val_features))
-    return float(far.std() / energy.std()) if energy.std() > 0 else 0.0
-
-
-def _refused(
-    score: NoveltyScore, head: Head | None, known: NDArray[np.float32], strangers: NDArray[np.float32], rate: float
-) -> float:
-    """The share of `strangers` that a threshold refuses which refuses `rate` of the `known` photos."""
-
-    def scores(features: NDArray[np.float32]) -> NDArray[np.float64]:
-        return score(features, head.logits(features) if head is not None else features)
-
-    # Of n photos, a share of k / (n + 1) is expected above the k-th highest.
-    threshold = np.quantile(scores(known), 1 - rate, method="weibull")
-    return float((scores(strangers) > threshold).mean())
+def _without_class(material: Material, label: int, n_classes: int) -> tuple[Terms, Terms]:
+    """The terms of the photos that choose and show another class, and of all photos of the class, without it."""
+    rest = material.without(label)
+    head = None
+    if n_classes > 2:
+        data = HeadData.of(rest.features, rest.labels, n_classes - 1, rest.weights)
+        head = fit_lbfgs(data, rest.l2, rest.label_smoothing)
+    strangers = np.concatenate(
+        [material.features[material.labels == label], material.val_features[material.val_labels == label]]
+    )
+    return Terms.of(rest.val_features, rest.references, head), Terms.of(strangers, rest.references, head)
 
 
 def interval(rate: float, held_out: int) -> tuple[float, float]:
