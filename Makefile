@@ -29,7 +29,7 @@ quickstart: $(VENV)/.installed  ## install, draw practice photos, train, predict
 	$(BIN)/finetune predict "$$(ls -d quickstart-photos/city/*.jpg | head -n 1)"
 
 test: $(VENV)/.installed-dev  ## run the test suite (under 10 minutes)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(VENV)/.installed-dev  ## run the long tests, too: faults, all backbones, exports
 	$(BIN)/python -m pytest -m slow -o timeout=1200

@@ -66,7 +66,8 @@ def doctor(
     console.print(f"wrote {nearby((output / page.FILE).absolute())} and {nearby((output / table.FILE).absolute())}")
     if found.findings:
         fixes = shlex.quote(str(nearby((output / table.FILE).absolute())))
-        console.print(f"edit its column action, then: finetune train {shlex.quote(str(nearby(path)))} data.fixes={fixes}")
+        command = f"finetune train {shlex.quote(str(nearby(path)))} data.fixes={fixes}"
+        console.print(f"edit its column action, then: {command}")
     counts = {problem.value: found.count(problem.value, serious=problem == Problem.label) for problem in fail_on or ()}
     if any(counts.values()):
         listed = ", ".join(f"{count} with {problem}" for problem, count in counts.items() if count)
