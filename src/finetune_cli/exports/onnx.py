@@ -80,7 +80,7 @@ class Onnx:
                     converted = _quantized(converted, (self._given(photo[None]) for photo in photos))
                 if self.pixels == "any-size":
                     any_size.before_onnx(converted, card.settings, _OPSET)
-                    _rename_by_position(converted.graph)
+                    _rename_by_position(converted.graph)  # again: tf2onnx named the operations in front
                 converted.producer_name, converted.producer_version = "finetune-cli", __version__
                 converted.graph.name, converted.doc_string = shown(source.run.name), source.describe()
                 onnx.helper.set_model_props(converted, {KEY: card.text()})

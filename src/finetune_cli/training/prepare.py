@@ -289,7 +289,7 @@ def _with_near_duplicates(
     return _Split(data, parts, leaks)
 
 
-def _held_out(extractor: "Extractor", store: FeatureStore, train: Features, seconds: dict[str, float]) -> Features:
+def _held_out(extractor: Extractor, store: FeatureStore, train: Features, seconds: dict[str, float]) -> Features:
     """View 0 of the training photos in float32, as a prediction sees them."""
     if extractor.precision == "float32":
         return replace(train, array=train.array[:, :1], computed=0, cached=0)
