@@ -6,7 +6,6 @@ All splits are examined together, by what a training computes anyway: digests, v
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from finetune_cli.photos import dataset, decode, fixes, scan, split
 from finetune_cli.photos.dataset import Dataset
 from finetune_cli.photos.listing import byte_order
 from finetune_cli.photos.scan import BadPhoto, Sample
+from finetune_cli.places import Place
 from finetune_cli.progress import Observer
 from finetune_cli.training import near, prepare
 from finetune_cli.training.extract import Features
@@ -103,8 +103,8 @@ class _Names:
     """What findings call photos, classes and splits."""
 
     classes: tuple[str, ...]
-    split_of: Mapping[Path, str]
-    root: Path
+    split_of: Mapping[Place, str]
+    root: Place
 
     def path(self, sample: Sample) -> str:
         """The photo's name in fixes.csv."""

@@ -22,6 +22,7 @@ from finetune_cli.inference.predictor import (
 )
 from finetune_cli.parallel import cores, groups_available
 from finetune_cli.photos import decode as images
+from finetune_cli.places import Place
 from finetune_cli.text import address
 
 __all__ = ["UNKNOWN", "UNSURE", "Limits", "PredictionRow", "Predictor", "RunPredictor", "predict"]
@@ -69,7 +70,7 @@ class PredictionRow:
 
 def predict(
     predictor: Predictor,
-    paths: Iterable[Path],
+    paths: Iterable[Place],
     top_k: int,
     limits: Limits = Limits(),
     at_once: bool = False,
@@ -93,18 +94,18 @@ def predict(
 
 def _predict(
     predictor: Predictor,
-    groups: Iterable[tuple[Path, ...] | None],
+    groups: Iterable[tuple[Place, ...] | None],
     top_k: int,
     limits: Limits,
 ) -> Iterator[PredictionRow]:
     top_k = min(top_k, len(predictor.classes))
 
-    def decode(path: Path) -> NDArray[np.uint8]:
+    def decode(path: Place) -> NDArray[np.uint8]:
         return images.decode(path, predictor.settings)
 
     for path, answer in answers(predictor, groups, decode, cores()):
         if isinstance(answer, BadImage):
-            typed = address(path)
+            typed = address(path) if isinstance(path, Path) else None
             reason = answer.reason if typed is None else "this is an address; download the photo and name the file"
             yield PredictionRow(typed or str(path), None, None, (), reason)
         else:

@@ -2,7 +2,8 @@
 
 from collections.abc import Set
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from finetune_cli.places import Place
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -10,6 +11,8 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 @dataclass(frozen=True, slots=True)
 class ListedPhoto:
     """A photo that a folder or a table names; `name` is its posix path relative to the listing's root.
+
+    Where the photo lies elsewhere than the root, in another store or bucket, its name is its whole address.
 
     `path` is text, because a `Path` takes several times the memory, and there may be a million of them.
     """
@@ -28,8 +31,8 @@ class Listing:
     `classes` are those that it names, also the empty ones, sorted bytewise.
     """
 
-    source: Path
-    root: Path
+    source: Place
+    root: Place
     photos: list[ListedPhoto] = field(default_factory=list)
     classes: tuple[str, ...] = ()
     is_table: bool = False

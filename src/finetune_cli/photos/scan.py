@@ -4,6 +4,7 @@ Nothing is decoded here: damage that only decoding shows is reported by the feat
 """
 
 import hashlib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,13 +14,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli import files
+from finetune_cli import files, places
 from finetune_cli.cache.digests import DigestCache, Facts
 from finetune_cli.errors import BadImage, BadPhotos, ChangedPhoto, DataError
 from finetune_cli.parallel import cores, ordered_map
 from finetune_cli.photos import codecs, decode
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.listing import ListedPhoto, Listing
+from finetune_cli.places import Place, place
 from finetune_cli.progress import Advance
 from finetune_cli.text import counted, shown
 
@@ -36,7 +38,7 @@ class Sample:
     fold: in which it is held out when the training photos are cross-validated, from 1; None for one that never is.
     """
 
-    path: Path
+    path: Place
     name: str
     label: int
     digest: str
@@ -48,7 +50,7 @@ class Sample:
 class BadPhoto:
     """A photo that cannot be used, and why, in one line."""
 
-    path: Path
+    path: Place
     name: str
     reason: str
 
@@ -113,20 +115,20 @@ def preflight(
         for photo, facts in _facts(listing.photos, cache):
             advance(1, total)
             if isinstance(facts, str):
-                bad.append(BadPhoto(Path(photo.path), photo.name, facts))
+                bad.append(BadPhoto(place(photo.path), photo.name, facts))
             elif facts.width * facts.height > max_pixels:
                 reason = codecs.too_large(facts.width, facts.height, max_pixels)
-                bad.append(BadPhoto(Path(photo.path), photo.name, reason))
+                bad.append(BadPhoto(place(photo.path), photo.name, reason))
             else:
                 own_group = photo.group or rules.group(photo.name) or None
-                samples.append(Sample(Path(photo.path), photo.name, labels[photo.label], facts.digest, own_group))
+                samples.append(Sample(place(photo.path), photo.name, labels[photo.label], facts.digest, own_group))
     return parts, bad
 
 
-def examine(path: Path) -> Facts:
-    """Open the file at `path` once for its header and digest. Raises `BadImage` if it is not a readable image."""
+def examine(path: Place) -> Facts:
+    """Read what is at `path` once for its header and digest. Raises `BadImage` if it is not a readable image."""
     try:
-        with files.open_regular(path) as file:
+        with files.open_regular(path) if isinstance(path, Path) else io.BytesIO(places.read(path)) as file:
             header = decode.read_header(file, sys.maxsize)
             file.seek(0)
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -153,7 +155,7 @@ def decode_sample(sample: Sample, settings: ImageSettings) -> NDArray[np.uint8]:
 def read_sample(sample: Sample) -> bytes:
     """The bytes of `sample`. Raises `BadImage` when it cannot be read, `ChangedPhoto` when it was not indexed so."""
     try:
-        data = files.read_regular(sample.path)
+        data = places.read(sample.path)
     except OSError as exc:
         raise codecs.unreadable(sample.path, exc) from exc
     if hashlib.sha256(data).hexdigest() != sample.digest:

@@ -335,7 +335,10 @@ def _manifest(folder: Path, prepared: Prepared, outcome: Outcome) -> Manifest:
         ),
         cache_bytes=prepared.cache_bytes,
         bad_photos=tuple(SkippedPhoto(photo.name, photo.reason) for photo in skipped),
-        roots={split: os.path.relpath(root, folder) for split, root in prepared.data.roots.items()},
+        roots={
+            split: os.path.relpath(root, folder) if isinstance(root, Path) else root.text
+            for split, root in prepared.data.roots.items()
+        },
         parity=outcome.parity,
         seconds=prepared.seconds,
         metrics={part.split: SplitMetrics.from_json(Fields(part.evaluation.to_json())) for part in outcome.judged},

@@ -28,6 +28,7 @@ from finetune_cli.photos import dataset, groups, scan
 from finetune_cli.photos.dataset import Dataset, DataSettings
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.scan import BadPhoto, Sample
+from finetune_cli.places import Address
 from finetune_cli.progress import Observer, timed
 from finetune_cli.runs.run import SplitRow
 from finetune_cli.text import counted, shown
@@ -382,6 +383,8 @@ def index(
 
 def warn_of_series(data: Dataset, max_pixels: int, observer: Observer) -> None:
     """Warn that photos taken at nearly the same time are in train and in val, if no groups are known or proposed."""
+    if any(isinstance(sample.path, Address) for part in data.splits.values() for sample in part):
+        return  # every photo would have to be read once more
     if data.proposal is not None or any(sample.group for part in data.splits.values() for sample in part):
         return
     paths = {split: [sample.path for sample in part] for split, part in data.splits.items()}
