@@ -84,12 +84,19 @@ def check(address: str) -> None:
         )
     if protocol in _WEB:
         raise UsageError(
-            f"{shown(address)} is a web address, not a store", "download it, and name the file or the folder"
+            f"{shown(address)} is an address of the web, not of a store", "download it, and name the file or folder"
         )
     if not rest.strip("/") and protocol not in ("memory", "file", "local"):
         raise UsageError(f"{shown(address)} names no bucket", f"write {protocol}://bucket/folder")
     if "\0" in address:
         raise UsageError(f"{shown(address)} holds a NUL character", "correct the address")
+
+
+def masked(address: str) -> str:
+    """`address` without the user and the password that it may hold: for messages and tables."""
+    protocol, slashes, rest = address.partition("://")
+    authority, at, path = rest.partition("@")
+    return f"{protocol}{slashes}***@{path}" if at and "/" not in authority and is_address(address) else address
 
 
 def join(folder: str, name: str) -> str:

@@ -159,7 +159,8 @@ def _output_format(wanted: OutputFormat | None, output: Path | None, force: bool
 
 def _paths(arguments: list[str]) -> Iterator["Place"]:
     """Paths as given; `-` stands for those on standard input, one a line (or NUL-separated), read as they come."""
-    from finetune_cli.places import place
+    from finetune_cli.places import Address, place
+    from finetune_cli.storage import is_address
 
     for argument in arguments:
         if argument != "-":
@@ -167,7 +168,8 @@ def _paths(arguments: list[str]) -> Iterator["Place"]:
             continue
         for name in _names(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)):
             if name:
-                yield place(os.fsdecode(name))
+                text = os.fsdecode(name)
+                yield Address(text) if is_address(text) else Path(text)
 
 
 def _names(stream: BinaryIO) -> Iterator[bytes]:

@@ -1,7 +1,7 @@
 """The photos of a run, found again: where they were when it was trained or, after a move, by their content."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,17 +88,17 @@ def _by_digest(root: Place, wanted: set[str], workers: int, advance: Advance) ->
     if not root.is_dir():
         raise UsageError(f"--data {root} is not a folder", "name the folder that the photos are in now")
 
-    def digest(path: Place) -> tuple[str | None, Place]:
+    def digest(path: str) -> tuple[str | None, Place]:
+        where = places.place(path)
         try:
-            if isinstance(path, Path):
-                return files.sha256(path), path
-            return hashlib.sha256(places.read(path)).hexdigest(), path
+            if isinstance(where, Path):
+                return files.sha256(where), where
+            return hashlib.sha256(places.read(where)).hexdigest(), where
         except OSError:
-            return None, path
+            return None, where
 
     found: dict[str, Place] = {}
-    photos: Iterator[Place | None] = dataset.iter_photos([root])
-    for content, path in ordered_map(digest, photos, workers):
+    for content, path in ordered_map(digest, map(str, dataset.iter_photos([root])), workers):
         advance(1)
         if content in wanted:
             found.setdefault(content, path)

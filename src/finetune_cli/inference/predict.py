@@ -23,6 +23,7 @@ from finetune_cli.inference.predictor import (
 from finetune_cli.parallel import cores, groups_available
 from finetune_cli.photos import decode as images
 from finetune_cli.places import Place
+from finetune_cli.storage import masked
 from finetune_cli.text import address
 
 __all__ = ["UNKNOWN", "UNSURE", "Limits", "PredictionRow", "Predictor", "RunPredictor", "predict"]
@@ -101,13 +102,16 @@ def _predict(
     top_k = min(top_k, len(predictor.classes))
 
     def decode(path: Place) -> NDArray[np.uint8]:
-        return images.decode(path, predictor.settings)
+        try:
+            return images.decode(path, predictor.settings)
+        except UsageError as exc:  # an address on standard input that cannot be used
+            raise BadImage(masked(str(path)), exc.problem, exc.remedy) from exc
 
     for path, answer in answers(predictor, groups, decode, cores()):
         if isinstance(answer, BadImage):
             typed = address(path) if isinstance(path, Path) else None
             reason = answer.reason if typed is None else "this is an address; download the photo and name the file"
-            yield PredictionRow(typed or str(path), None, None, (), reason)
+            yield PredictionRow(typed or masked(str(path)), None, None, (), reason)
         else:
             top = best(answer.probabilities, predictor.classes, top_k)
             yield PredictionRow(str(path), labelled(answer, top, limits), top[0][1], top, None, answer.p_value)
