@@ -9,6 +9,7 @@ a known time, whatever the store does. An object is written whole or not at all,
 """
 
 import contextlib
+import errno
 import functools
 import importlib.util
 import logging
@@ -59,14 +60,12 @@ patience = Patience()
 class Stored:
     """An object, or a folder if `name` ends with a slash. `name` is relative to the folder that was listed.
 
-    version: changes whenever the object is written, and is the same for the same content only; None where the store
-    has nothing of the kind. modified: seconds since 1970, 0 if unknown.
+    version: another text whenever the object was written again; None where the store does not tell.
     """
 
     name: str
     size: int = 0
     version: str | None = None
-    modified: float = 0.0
 
 
 def is_address(text: object) -> bool:
@@ -119,8 +118,30 @@ def read(address: str, most: int = MOST_BYTES) -> bytes:
     except _EmptyRange:
         return b""
     if len(data) > most:
-        raise OSError(27, f"it has more than {most:,} bytes", address)
+        raise OversizedError(most, address)
     return data
+
+
+def read_version(address: str, most: int = MOST_BYTES) -> tuple[bytes, str | None]:
+    """As `read`, with the version of just what was read; None where the store does not tell it with the content."""
+    protocol, rest = _parts(address)
+    if protocol not in ("s3", "s3a"):
+        return read(address, most), None
+    bucket, _, key = rest.partition("/")
+    try:
+        return _tried(address, "read", functools.partial(_s3_object, bucket, key, most))
+    except _EmptyRange:
+        return b"", None
+
+
+def tells_version(address: str) -> bool:
+    """Whether `read_version` gives a version."""
+    return _parts(address)[0] in ("s3", "s3a")
+
+
+def readers(workers: int) -> int:
+    """How many threads read objects where `workers` would read files: most of the time, each waits for an answer."""
+    return 8 * workers
 
 
 def write(address: str, data: bytes) -> None:
@@ -132,7 +153,7 @@ def status(address: str) -> Stored:
     """What the store knows of an object; its name is empty. Raises `FileNotFoundError` and `StorageError`."""
     found = _tried(address, "found", lambda system, path: _call(system, "info", path))
     if found.get("type") == "directory":
-        raise FileNotFoundError(2, "there is no such object", address)
+        raise FileNotFoundError(errno.ENOENT, "there is no such object", address)
     return _stored("", found)
 
 
@@ -187,6 +208,13 @@ class _Counter:
 _counter = _Counter()
 
 
+class OversizedError(OSError):
+    """An object that is larger than what may be read."""
+
+    def __init__(self, most: int, address: str) -> None:
+        super().__init__(errno.EFBIG, f"it has more than {most:,} bytes", address)
+
+
 class _EmptyRange(Exception):
     """The answer of a store that is asked for the first bytes of an object that has none."""
 
@@ -211,10 +239,10 @@ def _tried(address: str, done: str, operation: Callable[[Any, str], Result]) -> 
         try:
             with _deadline(end):
                 return operation(system, path)
-        except FinetuneError:
+        except (FinetuneError, OversizedError):
             raise
         except FileNotFoundError:
-            raise FileNotFoundError(2, "there is no such object", address) from None
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", address) from None
         except Exception as exc:  # noqa: BLE001 - each store has exceptions of its own
             code = _http_status(exc)
             if code == 416:
@@ -341,21 +369,38 @@ def _s3_pages(folder: str, deep: bool) -> Iterator[Stored]:
         token = {"ContinuationToken": page["NextContinuationToken"]}
 
 
+def _s3_object(bucket: str, key: str, most: int, system: Any, _path: str) -> tuple[bytes, str | None]:
+    from fsspec.asyn import sync
+
+    async def whole() -> tuple[bytes, str | None]:
+        answer = await system._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes=0-{most}")
+        async with answer["Body"] as body:
+            data = await body.read()
+        return data, _version(answer.get("ETag"), len(data), answer.get("LastModified"))
+
+    data, version = sync(system.loop, whole, timeout=max(0.1, _end.at - time.monotonic()))
+    if len(data) > most:
+        raise OversizedError(most, f"s3://{bucket}/{key}")
+    return data, version
+
+
 def _s3_page(asked: dict[str, str], system: Any, _path: str) -> Any:
     return _call(system, "call_s3", "list_objects_v2", **asked)
 
 
 def _stored(name: str, facts: dict[str, Any]) -> Stored:
     """What a store says of an object, in whatever names it has for that."""
-    modified: Any = (
-        facts.get("LastModified") or facts.get("mtime") or facts.get("updated") or facts.get("last_modified")
-    )
-    tag = facts.get("generation") or facts.get("VersionId") or facts.get("ETag") or facts.get("etag")
-    size = facts.get("size", facts.get("Size", 0)) or 0
-    when = modified.timestamp() if hasattr(modified, "timestamp") else 0.0
-    # A tag that starts with W/ is weak: it may stay when the content changes (RFC 9110, 8.8.3).
-    version = None if not tag or str(tag).startswith("W/") else str(tag).strip('"')
-    return Stored(name, int(size), version if version not in ("", "null") else None, when)
+    size = int(facts.get("size", facts.get("Size", 0)) or 0)
+    if "generation" in facts:  # of Google Cloud Storage: a new one for every write
+        return Stored(name, size, f"{facts['generation']} {size}")
+    return Stored(name, size, _version(facts.get("ETag"), size, facts.get("LastModified")))
+
+
+def _version(tag: str | None, size: int, modified: Any) -> str | None:
+    """What changes when an object of S3 is written; None without a time, or with a weak tag (RFC 9110, 8.8.3)."""
+    if not tag or tag.startswith("W/") or not hasattr(modified, "timestamp"):
+        return None
+    return f"{tag.strip(chr(34))} {size} {int(modified.timestamp())}"
 
 
 def _causes(exc: BaseException | None) -> Iterator[BaseException]:

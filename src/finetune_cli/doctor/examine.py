@@ -73,11 +73,20 @@ def examine(config: Config, observer: Observer) -> Examination:
     settings = replace(settings, photos=replace(settings.photos, trained_on=frozenset()))
     context = contextlib.nullcontext() if settings.builds_backbone else prepare.conversion_of(settings)
     with context as conversion:
+        made: list[Extractor] = []
+
+        def extractor() -> Extractor:
+            made[:] = made or [prepare.make_extractor(settings, observer, conversion)]
+            return made[0]
 
         def work(data: Dataset) -> Examination:
-            return _examined(data, settings, prepare.make_extractor(settings, observer, conversion), observer)
+            return _examined(data, settings, extractor(), observer)
 
-        return prepare.with_photos(settings, observer, work, {}, contradictions=True)
+        first = None
+        if dataset.in_store(settings.photos):
+            request = extractor().first_request
+            first = prepare.FirstLook(extractor(), lambda _split, _made: request)
+        return prepare.with_photos(settings, observer, work, {}, prepare.Indexing(contradictions=True, first=first))
 
 
 def _examined(data: Dataset, settings: Settings, extractor: Extractor, observer: Observer) -> Examination:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from finetune_cli.cache.digests import DigestCache
 from finetune_cli.errors import DataError
-from finetune_cli.photos import fixes, folders, split
+from finetune_cli.photos import fixes, folders, objects, split, table
 from finetune_cli.photos.decode import EXTENSIONS
 from finetune_cli.photos.groups import Proposal, propose
 from finetune_cli.photos.listing import SPLITS, Listing, byte_order
@@ -95,8 +95,16 @@ class Labelled:
     root: Place
 
 
-def load(settings: DataSettings, cache: DigestCache, advance: Advance, contradictions: bool = False) -> Dataset:
+def load(
+    settings: DataSettings,
+    cache: DigestCache,
+    advance: Advance,
+    contradictions: bool = False,
+    look: objects.Look | None = None,
+) -> Dataset:
     """Find, check and split the photos of a configuration; `advance` counts photos and learns their total.
+
+    `look` reads those that are in a store.
 
     Bad photos are listed, not refused. Raises `DataError` that lists what is wrong: missing, unknown or empty classes,
     a photo under two labels (unless `contradictions` are allowed), and a split without a good photo.
@@ -107,7 +115,7 @@ def load(settings: DataSettings, cache: DigestCache, advance: Advance, contradic
     _check_classes(listings)
     _check_folds(settings.folds, listings)
     rules = Rules(classes, settings.max_pixels, grouping(settings.group_regex))
-    parts, bad = preflight(listings, rules, cache, advance)
+    parts, bad = preflight(listings, rules, cache, advance, look)
     notes = [*sources.notes, *(note for listing in listings.values() for note in listing.notes)]
     roots = {name: listing.root for name, listing in listings.items()}
     fixed_by = None
@@ -154,6 +162,12 @@ def load(settings: DataSettings, cache: DigestCache, advance: Advance, contradic
         val_split=None if val_is_given or settings.folds is not None else settings.val_split,
         fixes=fixed_by,
     )
+
+
+def in_store(settings: DataSettings) -> bool:
+    """Whether training photos are in a store: of a table, the first one decides."""
+    source = settings.train
+    return isinstance(source, Address) or (source.suffix.lower() in table.SUFFIXES and table.in_store(source))
 
 
 def split_again(data: Dataset, together: Iterable[Collection[str]], trained_on: Set[str]) -> Dataset:
@@ -250,7 +264,7 @@ def _iter_objects(where: Address, ignored: Counter[str]) -> Iterator[Address]:
         yield where
         return
     own: Counter[str] = Counter()
-    names = (name for name in folders.objects(where, own) if not name.endswith("/"))
+    names = (entry.name for entry in folders.objects(where, own) if not entry.name.endswith("/"))
     first = next(names, None)
     if first is not None:
         yield where / first

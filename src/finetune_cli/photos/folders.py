@@ -109,7 +109,7 @@ def walk(folder: Path, ignored: Counter[str], failed: Callable[[Path, OSError], 
         pending += [(prefix + entry, not is_folder) for entry, is_folder in reversed(entries)]
 
 
-def objects(folder: Address, ignored: Counter[str]) -> Iterator[str]:
+def objects(folder: Address, ignored: Counter[str]) -> Iterator[storage.Stored]:
     """As `walk`, of all objects below an address; names that end with a slash are those of empty folders.
 
     Names that could not be those of files, such as ``a/../b.jpg``, are left out, too. Raises `StorageError`.
@@ -122,7 +122,7 @@ def objects(folder: Address, ignored: Counter[str]) -> Iterator[str]:
         elif any(part.startswith(".") or part in _NEVER_PHOTOS for part in (*folders, name)):
             ignored["hidden"] += 1
         elif not name or suffix in EXTENSIONS:
-            yield entry.name
+            yield entry
         else:
             ignored[f"{suffix} files" if suffix else "files without an extension"] += 1
 
@@ -204,14 +204,15 @@ def _read_objects(root: Address) -> Listing:
     listing = Listing(root, root)
     ignored: Counter[str] = Counter()
     labels: set[str] = set()
-    for name in objects(root, ignored):
-        label, slash, rest = name.partition("/")
+    for entry in objects(root, ignored):
+        label, slash, rest = entry.name.partition("/")
         if not slash:
             ignored["photos outside of any class folder"] += 1
             continue
         labels.add(label)
         if not rest.endswith("/") and rest:
-            listing.photos.append(ListedPhoto(storage.join(root.text, name), name, label))
+            path = storage.join(root.text, entry.name)
+            listing.photos.append(ListedPhoto(path, entry.name, label, version=entry.version))
     listing.classes = tuple(sorted(labels, key=byte_order))
     listing.notes += describe_ignored(ignored, shown(root))
     return listing

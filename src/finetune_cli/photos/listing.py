@@ -14,7 +14,8 @@ class ListedPhoto:
 
     Where the photo lies elsewhere than the root, in another store or bucket, its name is its whole address.
 
-    `path` is text, because a `Path` takes several times the memory, and there may be a million of them.
+    `path` is text, because a `Path` takes several times the memory, and there may be a million of them. `version`: of
+    an object in a store, if the listing tells it.
     """
 
     path: str
@@ -22,6 +23,7 @@ class ListedPhoto:
     label: str
     group: str | None = None
     split: str | None = None
+    version: str | None = None
 
 
 @dataclass

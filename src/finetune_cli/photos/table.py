@@ -1,5 +1,6 @@
 """Tables of photos: a CSV, TSV or Parquet file that names a photo and its label in each line."""
 
+import contextlib
 import csv
 import functools
 import io
@@ -38,7 +39,7 @@ def read(path: Place) -> Listing:
         return os.path.join(real_folder(folder), name)  # noqa: PTH118 - text, as in `ListedPhoto`
 
     try:
-        for where, cells in _parquet_rows(path) if path.suffix.lower() == ".parquet" else _text_rows(path):
+        for where, cells in _rows(path):
             photo = _photo_of(cells, root)
             if isinstance(photo, str):
                 problems.append(f"{where}: {photo}")
@@ -58,6 +59,18 @@ def read(path: Place) -> Listing:
     if repeated:
         listing.notes.append(f"{repeated} lines of {shown(path)} repeat an earlier one and are ignored")
     return listing
+
+
+def in_store(path: Place) -> bool:
+    """Whether the first photo of a table is in a store; what is wrong with the table is for `read` to say."""
+    with contextlib.suppress(OSError, DataError):
+        for _where, cells in _rows(path):
+            return is_address(cells["image_path"].strip())
+    return False
+
+
+def _rows(path: Place) -> Iterator[_Row]:
+    return _parquet_rows(path) if path.suffix.lower() == ".parquet" else _text_rows(path)
 
 
 def _text_rows(path: Place) -> Iterator[_Row]:

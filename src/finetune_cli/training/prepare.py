@@ -5,7 +5,7 @@ all of them see the same photos in the same way.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -27,6 +27,8 @@ from finetune_cli.parallel import ordered_map
 from finetune_cli.photos import dataset, groups, scan
 from finetune_cli.photos.dataset import Dataset, DataSettings
 from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.photos.listing import ListedPhoto
+from finetune_cli.photos.objects import Examined, Look
 from finetune_cli.photos.scan import BadPhoto, Sample
 from finetune_cli.places import Address
 from finetune_cli.progress import Observer, timed
@@ -34,7 +36,7 @@ from finetune_cli.runs.run import SplitRow
 from finetune_cli.text import counted, shown
 from finetune_cli.training import near, start_from
 from finetune_cli.training.converted import Conversion
-from finetune_cli.training.extract import Features
+from finetune_cli.training.extract import FeatureRequest, Features
 from finetune_cli.training.extractor import Extractor
 from finetune_cli.training.near import Leak
 from finetune_cli.training.requirements import check_room
@@ -105,15 +107,19 @@ def prepare(
     extractor: Extractor | None = None
     conversion: Conversion | None
 
-    def work(data: Dataset) -> Prepared:
+    def opened() -> Extractor:
         nonlocal extractor
-        class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
-        with timed(seconds, "preflight"):
-            _refuse_bad_headers(settings, data, observer)
         if extractor is None:
             _note_augmentation(settings, observer)
             with timed(seconds, "backbone"):
                 extractor = make_extractor(settings, observer, conversion)
+        return extractor
+
+    def work(data: Dataset) -> Prepared:
+        class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
+        with timed(seconds, "preflight"):
+            _refuse_bad_headers(settings, data, observer)
+        extractor = opened()
         check_room(settings, data, extractor.backbone)
         if config.data.folds is not None:
             start_from.check_held_out(settings.start, data.train, config.training.solver)
@@ -123,6 +129,7 @@ def prepare(
         with timed(seconds, "features"):
             extractor.prove()  # all features may have been in the cache
         data, parts = split.data, split.parts
+        _count_looked(parts, extractor.looked)
         _refuse_bad(data, parts, config.data.on_bad_image, observer)
         if config.data.folds is not None:  # again: bad photos were left out, and near-duplicates found
             samples = tuple(dataset.into_folds(parts["train"].samples, config.data.folds))
@@ -144,7 +151,16 @@ def prepare(
     with contextlib.nullcontext() if settings.builds_backbone else conversion_of(settings) as conversion:
         if conversion is not None and not conversion.downloads:  # a download waits for photos that can be used
             conversion.begin()
-        return with_photos(settings, observer, work, seconds)
+        first = _first_look(opened()) if dataset.in_store(settings.photos) else None
+        return with_photos(settings, observer, work, seconds, Indexing(first=first))
+
+
+def _count_looked(parts: dict[str, Features], views: int) -> None:
+    """Count `views` as computed that were found in the cache because this command's first look put them there."""
+    for split, part in parts.items():
+        own = min(views, part.cached)
+        parts[split] = replace(part, computed=part.computed + own, cached=part.cached - own)
+        views -= own
 
 
 def conversion_of(settings: Settings) -> Conversion:
@@ -157,7 +173,7 @@ def with_photos(
     observer: Observer,
     work: Callable[[Dataset], Result],
     seconds: dict[str, float],
-    contradictions: bool = False,
+    how: "Indexing | None" = None,
 ) -> Result:
     """The result of `work` on the indexed photos; the seconds of indexing go to ``seconds["preflight"]``.
 
@@ -167,13 +183,71 @@ def with_photos(
     """
     try:
         with timed(seconds, "preflight"):
-            data = index(settings.photos, settings.cache, observer, contradictions=contradictions)
+            data = index(settings.photos, settings.cache, observer, how)
         return work(data)
     except ChangedPhoto as exc:
         observer.note(f"{shown(exc.path)} is not the photo that was indexed; all photos are read again")
     with timed(seconds, "preflight"):
-        data = index(settings.photos, settings.cache, observer, fresh=True, contradictions=contradictions)
+        data = index(settings.photos, settings.cache, observer, replace(how or Indexing(), fresh=True))
     return work(data)
+
+
+class FirstLook:
+    """Reads photos in a store for the first time, with the features that they need whatever their digests are.
+
+    Used as a context: the feature cache is open in it. `wanted`: what is computed of the photos of a split, which the
+    user has made or not.
+    """
+
+    def __init__(self, extractor: Extractor, wanted: Callable[[str, bool], FeatureRequest]) -> None:
+        self._extractor = extractor
+        self._wanted = wanted
+        self._store: FeatureStore | None = None
+
+    def __enter__(self) -> Look:
+        """What `dataset.load` takes."""
+        folder = self._extractor.settings.cache
+        self._store = FeatureStore(folder.path, folder.writable)
+        return self._look
+
+    def __exit__(self, *_exception: object) -> None:
+        """Close the cache."""
+        assert self._store is not None
+        self._store.close()
+
+    def _look(self, split: str, photos: Sequence[ListedPhoto], split_is_made: bool) -> Iterator[Examined]:
+        assert self._store is not None
+        return self._extractor.look(self._store, photos, self._wanted(split, split_is_made))
+
+
+@dataclass(frozen=True)
+class Indexing:
+    """How photos are indexed.
+
+    contradictions: photos under two labels are no error. fresh: all photos are read, whatever the digest cache says.
+    first: how photos in a store are read.
+    """
+
+    contradictions: bool = False
+    fresh: bool = False
+    first: FirstLook | None = None
+
+
+def _first_look(extractor: Extractor) -> FirstLook:
+    """The first look of a training.
+
+    Where the user made the split, or with folds, it computes all that is needed; before an automatic split, view 0 of
+    the photos to be split. Those that become training photos are read once more for their other views.
+    """
+    data = extractor.settings.config.data
+    thumbnails = data.near_duplicates != "ignore"
+
+    def wanted(split: str, split_is_made: bool) -> FeatureRequest:
+        if split == "train" and not split_is_made and data.folds is None:
+            return replace(extractor.first_request, thumbnails=thumbnails)
+        return extractor.request(split, thumbnails)
+
+    return FirstLook(extractor, wanted)
 
 
 def _note_augmentation(settings: Settings, observer: Observer) -> None:
@@ -304,7 +378,9 @@ def _check_unchanged(samples: Sequence[Sample]) -> None:
     """Raise `ChangedPhoto` if one of a few of `samples` is not the one that was indexed.
 
     Photos whose features are all in the cache are not read otherwise, and an index that is out of date would go unseen.
+    Stores tell whether an object was written again.
     """
+    samples = [sample for sample in samples if not isinstance(sample.path, Address)]
     for i in evenly_spread(len(samples), _CHECKED_PHOTOS):
         with contextlib.suppress(BadImage):  # gone since it was indexed, or unreadable: its features are known
             scan.read_sample(samples[i])
@@ -355,19 +431,16 @@ def index(
     photos: DataSettings,
     folder: CacheFolder,
     observer: Observer,
-    fresh: bool = False,
-    contradictions: bool = False,
+    how: "Indexing | None" = None,
 ) -> Dataset:
-    """The photos after preflight (headers and digests); what the user should know is noted.
-
-    `fresh`: all photos are read, whatever the digest cache in `folder` says. `contradictions`: photos under two labels
-    are no error.
-    """
+    """The photos after preflight (headers and digests); what the user should know is noted."""
+    how = how or Indexing()
     with (
         observer.stage("preflight", None) as advance,
-        DigestCache(folder.path, folder.writable, fresh) as cache,
+        DigestCache(folder.path, folder.writable, how.fresh) as cache,
+        contextlib.nullcontext() if how.first is None else how.first as look,
     ):
-        data = dataset.load(photos, cache, advance, contradictions)
+        data = dataset.load(photos, cache, advance, how.contradictions, look)
     for note in data.notes:
         observer.note(note)
     for warning in (folder.warning, *cache.warnings, *data.warnings):
