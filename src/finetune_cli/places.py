@@ -6,6 +6,7 @@ does not ask which of the two it has. What is read comes through `read`.
 
 import os
 import posixpath
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TypeAlias
@@ -112,3 +113,8 @@ def join(folder: Place, name: str) -> Place:
 def read(where: Place) -> bytes:
     """The whole content. Raises `OSError` as `files.open_regular` does, and `StorageError` when a store fails."""
     return storage.read(where.text) if isinstance(where, Address) else files.read_regular(where)
+
+
+def threads(workers: int, photos: Iterable[Place]) -> int:
+    """How many threads process `photos` on `workers` cores: more of them where the first photo is in a store."""
+    return storage.readers(workers) if isinstance(next(iter(photos), None), Address) else workers

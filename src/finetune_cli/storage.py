@@ -141,7 +141,7 @@ def tells_version(address: str) -> bool:
 
 def readers(workers: int) -> int:
     """How many threads read objects where `workers` would read files: most of the time, each waits for an answer."""
-    return 8 * workers
+    return workers + min(7 * workers, 32)  # each that infers holds a few MB of activations
 
 
 def write(address: str, data: bytes) -> None:

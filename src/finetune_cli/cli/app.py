@@ -16,7 +16,7 @@ from typer.core import TyperCommand
 
 from finetune_cli import __version__, signals, streams
 from finetune_cli.errors import FinetuneError, Interrupted, UsageError
-from finetune_cli.storage import check, is_address
+from finetune_cli.storage import check, is_address, retries
 from finetune_cli.text import address, shown
 
 # In the order of `finetune --help`. Each is a module here with a function of that name, or, for a group of commands,
@@ -82,6 +82,7 @@ def _guarded(function: Callable[P, None]) -> Callable[P, None]:
             try:
                 _check_addresses(kwargs.values())
                 function(*args, **kwargs)
+                _note_retries(bool(kwargs.get("quiet")))
             finally:
                 sys.stdout.flush()
         except (FinetuneError, Interrupted) as exc:
@@ -117,6 +118,13 @@ def _check_addresses(values: Iterable[object]) -> None:
                     f"{shown(typed)} is an address, and this must be a path on this machine",
                     "download it, and name the file or folder",
                 )
+
+
+def _note_retries(quiet: bool) -> None:
+    if retries():
+        from finetune_cli.cli.console import Console
+
+        Console(quiet).note(f"requests to a store that had to be made again: {retries()}")
 
 
 def _fail(error: FinetuneError | Interrupted, debug: bool) -> None:

@@ -85,7 +85,7 @@ def examine(config: Config, observer: Observer) -> Examination:
         first = None
         if dataset.in_store(settings.photos):
             request = extractor().first_request
-            first = prepare.FirstLook(extractor(), lambda _split, _made: request)
+            first = prepare.FirstLook(extractor(), lambda _split, _made: request, {})
         return prepare.with_photos(settings, observer, work, {}, prepare.Indexing(contradictions=True, first=first))
 
 

@@ -98,7 +98,7 @@ def _by_digest(root: Place, wanted: set[str], workers: int, advance: Advance) ->
             return None, where
 
     found: dict[str, Place] = {}
-    for content, path in ordered_map(digest, map(str, dataset.iter_photos([root])), workers):
+    for content, path in ordered_map(digest, map(str, dataset.iter_photos([root])), places.threads(workers, [root])):
         advance(1)
         if content in wanted:
             found.setdefault(content, path)

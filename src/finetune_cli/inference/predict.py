@@ -1,5 +1,6 @@
 """`predict`: photos in, one `PredictionRow` per photo out, streaming; neither TensorFlow nor Keras is imported."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_cli import places
 from finetune_cli.errors import BadImage, UsageError
 from finetune_cli.inference.predictor import (
     PHOTOS_A_CALL,
@@ -89,8 +91,13 @@ def predict(
             "drop --min-confidence and compare the probability that --format csv or jsonl gives; "
             "or train again with another name for that class",
         )
-    groups = groups_available(paths, PHOTOS_A_CALL) if at_once else chunks(paths)
-    return _predict(predictor, groups, top_k, Limits(limits.min_confidence, rate))
+    limits = Limits(limits.min_confidence, rate)
+    if at_once:
+        return _predict(predictor, groups_available(paths, PHOTOS_A_CALL), top_k, limits, cores())
+    others = iter(paths)
+    first = list(itertools.islice(others, 1))
+    groups = chunks(itertools.chain(first, others))
+    return _predict(predictor, groups, top_k, limits, places.threads(cores(), first))
 
 
 def _predict(
@@ -98,6 +105,7 @@ def _predict(
     groups: Iterable[tuple[Place, ...] | None],
     top_k: int,
     limits: Limits,
+    threads: int,
 ) -> Iterator[PredictionRow]:
     top_k = min(top_k, len(predictor.classes))
 
@@ -107,7 +115,7 @@ def _predict(
         except UsageError as exc:  # an address on standard input that cannot be used
             raise BadImage(masked(str(path)), exc.problem, exc.remedy) from exc
 
-    for path, answer in answers(predictor, groups, decode, cores()):
+    for path, answer in answers(predictor, groups, decode, threads):
         if isinstance(answer, BadImage):
             typed = address(path) if isinstance(path, Path) else None
             reason = answer.reason if typed is None else "this is an address; download the photo and name the file"

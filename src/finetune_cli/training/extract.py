@@ -32,6 +32,7 @@ from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.listing import ListedPhoto
 from finetune_cli.photos.scan import BadPhoto, Sample
 from finetune_cli.places import place
+from finetune_cli.places import threads as threads_for
 from finetune_cli.progress import Advance
 from finetune_cli.training import first_look
 
@@ -144,7 +145,8 @@ def extract(
     bad: dict[int, BadPhoto] = {}
     if missing:
         runtime = resources.make_runtime(request.precision)
-        work = ordered_map(worker(samples, request, runtime), chunks(missing, resources.batch_size), resources.workers)
+        threads = threads_for(resources.workers, (sample.path for sample in samples))
+        work = ordered_map(worker(samples, request, runtime), chunks(missing, resources.batch_size), threads)
         waiting: list[tuple[bytes, NDArray[np.float32]]] = []
         try:
             for computed, refused in work:

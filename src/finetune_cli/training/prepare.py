@@ -5,6 +5,7 @@ all of them see the same photos in the same way.
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -12,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_cli import places, storage
 from finetune_cli.backbones import build
 from finetune_cli.backbones.build import Backbone
 from finetune_cli.cache.digests import DigestCache
@@ -56,7 +58,7 @@ class Prepared:
 
     `leaks`: val and test photos that show the same picture as a training photo. `start_from`: SHA-256 of the model of
     `model.start_from`, if there is one. With `data.folds`, `held_out` has view 0 of the training photos in float32, as
-    they are answered when their fold is held out.
+    they are answered when their fold is held out. `retries_before`: `storage.retries()` when the command began.
     """
 
     settings: Settings
@@ -70,6 +72,7 @@ class Prepared:
     start_from: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     held_out: Features | None = None
+    retries_before: int = 0
 
     @property
     def validating(self) -> Features:
@@ -103,6 +106,7 @@ def prepare(
     then stays in the cache. Raises `StorageError` when there is no room for the features or for the run.
     """
     config, seconds = settings.config, dict[str, float]()
+    retries_before = storage.retries()
     start_digest = start_from.digest_of(settings.start)
     extractor: Extractor | None = None
     conversion: Conversion | None
@@ -146,12 +150,13 @@ def prepare(
             start_from=start_digest,
             seconds=seconds,
             held_out=split.held_out,
+            retries_before=retries_before,
         )
 
     with contextlib.nullcontext() if settings.builds_backbone else conversion_of(settings) as conversion:
         if conversion is not None and not conversion.downloads:  # a download waits for photos that can be used
             conversion.begin()
-        first = _first_look(opened()) if dataset.in_store(settings.photos) else None
+        first = _first_look(opened(), seconds) if dataset.in_store(settings.photos) else None
         return with_photos(settings, observer, work, seconds, Indexing(first=first))
 
 
@@ -196,12 +201,15 @@ class FirstLook:
     """Reads photos in a store for the first time, with the features that they need whatever their digests are.
 
     Used as a context: the feature cache is open in it. `wanted`: what is computed of the photos of a split, which the
-    user has made or not.
+    user has made or not. `seconds`: what it takes is counted as features, not as preflight.
     """
 
-    def __init__(self, extractor: Extractor, wanted: Callable[[str, bool], FeatureRequest]) -> None:
+    def __init__(
+        self, extractor: Extractor, wanted: Callable[[str, bool], FeatureRequest], seconds: dict[str, float]
+    ) -> None:
         self._extractor = extractor
         self._wanted = wanted
+        self._seconds = seconds
         self._store: FeatureStore | None = None
 
     def __enter__(self) -> Look:
@@ -217,7 +225,17 @@ class FirstLook:
 
     def _look(self, split: str, photos: Sequence[ListedPhoto], split_is_made: bool) -> Iterator[Examined]:
         assert self._store is not None
-        return self._extractor.look(self._store, photos, self._wanted(split, split_is_made))
+        request = self._wanted(split, split_is_made)
+        if split == "train" and not split_is_made and request.views < self._extractor.request("train").views:
+            self._extractor.observer.note(
+                f"{counted(len(photos), 'photo')} of a store must be read before the split; those that become training "
+                "photos are read once more for their other views"
+            )
+        started = time.monotonic()
+        yield from self._extractor.look(self._store, photos, request)
+        spent = time.monotonic() - started
+        for stage, change in (("preflight", -spent), ("features", spent)):
+            self._seconds[stage] = round(self._seconds.get(stage, 0.0) + change, 3)
 
 
 @dataclass(frozen=True)
@@ -233,7 +251,7 @@ class Indexing:
     first: FirstLook | None = None
 
 
-def _first_look(extractor: Extractor) -> FirstLook:
+def _first_look(extractor: Extractor, seconds: dict[str, float]) -> FirstLook:
     """The first look of a training.
 
     Where the user made the split, or with folds, it computes all that is needed; before an automatic split, view 0 of
@@ -247,7 +265,7 @@ def _first_look(extractor: Extractor) -> FirstLook:
             return replace(extractor.first_request, thumbnails=thumbnails)
         return extractor.request(split, thumbnails)
 
-    return FirstLook(extractor, wanted)
+    return FirstLook(extractor, wanted, seconds)
 
 
 def _note_augmentation(settings: Settings, observer: Observer) -> None:
@@ -420,7 +438,7 @@ def decode_all(data: Dataset, image: ImageSettings, workers: int, observer: Obse
     bad = []
     samples = [sample for part in data.splits.values() for sample in part]
     with observer.stage("decoding", len(samples)) as advance:
-        for fault in ordered_map(decode, samples, workers):
+        for fault in ordered_map(decode, samples, places.threads(workers, (sample.path for sample in samples))):
             advance(1)
             if fault is not None:
                 bad.append(fault)
