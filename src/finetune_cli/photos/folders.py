@@ -72,7 +72,7 @@ def read(source: Place) -> Listing:
         return _read_folders(source) if isinstance(source, Path) else _read_objects(source)
     if source.suffix.lower() in table.SUFFIXES and source.is_file():
         return table.read(source)
-    if typed := address(source):
+    if isinstance(source, Path) and (typed := address(source)):
         raise DataError(f"{shown(typed)} is an address, not a path", "download the photos, and name their folder")
     state = "is neither a folder nor a table named .csv, .tsv or .parquet" if source.exists() else "does not exist"
     raise DataError(f"{shown(source)} {state}", "name the folder that holds one folder per class, or a table of photos")
