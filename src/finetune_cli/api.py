@@ -228,7 +228,7 @@ class Classifier:
     ) -> Evaluation:
         """Evaluate the run on labelled photos. Nothing is written; ``finetune evaluate`` writes tables and a report.
 
-        data: a folder of class folders, or a CSV file; by default the run's test photos, else its validation photos,
+        data: a folder of class folders, or a table; by default the run's test photos, else its validation photos,
         which also served to select the run, or with ``data.folds`` its training photos by their out-of-fold
         predictions. root: where the run's own photos are now, if they were moved (the command line's ``--data``).
         Photos that cannot be used are left out, each with a warning in the log.

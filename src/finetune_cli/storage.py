@@ -308,6 +308,8 @@ def _file_system(_process: int, protocol: str) -> Any:
         elif protocol in ("gs", "gcs"):
             import aiohttp
 
+            # What gcsfs calls experimental opens a connection of its own, with waits and retries that we do not know.
+            os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
             options["requests_timeout"] = aiohttp.ClientTimeout(
                 total=None, sock_connect=patience.connect, sock_read=patience.silence
             )
@@ -426,7 +428,7 @@ def _http_status(exc: BaseException) -> int | None:
 
 def _refused(exc: BaseException, code: int | None) -> bool:
     """Whether the store, or its library, refused for want of the right credentials."""
-    if isinstance(exc, PermissionError) or code in (401, 403):
+    if isinstance(exc, PermissionError) or code in (401, 403) or str(exc).startswith("Forbidden"):  # gcsfs says so
         return True
     names = {type(each).__name__ for each in _causes(exc)}
     return bool(names & {"NoCredentialsError", "PartialCredentialsError", "DefaultCredentialsError", "RefreshError"})

@@ -264,10 +264,10 @@ def test_a_training_on_a_server_that_fails_now_and_then(s3, trained, tmp_path):
 def test_a_photo_that_is_written_again_is_read_again(s3, trained, tmp_path):
     folder, _outputs, _reads = trained
     changed = folder / "set/train/ant/ant-03.png"
-    s3.put_object("photos", "set/train/ant/ant-03.png", (folder / "set/test/ant/ant-03.png").read_bytes())
+    storage.write("s3://photos/set/train/ant/ant-03.png", (folder / "set/test/ant/ant-03.png").read_bytes())
     try:
         command(folder, "train", "s3.yaml", "--name", "changed")
     finally:
-        s3.put_object("photos", "set/train/ant/ant-03.png", changed.read_bytes())
+        storage.write("s3://photos/set/train/ant/ant-03.png", changed.read_bytes())
     views = json.loads((folder / "runs/changed/run.json").read_text())["views"]
     assert views["computed"] == 2
