@@ -23,6 +23,7 @@ from finetune_cli.inference.predictor import Answer, RunPredictor, answers, best
 from finetune_cli.metrics.scores import Evaluation
 from finetune_cli.parallel import cores
 from finetune_cli.photos import decode as images
+from finetune_cli.places import Place, place
 from finetune_cli.progress import Observer, Silent
 from finetune_cli.runs.run import Run
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Classifier", "Evaluation", "Observer", "Prediction", "Run", "load", "train"]
 
-# A path, the bytes of an image file, a Pillow image, or pixels: uint8 (height, width, 3), RGB.
+# A path or an address, the bytes of an image file, a Pillow image, or pixels: uint8 (height, width, 3), RGB.
 Photo: TypeAlias = Union[str, os.PathLike[str], bytes, "Image", NDArray[np.uint8]]
 _P = TypeVar("_P", bound=Photo)
 
@@ -227,7 +228,7 @@ class Classifier:
     ) -> Evaluation:
         """Evaluate the run on labelled photos. Nothing is written; ``finetune evaluate`` writes tables and a report.
 
-        data: a folder of class folders, or a CSV file; by default the run's test photos, else its validation photos,
+        data: a folder of class folders, or a table; by default the run's test photos, else its validation photos,
         which also served to select the run, or with ``data.folds`` its training photos by their out-of-fold
         predictions. root: where the run's own photos are now, if they were moved (the command line's ``--data``).
         Photos that cannot be used are left out, each with a warning in the log.
@@ -237,7 +238,7 @@ class Classifier:
         from finetune_cli.evaluation import evaluate as evaluation
 
         observer = observer or _LogObserver()
-        request = evaluation.EvaluationRequest(_path(data), _path(root))
+        request = evaluation.EvaluationRequest(_place(data), _place(root))
         judged = evaluation.judge_photos(self.run, observer, request)
         for photo in judged.bad:
             observer.warn(f"left out {photo.path}: {photo.reason}")
@@ -272,13 +273,13 @@ class Classifier:
         from finetune_cli.exports.export import ExportRequest, export
 
         options = {"quantize": quantize, "layout": layout, "pixels": pixels, "page": "page" if page else None}
-        request = ExportRequest([format], Path(output), version, options, _path(root), force)
+        request = ExportRequest([format], Path(output), version, options, _place(root), force)
         (exported,) = export(self.run, request, observer or _LogObserver()).exports
         return exported.folder
 
 
-def _path(path: str | os.PathLike[str] | None) -> Path | None:
-    return None if path is None else Path(path)
+def _place(path: str | os.PathLike[str] | None) -> Place | None:
+    return None if path is None else place(path)
 
 
 def _sections(config: Mapping[str, Any] | Config | None) -> Mapping[str, Any]:
@@ -309,7 +310,7 @@ def _pixels(photo: Photo, settings: images.ImageSettings) -> NDArray[np.uint8]:
     if isinstance(photo, bytes):
         return images.decode(photo, settings)
     if isinstance(photo, str | os.PathLike):
-        return images.decode(Path(photo), settings)
+        return images.decode(place(photo), settings)
     if isinstance(photo, np.ndarray):
         from PIL import Image
 

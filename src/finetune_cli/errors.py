@@ -19,7 +19,6 @@ An error has one line for the problem and one for the remedy. Third-party except
 where they enter the package, with ``raise ... from exc``.
 """
 
-from pathlib import Path
 from typing import Any
 
 
@@ -67,7 +66,7 @@ class DataError(FinetuneError):
 class BadImage(DataError):
     """One photo that cannot be used; `reason` is one line without the path."""
 
-    def __init__(self, path: Path | str, reason: str, remedy: str = "repair or remove it") -> None:
+    def __init__(self, path: object, reason: str, remedy: str = "repair or remove it") -> None:
         super().__init__(f"{path}: {reason}", remedy)
         self.path = path
         self.reason = reason
@@ -80,7 +79,7 @@ class BadPhotos(DataError):
 class ChangedPhoto(DataError):
     """The bytes of a photo are not those that were indexed."""
 
-    def __init__(self, path: Path, remedy: str = "run the same command again") -> None:
+    def __init__(self, path: object, remedy: str = "run the same command again") -> None:
         super().__init__(f"{path} changed while the command was running", remedy)
         self.path = path
 

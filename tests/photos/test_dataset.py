@@ -447,7 +447,7 @@ def test_a_table_may_name_files_that_are_not_photos(tmp_path):
 
 def test_addresses_in_a_table_or_a_config_are_named(tmp_path):
     (tmp_path / "t.csv").write_text("image_path,label\nhttps://host/a//b.jpg,city\n")
-    assert "line 2: https://host/a//b.jpg is an address, not a path" in problem(tmp_path / "t.csv")
+    assert "line 2: https://host/a//b.jpg is an address of the web" in problem(tmp_path / "t.csv")
     assert "https://host/photos is an address, not a path" in problem(tmp_path / "https://host/photos")
 
 

@@ -6,6 +6,7 @@ were, and used only on file systems that keep ctime (`mounts.py`). It is optiona
 the photos are read again. `sqlite_file.py` opens and recovers the file.
 """
 
+import hashlib
 import os
 import struct
 import time
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from finetune_cli.cache import sqlite_file
 from finetune_cli.cache.mounts import ChangeTimes
@@ -28,6 +29,8 @@ KIND = sqlite_file.Kind(
     "CREATE TABLE photos (path BLOB PRIMARY KEY, facts BLOB NOT NULL, crc INTEGER NOT NULL)",
 )
 _FACTS = struct.Struct("<QQqqq32sII")  # device, inode, size, mtime and ctime in nanoseconds, digest, width, height
+_VERSION = struct.Struct("<QQqqq")  # of an object in a store, in place of the first five
+_Identity = tuple[int, int, int, int, int]
 _ROWS_A_WRITE = 1000
 # Some file systems keep times to two seconds only: a file written that recently may change again unnoticed.
 _SETTLED_NS = 2_000_000_000
@@ -82,12 +85,7 @@ class DigestCache:
         if self._fresh:
             self._file.write("DELETE FROM photos WHERE path = ?", [(key,) for key in keys])
             return [None] * len(photos)
-        found = {
-            key: _FACTS.unpack(facts)
-            for key, facts, crc in self._file.select("SELECT path, facts, crc FROM photos WHERE path IN", keys)
-            if isinstance(key, bytes) and isinstance(facts, bytes) and len(facts) == _FACTS.size
-            if crc == _crc(key, facts)
-        }
+        found = self._rows(keys)
         answers: list[Facts | None] = []
         for key, (path, status) in zip(keys, photos, strict=True):
             row = found.get(key, ())
@@ -102,11 +100,39 @@ class DigestCache:
             return
         if not self._change_times.trusted(path, status.st_dev):
             return
-        key = _key(path)
-        packed = _FACTS.pack(*_identity(status), bytes.fromhex(facts.digest), facts.width, facts.height)
+        self._store(_key(path), _identity(status), facts)
+
+    def objects(self, addresses: Sequence[str]) -> list["Recorded | None"]:
+        """What is recorded of objects in a store; it counts only for the version that it was recorded of."""
+        if self._file is None or not addresses:
+            return [None] * len(addresses)
+        keys = [address.encode("utf-8", "surrogateescape") for address in addresses]
+        if self._fresh:
+            self._file.write("DELETE FROM photos WHERE path = ?", [(key,) for key in keys])
+            return [None] * len(keys)
+        found = self._rows(keys)
+        return [Recorded(row[:5], Facts(row[5].hex(), *row[6:])) if (row := found.get(key)) else None for key in keys]
+
+    def put_object(self, address: str, version: str, facts: Facts) -> None:
+        """Store `facts` of the object at `address`, which were read of this version."""
+        if self._file is not None:
+            self._store(address.encode("utf-8", "surrogateescape"), _identity_of_version(version), facts)
+
+    def _store(self, key: bytes, identity: "_Identity", facts: Facts) -> None:
+        packed = _FACTS.pack(*identity, bytes.fromhex(facts.digest), facts.width, facts.height)
         self._waiting.append((key, packed, _crc(key, packed)))
         if len(self._waiting) >= _ROWS_A_WRITE:
             self._write()
+
+    def _rows(self, keys: Sequence[bytes]) -> dict[bytes, tuple[Any, ...]]:
+        """The undamaged rows of these keys, unpacked."""
+        assert self._file is not None
+        return {
+            key: _FACTS.unpack(facts)
+            for key, facts, crc in self._file.select("SELECT path, facts, crc FROM photos WHERE path IN", keys)
+            if isinstance(key, bytes) and isinstance(facts, bytes) and len(facts) == _FACTS.size
+            if crc == _crc(key, facts)
+        }
 
     def _write(self) -> None:
         if self._file is not None and self._waiting:
@@ -114,7 +140,23 @@ class DigestCache:
         self._waiting = []
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int, int, int]:
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What the cache knows of an object in a store: `facts` of the version that `identity` stands for."""
+
+    identity: _Identity
+    facts: Facts
+
+    def is_of(self, version: str | None) -> bool:
+        """Whether this was recorded of `version`."""
+        return version is not None and self.identity == _identity_of_version(version)
+
+
+def _identity_of_version(version: str) -> _Identity:
+    return _VERSION.unpack(hashlib.sha512(version.encode()).digest()[: _VERSION.size])
+
+
+def _identity(status: os.stat_result) -> _Identity:
     """Values that change when the file with this `status` is written or replaced by another file."""
     word = (1 << 64) - 1  # Windows has inodes of 128 bits
     return status.st_dev & word, status.st_ino & word, status.st_size, status.st_mtime_ns, status.st_ctime_ns

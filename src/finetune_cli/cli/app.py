@@ -16,6 +16,7 @@ from typer.core import TyperCommand
 
 from finetune_cli import __version__, signals, streams
 from finetune_cli.errors import FinetuneError, Interrupted, UsageError
+from finetune_cli.storage import check, is_address, retries
 from finetune_cli.text import address, shown
 
 # In the order of `finetune --help`. Each is a module here with a function of that name, or, for a group of commands,
@@ -79,8 +80,9 @@ def _guarded(function: Callable[P, None]) -> Callable[P, None]:
         signals.catch()
         try:
             try:
-                _refuse_addresses(kwargs.values())
+                _check_addresses(kwargs.values())
                 function(*args, **kwargs)
+                _note_retries(bool(kwargs.get("quiet")))
             finally:
                 sys.stdout.flush()
         except (FinetuneError, Interrupted) as exc:
@@ -104,15 +106,25 @@ def _guarded(function: Callable[P, None]) -> Callable[P, None]:
     return guarded
 
 
-def _refuse_addresses(values: Iterable[object]) -> None:
-    """Raise `UsageError` for a web address in place of a path, among all that was typed."""
+def _check_addresses(values: Iterable[object]) -> None:
+    """Raise `UsageError` for an address that cannot be used, and for one in place of a path on this machine."""
     for value in values:
         for item in value if isinstance(value, list | tuple) else (value,):
-            typed = address(item) if isinstance(item, str | Path) else None
-            if typed is not None and not Path(item).exists():
+            if is_address(item):
+                check(str(item))
+            typed = address(item) if isinstance(item, Path) else None
+            if typed is not None and not item.exists():
                 raise UsageError(
-                    f"{shown(typed)} is an address, not a path", "download it, and name the file or folder"
+                    f"{shown(typed)} is an address, and this must be a path on this machine",
+                    "download it, and name the file or folder",
                 )
+
+
+def _note_retries(quiet: bool) -> None:
+    if retries():
+        from finetune_cli.cli.console import Console
+
+        Console(quiet).note(f"requests to a store that had to be made again: {retries()}")
 
 
 def _fail(error: FinetuneError | Interrupted, debug: bool) -> None:

@@ -31,10 +31,10 @@ _MOST_ROWS = 20
 
 def evaluate(
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Argument(
             metavar="DATA",
-            help="Labelled photos: a folder of class folders, or a CSV file. [default: the run's test photos if it has "
+            help="Labelled photos: a folder of class folders, or a table. [default: the run's test photos if it has "
             "some, else those that validated it]",
             show_default=False,
         ),
@@ -61,6 +61,7 @@ def evaluate(
 ) -> None:
     """Evaluate a run on labelled photos. Exits with 3 when some could not be read; the others are evaluated."""
     from finetune_cli.evaluation import evaluate as evaluation
+    from finetune_cli.places import place
     from finetune_cli.runs.run import Run, located
 
     console = new_console(quiet)
@@ -71,7 +72,8 @@ def evaluate(
         from finetune_cli.report import html
 
         write_report = functools.partial(html.report, observer=console)
-    request, target = evaluation.EvaluationRequest(data, root, other), evaluation.Target(name, output)
+    where, moved_to = (None if text is None else place(text) for text in (data, root))
+    request, target = evaluation.EvaluationRequest(where, moved_to, other), evaluation.Target(name, output)
     result = evaluation.evaluate(loaded, console, request, target, write_report)
     if format == ResultFormat.json:
         console.print(json.dumps(result.to_json(), indent=2))

@@ -16,7 +16,7 @@ _MOST_ROWS = 20
 
 
 def explain(
-    photo: Annotated[Path, typer.Argument(metavar="PATH", help="The photo.")],
+    photo: Annotated[str, typer.Argument(metavar="PATH", help="The photo.")],
     run: RunOption = None,
     class_name: Annotated[
         str | None, typer.Option("--class", metavar="NAME", help="The class to explain. [default: the predicted one]")
@@ -27,10 +27,11 @@ def explain(
 ) -> None:
     """Show which regions of a photo support a class: an exact heat map, and the evidence for every class."""
     from finetune_cli.evaluation.explain import explain as explain_photo
+    from finetune_cli.places import place
 
     console = new_console(quiet)
     check_png(output)
-    _print_result(console, explain_photo(find_run(console, run), photo, class_name, output))
+    _print_result(console, explain_photo(find_run(console, run), place(photo), class_name, output))
 
 
 def _print_result(console: "Console", explanation: "Explanation") -> None:

@@ -76,6 +76,7 @@ def export(
     """Export a run for other programs, after checking on validation photos that the predictions agree."""
     from finetune_cli.exports.export import ExportRequest
     from finetune_cli.exports.export import export as export_run
+    from finetune_cli.places import place
 
     console = new_console(quiet)
     request = ExportRequest(
@@ -83,7 +84,7 @@ def export(
         output=output,
         version=version,
         options={"quantize": quantize, "layout": layout, "pixels": pixels, "page": "page" if page else None},
-        root=root,
+        root=None if root is None else place(root),
         force=force,
         benchmark=benchmark,
     )

@@ -45,7 +45,7 @@ RunOption = Annotated[
     ),
 ]
 DataOption = Annotated[
-    Path | None, typer.Option("--data", metavar="ROOT", help="The folder that holds the run's own photos now.")
+    str | None, typer.Option("--data", metavar="ROOT", help="The folder that holds the run's own photos now.")
 ]
 OptionalConfigArgument = Annotated[
     str | None, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)

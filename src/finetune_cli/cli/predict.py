@@ -21,6 +21,7 @@ from finetune_cli.text import counted, shown
 if TYPE_CHECKING:
     from finetune_cli.cli.console import Console
     from finetune_cli.inference.predict import PredictionRow, Predictor
+    from finetune_cli.places import Place
 
 Write = Callable[["PredictionRow"], None]
 Writer = Callable[[IO[Any], int], contextlib.AbstractContextManager[Write]]
@@ -156,15 +157,19 @@ def _output_format(wanted: OutputFormat | None, output: Path | None, force: bool
     return form.value
 
 
-def _paths(arguments: list[str]) -> Iterator[Path]:
+def _paths(arguments: list[str]) -> Iterator["Place"]:
     """Paths as given; `-` stands for those on standard input, one a line (or NUL-separated), read as they come."""
+    from finetune_cli.places import Address, place
+    from finetune_cli.storage import is_address
+
     for argument in arguments:
         if argument != "-":
-            yield Path(argument)
+            yield place(argument)
             continue
         for name in _names(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)):
             if name:
-                yield Path(os.fsdecode(name))
+                text = os.fsdecode(name)
+                yield Address(text) if is_address(text) else Path(text)
 
 
 def _names(stream: BinaryIO) -> Iterator[bytes]:

@@ -80,7 +80,7 @@ def describe(
         if error["type"] == "extra_forbidden":
             text = _unknown(keys, schema)
         elif error["type"] == "missing":
-            text = f"`{name}` is required" + (": the folder of photos, or a CSV file" if name == "data.train" else "")
+            text = f"`{name}` is required" + (": the folder of photos, or a table" if name == "data.train" else "")
         elif error["type"] in {"model_type", "model_attributes_type"}:
             null = {"augmentation": ", or null", "fine_tuning": ", or auto, or null"}.get(name, "")
             text = f"`{name}` is {error['input']!r}: write its keys below it{null}"

@@ -8,7 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune_cli import storage
 from finetune_cli.config.yaml_file import Keys
+from finetune_cli.errors import UsageError
+
+_PLACES = (("data", "train"), ("data", "val"), ("data", "test"))  # which may be addresses
 
 
 def is_backbone_file(name: str) -> bool:
@@ -50,6 +54,12 @@ def resolve_paths(
         if "\0" in text:
             wrong.append(((section, key), f"`{section}.{key}` is {text!r}: a path cannot hold a NUL character"))
             continue
+        if storage.is_address(text):
+            absolute.add(f"{section}.{key}")
+            if problem := _problem_with_address(section, key, text):
+                wrong.append(((section, key), f"`{section}.{key}`: {problem}"))
+                values[section][key] = "address"  # no other message repeats what may hold a password
+            continue
         try:
             typed = Path(text).expanduser()
         except RuntimeError:
@@ -63,3 +73,14 @@ def resolve_paths(
         folder = Path() if overridden & {section, f"{section}.{key}"} else base
         values[section][key] = os.path.abspath(folder / typed)  # noqa: PTH100 - unlike resolve() it keeps links, which people mean
     return frozenset(absolute), wrong
+
+
+def _problem_with_address(section: str, key: str, text: str) -> str | None:
+    """Why an address cannot be the value of this key; None if it can."""
+    try:
+        storage.check(text)
+    except UsageError as exc:
+        return f"{exc.problem}; {exc.remedy}"
+    if (section, key) not in _PLACES:
+        return f"{text!r} is an address, and this must be a path on this machine"
+    return None

@@ -5,17 +5,38 @@ Paths in a `Config` are absolute; `Config.dump` makes them relative to another f
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, StrictFloat, StrictInt, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PrivateAttr,
+    StrictFloat,
+    StrictInt,
+    WrapValidator,
+    field_validator,
+)
 
 from finetune_cli.config import image
 from finetune_cli.config.paths import is_backbone_file, path_keys
+from finetune_cli.places import Address, Place
+from finetune_cli.storage import is_address
 
 # `yaml_file` gives values their types, and pydantic converts none of them (`true` is not a weight of 1) but for these:
 # `yes` and `on`, which mean true in YAML 1.1; and text for a path.
 _Flag = Annotated[bool, Field(strict=False)]
 _Path = Annotated[Path, Field(strict=False)]
+if TYPE_CHECKING:
+    _Place = Place
+else:  # a path in messages, and for pydantic but for addresses, which `paths.resolve_paths` has checked
+    _Place = Annotated[
+        Path,
+        Field(strict=False),
+        WrapValidator(lambda value, path: Address(str(value)) if is_address(str(value)) else path(value)),
+        PlainSerializer(str),
+    ]
 _Fraction = Annotated[float, Field(ge=0, lt=1)]
 _Range = float | Annotated[list[float], Field(min_length=2, max_length=2)]
 # For Keras, a whole number means whole pixels, and 2 draws from -1, 0, 1 where 2.0 draws any number between -2 and 2.
@@ -31,9 +52,9 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the photos are and how they are split."""
 
-    train: _Path
-    val: _Path | None = None
-    test: _Path | None = None
+    train: _Place
+    val: _Place | None = None
+    test: _Place | None = None
     val_split: Annotated[float, Field(gt=0, lt=1)] = 0.2
     folds: Annotated[int, Field(ge=2, le=100)] | None = None
     group_regex: str | None = None

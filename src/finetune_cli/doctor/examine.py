@@ -6,7 +6,6 @@ All splits are examined together, by what a training computes anyway: digests, v
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from finetune_cli.photos import dataset, decode, fixes, scan, split
 from finetune_cli.photos.dataset import Dataset
 from finetune_cli.photos.listing import byte_order
 from finetune_cli.photos.scan import BadPhoto, Sample
+from finetune_cli.places import Place
 from finetune_cli.progress import Observer
 from finetune_cli.training import near, prepare
 from finetune_cli.training.extract import Features
@@ -73,11 +73,20 @@ def examine(config: Config, observer: Observer) -> Examination:
     settings = replace(settings, photos=replace(settings.photos, trained_on=frozenset()))
     context = contextlib.nullcontext() if settings.builds_backbone else prepare.conversion_of(settings)
     with context as conversion:
+        made: list[Extractor] = []
+
+        def extractor() -> Extractor:
+            made[:] = made or [prepare.make_extractor(settings, observer, conversion)]
+            return made[0]
 
         def work(data: Dataset) -> Examination:
-            return _examined(data, settings, prepare.make_extractor(settings, observer, conversion), observer)
+            return _examined(data, settings, extractor(), observer)
 
-        return prepare.with_photos(settings, observer, work, {}, contradictions=True)
+        first = None
+        if dataset.in_store(settings.photos):
+            request = extractor().first_request
+            first = prepare.FirstLook(extractor(), lambda _split, _made: request, {})
+        return prepare.with_photos(settings, observer, work, {}, prepare.Indexing(contradictions=True, first=first))
 
 
 def _examined(data: Dataset, settings: Settings, extractor: Extractor, observer: Observer) -> Examination:
@@ -103,8 +112,8 @@ class _Names:
     """What findings call photos, classes and splits."""
 
     classes: tuple[str, ...]
-    split_of: Mapping[Path, str]
-    root: Path
+    split_of: Mapping[Place, str]
+    root: Place
 
     def path(self, sample: Sample) -> str:
         """The photo's name in fixes.csv."""

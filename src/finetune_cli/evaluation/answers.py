@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_cli import places
 from finetune_cli.errors import BadImage, RunError
 from finetune_cli.evaluation.photos import pixels
 from finetune_cli.inference.predictor import InsightfulPredictor, chunks
@@ -62,7 +63,8 @@ def answer(run: Run, samples: Sequence[Sample], workers: int, advance: Advance) 
     probabilities = [np.zeros((0, len(run.classes)), np.float32)]
     features = [np.zeros((0, len(predictor.end.kernel)), np.float32)]
     p = [np.zeros(0)]
-    for part in ordered_map(lambda chunk: _answer_chunk(predictor, chunk), chunks(samples), workers):
+    threads = places.threads(workers, (sample.path for sample in samples))
+    for part in ordered_map(lambda chunk: _answer_chunk(predictor, chunk), chunks(samples), threads):
         advance(len(part.samples) + len(part.bad))
         bad += part.bad
         features.append(part.features[-len(answered) % stride :: stride])

@@ -23,6 +23,7 @@ from finetune_cli.evaluation.photos import LabelledPhotos, photos_of_run
 from finetune_cli.inference.predictor import UNKNOWN
 from finetune_cli.parallel import cores
 from finetune_cli.photos import dataset
+from finetune_cli.places import Place
 from finetune_cli.progress import Observer, ignore_progress
 from finetune_cli.runs.run import Run
 from finetune_cli.tables import write_csv
@@ -60,8 +61,8 @@ class EvaluationRequest:
     root: where the run's own photos are now, if they were moved. other: a second run to compare with.
     """
 
-    data: Path | None = None
-    root: Path | None = None
+    data: Place | None = None
+    root: Place | None = None
     other: Run | None = None
 
 
@@ -149,7 +150,7 @@ def _photos(run: Run, request: EvaluationRequest, workers: int, observer: Observ
         return photos_of_run(run, root, workers, advance)
 
 
-def _labelled(run: Run, data: Path, observer: Observer) -> LabelledPhotos:
+def _labelled(run: Run, data: Place, observer: Observer) -> LabelledPhotos:
     """The photos of `data`, with labels that are classes of `run`."""
     with observer.stage("preflight", None) as advance, DigestCache(None) as cache:
         labelled = dataset.load_labelled(data, run.classes, run.image_settings.max_pixels, cache, advance)

@@ -14,6 +14,7 @@ from finetune_cli.inference.linear_end import class_map
 from finetune_cli.inference.predictor import InsightfulPredictor
 from finetune_cli.photos import decode
 from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.places import Place
 from finetune_cli.runs.run import Run
 
 _SHOWN_SIZE = 448
@@ -48,7 +49,7 @@ class Explanation:
     temperature: float
 
 
-def explain(run: Run, path: Path, class_name: str | None, output: Path) -> Explanation:
+def explain(run: Run, path: Place, class_name: str | None, output: Path) -> Explanation:
     """Explain what `run` predicts for the photo `path`, and draw the map of `class_name` (default: the predicted one).
 
     Writes a PNG to `output`: the photo as the model sees it, and beside it the map over the photo. Raises `UsageError`
@@ -100,7 +101,7 @@ def _no_map(run: Run) -> RunError:
     )
 
 
-def _draw(path: Path, settings: ImageSettings, evidence: NDArray[np.float64], output: Path) -> None:
+def _draw(path: Place, settings: ImageSettings, evidence: NDArray[np.float64], output: Path) -> None:
     from PIL import Image
 
     # The same crop as the model's, with more pixels for the eye.

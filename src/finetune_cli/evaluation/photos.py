@@ -1,5 +1,6 @@
 """The photos of a run, found again: where they were when it was trained or, after a move, by their content."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,12 +8,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli import files
+from finetune_cli import files, places
 from finetune_cli.errors import BadImage, ChangedPhoto, DataError, RunError, UsageError
 from finetune_cli.parallel import ordered_map
 from finetune_cli.photos import dataset, scan
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.scan import BadPhoto, Sample
+from finetune_cli.places import Place
 from finetune_cli.progress import Advance
 from finetune_cli.runs.run import Run
 
@@ -31,11 +33,11 @@ class LabelledPhotos:
     samples: tuple[Sample, ...]
     bad: tuple[BadPhoto, ...] = ()
     notes: tuple[str, ...] = ()
-    moved: Mapping[str, Path] = field(default_factory=dict)
+    moved: Mapping[str, Place] = field(default_factory=dict)
 
 
 def photos_of_run(
-    run: Run, root: Path | None, workers: int, advance: Advance, part: str | None = None
+    run: Run, root: Place | None, workers: int, advance: Advance, part: str | None = None
 ) -> LabelledPhotos:
     """The photos of `run` in `part`, by default its test photos if it has some, else those that validated it.
 
@@ -64,11 +66,12 @@ def photos_of_run(
                 f"{run.folder}/split.csv names {row.label!r}, which is not a class of the run",
                 "restore the run from a copy",
             )
-        path = folder / row.path if moved is None else moved.get(row.digest)
+        recorded = places.join(folder, row.path)
+        path = recorded if moved is None else moved.get(row.digest)
         if part == "folds":
-            samples.append(Sample(path or folder / row.path, row.path, label[row.label], row.digest))
-        elif path is None or not path.is_file():
-            bad.append(BadPhoto(folder / row.path, row.path, f"not found under {folder}"))
+            samples.append(Sample(path or recorded, row.path, label[row.label], row.digest))
+        elif path is None or (isinstance(path, Path) and not path.is_file()):  # an address is tried when it is read
+            bad.append(BadPhoto(recorded, row.path, f"not found under {folder}"))
         else:
             samples.append(Sample(path, row.path, label[row.label], row.digest))
     if not samples:
@@ -80,19 +83,22 @@ def photos_of_run(
     return LabelledPhotos(part, source, tuple(samples), tuple(bad), moved=moved or {})
 
 
-def _by_digest(root: Path, wanted: set[str], workers: int, advance: Advance) -> dict[str, Path]:
+def _by_digest(root: Place, wanted: set[str], workers: int, advance: Advance) -> dict[str, Place]:
     """Where the files with the `wanted` SHA-256 are below `root`."""
     if not root.is_dir():
         raise UsageError(f"--data {root} is not a folder", "name the folder that the photos are in now")
 
-    def digest(path: Path) -> tuple[str | None, Path]:
+    def digest(path: str) -> tuple[str | None, Place]:
+        where = places.place(path)
         try:
-            return files.sha256(path), path
+            if isinstance(where, Path):
+                return files.sha256(where), where
+            return hashlib.sha256(places.read(where)).hexdigest(), where
         except OSError:
-            return None, path
+            return None, where
 
-    found: dict[str, Path] = {}
-    for content, path in ordered_map(digest, dataset.iter_photos([root]), workers):
+    found: dict[str, Place] = {}
+    for content, path in ordered_map(digest, map(str, dataset.iter_photos([root])), places.threads(workers, [root])):
         advance(1)
         if content in wanted:
             found.setdefault(content, path)

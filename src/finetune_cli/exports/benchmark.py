@@ -7,7 +7,6 @@ cores; TensorFlow takes those of the process by itself.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from finetune_cli.inference.predictor import Predictor, RunPredictor
 from finetune_cli.metrics.scores import Proportion, wilson
 from finetune_cli.parallel import cores, ordered_map
 from finetune_cli.photos.scan import Sample
+from finetune_cli.places import Place
 from finetune_cli.progress import Advance, Observer
 from finetune_cli.runs.run import Run
 
@@ -65,7 +65,7 @@ class Benchmark:
     Raises `DataError` when none can be read.
     """
 
-    def __init__(self, run: Run, root: Path | None, observer: Observer) -> None:
+    def __init__(self, run: Run, root: Place | None, observer: Observer) -> None:
         with observer.stage("looking for photos of the benchmark", None, "files") as advance:
             found = run_photos.photos_of_run(run, root, cores(), advance)
         self._settings, self._source = run.image_settings, found.source

@@ -17,6 +17,7 @@ from finetune_cli.exports.forms import Form, Served, Source
 from finetune_cli.exports.parity import Check, Replay
 from finetune_cli.exports.registry import FORMS, Entry
 from finetune_cli.parallel import cores
+from finetune_cli.places import Place
 from finetune_cli.progress import Observer
 from finetune_cli.runs.run import Run
 from finetune_cli.text import first_line
@@ -42,7 +43,7 @@ class ExportRequest:
     output: Path
     version: int | None = None
     options: Mapping[str, str | None] = field(default_factory=dict)
-    root: Path | None = None
+    root: Place | None = None
     force: bool = False
     benchmark: bool = False
 

@@ -17,13 +17,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli import files
+from finetune_cli import places
 from finetune_cli.errors import BadImage, DataError, GateError
 from finetune_cli.evaluation import photos as run_photos
 from finetune_cli.exports.forms import Floats, Opened, Pixels, Signature
@@ -33,6 +32,7 @@ from finetune_cli.parallel import cores, ordered_map
 from finetune_cli.photos.codecs import opened as opened_image
 from finetune_cli.photos.decode import decode_whole
 from finetune_cli.photos.scan import Sample
+from finetune_cli.places import Place
 from finetune_cli.progress import Observer
 from finetune_cli.runs.run import Run
 from finetune_cli.tables import parse_csv
@@ -57,7 +57,7 @@ class Photo:
     `foreign`: what it is, if an exported model cannot decode its file as the run does.
     """
 
-    path: Path
+    path: Place
     name: str
     pixels: Pixels
     area: int
@@ -71,7 +71,7 @@ class Photo:
     def encoded(self) -> bytes:
         """Its file, or a PNG copy of one that is foreign. Raises `BadImage`."""
         if self.foreign is None:
-            return files.read_regular(self.path)
+            return places.read(self.path)
         from PIL import Image
 
         copy = io.BytesIO()
@@ -143,7 +143,7 @@ class Check:
         return f"interval reaches {LEAST_AGREEMENT:.0%}"
 
 
-def collect(run: Run, root: Path | None, observer: Observer) -> Replay:
+def collect(run: Run, root: Place | None, observer: Observer) -> Replay:
     """Choose, find, read and decode the photos of `run` (moved ones below `root`) and let the run answer for them.
 
     Raises `DataError` when not one of them can be found with its old content.
@@ -225,7 +225,7 @@ def _foreign(image: Any) -> str | None:
     return "PNG files with an orientation" if turned else None
 
 
-def calibration_photos(run: Run, root: Path | None, observer: Observer) -> Iterator[Pixels]:
+def calibration_photos(run: Run, root: Place | None, observer: Observer) -> Iterator[Pixels]:
     """Up to `CALIBRATION_PHOTOS` training photos ``uint8 (size, size, 3)``, evenly spread; unreadable ones left out."""
     with observer.stage("looking for training photos", None, "files") as advance:
         samples = run_photos.photos_of_run(run, root, cores(), advance, part="train").samples

@@ -1,5 +1,6 @@
 """`predict`: photos in, one `PredictionRow` per photo out, streaming; neither TensorFlow nor Keras is imported."""
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_cli import places
 from finetune_cli.errors import BadImage, UsageError
 from finetune_cli.inference.predictor import (
     PHOTOS_A_CALL,
@@ -22,6 +24,8 @@ from finetune_cli.inference.predictor import (
 )
 from finetune_cli.parallel import cores, groups_available
 from finetune_cli.photos import decode as images
+from finetune_cli.places import Place
+from finetune_cli.storage import masked
 from finetune_cli.text import address
 
 __all__ = ["UNKNOWN", "UNSURE", "Limits", "PredictionRow", "Predictor", "RunPredictor", "predict"]
@@ -69,7 +73,7 @@ class PredictionRow:
 
 def predict(
     predictor: Predictor,
-    paths: Iterable[Path],
+    paths: Iterable[Place],
     top_k: int,
     limits: Limits = Limits(),
     at_once: bool = False,
@@ -87,26 +91,35 @@ def predict(
             "drop --min-confidence and compare the probability that --format csv or jsonl gives; "
             "or train again with another name for that class",
         )
-    groups = groups_available(paths, PHOTOS_A_CALL) if at_once else chunks(paths)
-    return _predict(predictor, groups, top_k, Limits(limits.min_confidence, rate))
+    limits = Limits(limits.min_confidence, rate)
+    if at_once:
+        return _predict(predictor, groups_available(paths, PHOTOS_A_CALL), top_k, limits, cores())
+    others = iter(paths)
+    first = list(itertools.islice(others, 1))
+    groups = chunks(itertools.chain(first, others))
+    return _predict(predictor, groups, top_k, limits, places.threads(cores(), first))
 
 
 def _predict(
     predictor: Predictor,
-    groups: Iterable[tuple[Path, ...] | None],
+    groups: Iterable[tuple[Place, ...] | None],
     top_k: int,
     limits: Limits,
+    threads: int,
 ) -> Iterator[PredictionRow]:
     top_k = min(top_k, len(predictor.classes))
 
-    def decode(path: Path) -> NDArray[np.uint8]:
-        return images.decode(path, predictor.settings)
+    def decode(path: Place) -> NDArray[np.uint8]:
+        try:
+            return images.decode(path, predictor.settings)
+        except UsageError as exc:  # an address on standard input that cannot be used
+            raise BadImage(masked(str(path)), exc.problem, exc.remedy) from exc
 
-    for path, answer in answers(predictor, groups, decode, cores()):
+    for path, answer in answers(predictor, groups, decode, threads):
         if isinstance(answer, BadImage):
-            typed = address(path)
+            typed = address(path) if isinstance(path, Path) else None
             reason = answer.reason if typed is None else "this is an address; download the photo and name the file"
-            yield PredictionRow(typed or str(path), None, None, (), reason)
+            yield PredictionRow(typed or masked(str(path)), None, None, (), reason)
         else:
             top = best(answer.probabilities, predictor.classes, top_k)
             yield PredictionRow(str(path), labelled(answer, top, limits), top[0][1], top, None, answer.p_value)

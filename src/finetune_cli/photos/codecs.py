@@ -18,8 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from finetune_cli import files
+from finetune_cli import files, places
 from finetune_cli.errors import BadImage
+from finetune_cli.places import Address, Place
 from finetune_cli.safe_open import IrregularError
 from finetune_cli.text import shown
 
@@ -76,13 +77,19 @@ class Refused(Exception):
 
 
 @contextlib.contextmanager
-def opened(source: Path | bytes | BinaryIO, max_pixels: int) -> Iterator["ImageFile"]:
+def opened(source: Place | bytes | BinaryIO, max_pixels: int) -> Iterator["ImageFile"]:
     """The image with its header read; every exception of the block becomes a `BadImage`.
 
-    No pixel is decoded here. An image of more than `max_pixels` is refused.
+    No pixel is decoded here. An image of more than `max_pixels` is refused. Raises `StorageError` when the store of an
+    address fails: that says nothing about the image.
     """
     _silence_pillow()
-    kind = None
+    name, kind = source if isinstance(source, Path | Address) else "image", None
+    if isinstance(source, Address):
+        try:
+            source = places.read(source)
+        except OSError as exc:
+            raise unreadable(name, exc) from exc
     try:
         with _stream(source) as stream:
             kind = _format(stream)
@@ -99,10 +106,10 @@ def opened(source: Path | bytes | BinaryIO, max_pixels: int) -> Iterator["ImageF
             yield image
     # Pillow raises a dozen unrelated types for files that it cannot read, and documents none of them.
     except Exception as exc:
-        raise unreadable(source if isinstance(source, Path) else "image", exc, kind) from exc
+        raise unreadable(name, exc, kind) from exc
 
 
-def unreadable(name: Path | str, exc: Exception, kind: str | None = None) -> BadImage:
+def unreadable(name: Place | str, exc: Exception, kind: str | None = None) -> BadImage:
     """The error to raise for a photo that could not be opened or decoded because of `exc`."""
     if isinstance(exc, FileNotFoundError):
         return BadImage(name, "there is no such file", "check the path")

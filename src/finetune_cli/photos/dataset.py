@@ -17,10 +17,12 @@ from pathlib import Path
 
 from finetune_cli.cache.digests import DigestCache
 from finetune_cli.errors import DataError
-from finetune_cli.photos import fixes, folders, split
+from finetune_cli.photos import fixes, folders, objects, split, table
+from finetune_cli.photos.decode import EXTENSIONS
 from finetune_cli.photos.groups import Proposal, propose
 from finetune_cli.photos.listing import SPLITS, Listing, byte_order
 from finetune_cli.photos.scan import BadPhoto, Rules, Sample, listed, preflight
+from finetune_cli.places import Address, Place
 from finetune_cli.progress import Advance
 from finetune_cli.text import counted, shown
 
@@ -44,7 +46,7 @@ class Dataset:
     bad: tuple[BadPhoto, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
-    roots: dict[str, Path]
+    roots: dict[str, Place]
     proposal: Proposal | None = None
     val_split: float | None = None
     fixes: bytes | None = None
@@ -72,9 +74,9 @@ class DataSettings:
     `fixes`: a table that `photos/fixes.py` reads and applies.
     """
 
-    train: Path
-    val: Path | None = None
-    test: Path | None = None
+    train: Place
+    val: Place | None = None
+    test: Place | None = None
     val_split: float | None = None
     group_regex: str | None = None
     max_pixels: int = 100_000_000
@@ -90,11 +92,19 @@ class Labelled:
     samples: tuple[Sample, ...]
     bad: tuple[BadPhoto, ...]
     notes: tuple[str, ...]
-    root: Path
+    root: Place
 
 
-def load(settings: DataSettings, cache: DigestCache, advance: Advance, contradictions: bool = False) -> Dataset:
+def load(
+    settings: DataSettings,
+    cache: DigestCache,
+    advance: Advance,
+    contradictions: bool = False,
+    look: objects.Look | None = None,
+) -> Dataset:
     """Find, check and split the photos of a configuration; `advance` counts photos and learns their total.
+
+    `look` reads those that are in a store.
 
     Bad photos are listed, not refused. Raises `DataError` that lists what is wrong: missing, unknown or empty classes,
     a photo under two labels (unless `contradictions` are allowed), and a split without a good photo.
@@ -105,7 +115,7 @@ def load(settings: DataSettings, cache: DigestCache, advance: Advance, contradic
     _check_classes(listings)
     _check_folds(settings.folds, listings)
     rules = Rules(classes, settings.max_pixels, grouping(settings.group_regex))
-    parts, bad = preflight(listings, rules, cache, advance)
+    parts, bad = preflight(listings, rules, cache, advance, look)
     notes = [*sources.notes, *(note for listing in listings.values() for note in listing.notes)]
     roots = {name: listing.root for name, listing in listings.items()}
     fixed_by = None
@@ -154,6 +164,12 @@ def load(settings: DataSettings, cache: DigestCache, advance: Advance, contradic
     )
 
 
+def in_store(settings: DataSettings) -> bool:
+    """Whether training photos are in a store: of a table, the first one decides."""
+    source = settings.train
+    return isinstance(source, Address) or (source.suffix.lower() in table.SUFFIXES and table.in_store(source))
+
+
 def split_again(data: Dataset, together: Iterable[Collection[str]], trained_on: Set[str]) -> Dataset:
     """`data` with photos that stay together, given by their digests, each as one group; copies stay together anyway.
 
@@ -197,7 +213,7 @@ def split_as_recorded(data: Dataset, recorded: Mapping[tuple[str, str], tuple[st
 
 
 def load_labelled(
-    path: Path, classes: Sequence[str], max_pixels: int, cache: DigestCache, advance: Advance
+    path: Place, classes: Sequence[str], max_pixels: int, cache: DigestCache, advance: Advance
 ) -> Labelled:
     """The photos of a folder per class, or of a table, labelled by position in `classes`.
 
@@ -221,14 +237,19 @@ def load_labelled(
     return Labelled(samples, tuple(bad), (*listing.notes, *_copies(samples, "photo")), listing.root)
 
 
-def iter_photos(paths: Iterable[Path], ignored: Counter[str] | None = None) -> Iterator[Path]:
+def iter_photos(paths: Iterable[Place], ignored: Counter[str] | None = None) -> Iterator[Place]:
     """Files as they are, whatever they are; of folders all photos, lazily, in bytewise order.
+
+    An address with the suffix of a photo is an object, any other the folder of objects below it.
 
     What is left out of folders is counted in `ignored`, by kind. A folder that cannot be read comes as itself, so that
     whoever tries to decode it gives the reason.
     """
     ignored = Counter() if ignored is None else ignored
     for path in paths:
+        if isinstance(path, Address):
+            yield from _iter_objects(path, ignored)
+            continue
         if not os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
             yield path
             continue
@@ -236,6 +257,21 @@ def iter_photos(paths: Iterable[Path], ignored: Counter[str] | None = None) -> I
         for name in folders.walk(path, ignored, unreadable.__setitem__):
             yield path / name
         yield from unreadable
+
+
+def _iter_objects(where: Address, ignored: Counter[str]) -> Iterator[Address]:
+    if where.suffix.lower() in EXTENSIONS and not where.text.endswith("/"):
+        yield where
+        return
+    own: Counter[str] = Counter()
+    names = (entry.name for entry in folders.objects(where, own) if not entry.name.endswith("/"))
+    first = next(names, None)
+    if first is not None:
+        yield where / first
+        yield from (where / name for name in names)
+    elif not own:
+        yield where  # whoever tries to read it gives the reason
+    ignored.update(own)
 
 
 def _listings(sources: folders.Sources) -> dict[str, Listing]:

@@ -23,7 +23,6 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -31,6 +30,7 @@ from numpy.typing import NDArray
 
 from finetune_cli.errors import BadImage
 from finetune_cli.photos.codecs import Refused, opened, reason, too_large
+from finetune_cli.places import Place
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,7 +78,7 @@ class Header:
     format: str
 
 
-def read_header(source: Path | bytes | BinaryIO, max_pixels: int) -> Header:
+def read_header(source: Place | bytes | BinaryIO, max_pixels: int) -> Header:
     """Size and format of an image file; no pixel is decoded.
 
     Raises `BadImage` when it is not an image, damaged, not a regular file, or has more than `max_pixels` pixels.
@@ -87,7 +87,7 @@ def read_header(source: Path | bytes | BinaryIO, max_pixels: int) -> Header:
         return Header(*image.size, str(image.format))
 
 
-def recorded(path: Path, max_pixels: int) -> datetime | None:
+def recorded(path: Place, max_pixels: int) -> datetime | None:
     """When a photo was taken, without a time zone: DateTimeOriginal of Exif 2.32; `None` if it is missing."""
     with contextlib.suppress(BadImage), opened(path, max_pixels) as image:
         text = image.getexif().get_ifd(_EXIF_DATA).get(_RECORDED)
@@ -95,7 +95,7 @@ def recorded(path: Path, max_pixels: int) -> datetime | None:
     return None
 
 
-def decode(source: Path | bytes, settings: ImageSettings) -> NDArray[np.uint8]:
+def decode(source: Place | bytes, settings: ImageSettings) -> NDArray[np.uint8]:
     """The photo as ``uint8 (size, size, 3)`` RGB: upright, first frame, 8 bits, on white where it was transparent.
 
     Raises `BadImage`, and nothing else, when it cannot be decoded whole. Nothing is printed.
@@ -132,7 +132,7 @@ def from_image(image: "Image", settings: ImageSettings) -> NDArray[np.uint8]:
         raise BadImage("image", reason(exc, image.format)) from exc
 
 
-def decode_whole(source: Path | bytes, max_pixels: int) -> NDArray[np.uint8]:
+def decode_whole(source: Place | bytes, max_pixels: int) -> NDArray[np.uint8]:
     """The photo at its own size, ``uint8 (h, w, 3)`` RGB: upright, first frame, 8 bits, on white. Raises `BadImage`."""
     with opened(source, max_pixels) as image, _BUDGET.spend(image.width * image.height):
         from finetune_cli.photos.photo import whole

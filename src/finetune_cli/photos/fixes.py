@@ -15,9 +15,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune_cli import files
+from finetune_cli import files, places
 from finetune_cli.errors import DataError
 from finetune_cli.photos.scan import Sample
+from finetune_cli.places import Address, Place
 from finetune_cli.tables import undo_defuse
 from finetune_cli.text import counted, shown
 
@@ -109,14 +110,14 @@ def _both(one: Fix | None, other: Fix) -> Fix:
 
 
 def apply(
-    fixes: Iterable[Fix], parts: Mapping[str, Sequence[Sample]], roots: Iterable[Path], classes: Sequence[str]
+    fixes: Iterable[Fix], parts: Mapping[str, Sequence[Sample]], roots: Iterable[Place], classes: Sequence[str]
 ) -> tuple[dict[str, list[Sample]], list[str]]:
     """The photos of each split after `fixes`, and what the user should know. `roots`: of the splits.
 
     Raises `DataError` for photos that changed since the table was written, and for labels that are no classes.
     """
     root = data_root(roots)
-    of_path = {os.path.normpath(root / fix.path): fix for fix in fixes}
+    of_path = {_key(places.join(root, fix.path)): fix for fix in fixes}
     label = {name: i for i, name in enumerate(classes)}
     fixed: dict[str, list[Sample]] = {}
     problems, used = [], set()
@@ -124,7 +125,7 @@ def apply(
     for split, samples in parts.items():
         kept = fixed[split] = []
         for sample in samples:
-            key = os.path.normpath(sample.path)
+            key = _key(sample.path)
             fix = of_path.get(key)
             if fix is None:
                 kept.append(sample)
@@ -156,11 +157,32 @@ def apply(
     return fixed, notes
 
 
-def data_root(roots: Iterable[Path]) -> Path:
-    """The folder that paths in a table of fixes are relative to: the one that holds all `roots`."""
-    return Path(os.path.commonpath([os.path.abspath(root) for root in roots]))  # noqa: PTH100 - links stay, as in configs
+def data_root(roots: Iterable[Place]) -> Place:
+    """The folder that paths in a table of fixes are relative to: the one that holds all `roots`.
+
+    Of roots in different stores or buckets there is none; then it is the first, and photos elsewhere have addresses.
+    """
+    roots = list(roots)
+    local = [root for root in roots if isinstance(root, Path)]
+    if len(local) == len(roots):
+        return Path(os.path.commonpath([os.path.abspath(root) for root in local]))  # noqa: PTH100 - links stay, as in configs
+    root = roots[0]
+    while isinstance(root, Address) and root != root.parent:
+        if all(str(other).startswith(f"{root}/") or other == root for other in roots):
+            break
+        root = root.parent
+    return root
 
 
-def name_below(root: Path, path: Path) -> str:
+def name_below(root: Place, path: Place) -> str:
     """`path` as a table of fixes names it."""
+    if isinstance(path, Address):
+        return (root.relative(path.text) if isinstance(root, Address) else None) or path.text
+    if isinstance(root, Address):
+        return path.absolute().as_posix()
     return Path(os.path.relpath(os.path.abspath(path), root)).as_posix()  # noqa: PTH100
+
+
+def _key(path: Place) -> str:
+    """One name for ``a/b`` and ``a/../a/b``."""
+    return path.text if isinstance(path, Address) else os.path.normpath(path)

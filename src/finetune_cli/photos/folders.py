@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune_cli import storage
 from finetune_cli.errors import DataError
 from finetune_cli.photos import table
 from finetune_cli.photos.decode import EXTENSIONS
 from finetune_cli.photos.listing import SPLITS, ListedPhoto, Listing, byte_order
+from finetune_cli.places import Address, Place
 from finetune_cli.text import address, counted, shown
 
 # What macOS and Synology leave in folders: copies and thumbnails that look like photos.
@@ -26,13 +28,13 @@ _KINDS_SHOWN = 8
 class Sources:
     """A folder or a table for each split; `notes` report those that were found beside the training photos."""
 
-    train: Path
-    val: Path | None
-    test: Path | None
+    train: Place
+    val: Place | None
+    test: Place | None
     notes: tuple[str, ...] = ()
 
 
-def find_sources(train: Path, val: Path | None, test: Path | None) -> Sources:
+def find_sources(train: Place, val: Place | None, test: Place | None) -> Sources:
     """What ``data.train``, ``data.val`` and ``data.test`` stand for.
 
     `train` may name the folder above ``train/``; a folder ``val``, ``valid`` or ``validation`` and a folder ``test``
@@ -46,7 +48,7 @@ def find_sources(train: Path, val: Path | None, test: Path | None) -> Sources:
     if "train" in inside and _subfolders(inside["train"][0]):
         notes += _not_used(train, inside)
         train, beside = inside["train"][0], inside
-    found: dict[str, Path | None] = {"val": val, "test": test}
+    found: dict[str, Place | None] = {"val": val, "test": test}
     for split, words in (("val", "validation"), ("test", "test")):
         folders = beside.get(split, [])
         if found[split] is not None or not folders:
@@ -64,15 +66,15 @@ def find_sources(train: Path, val: Path | None, test: Path | None) -> Sources:
     return Sources(train, found["val"], found["test"], tuple(notes))
 
 
-def read(source: Path) -> Listing:
-    """The photos of a folder with a folder per class, or of a CSV or TSV file. Raises `DataError`."""
+def read(source: Place) -> Listing:
+    """The photos of a folder with a folder per class, or of a table. Raises `DataError`, and `StorageError`."""
     if source.is_dir():
-        return _read_folders(source)
+        return _read_folders(source) if isinstance(source, Path) else _read_objects(source)
     if source.suffix.lower() in table.SUFFIXES and source.is_file():
         return table.read(source)
-    if typed := address(source):
+    if isinstance(source, Path) and (typed := address(source)):
         raise DataError(f"{shown(typed)} is an address, not a path", "download the photos, and name their folder")
-    state = "is neither a folder nor a regular file named .csv or .tsv" if source.exists() else "does not exist"
+    state = "is neither a folder nor a table named .csv, .tsv or .parquet" if source.exists() else "does not exist"
     raise DataError(f"{shown(source)} {state}", "name the folder that holds one folder per class, or a table of photos")
 
 
@@ -105,6 +107,24 @@ def walk(folder: Path, ignored: Counter[str], failed: Callable[[Path, OSError], 
             continue
         prefix = f"{name}/" if name else ""
         pending += [(prefix + entry, not is_folder) for entry, is_folder in reversed(entries)]
+
+
+def objects(folder: Address, ignored: Counter[str]) -> Iterator[storage.Stored]:
+    """As `walk`, of all objects below an address; names that end with a slash are those of empty folders.
+
+    Names that could not be those of files, such as ``a/../b.jpg``, are left out, too. Raises `StorageError`.
+    """
+    for entry in storage.entries(folder.text, deep=True):
+        *folders, name = entry.name.split("/")
+        suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - as in `_entries`
+        if {"", ".", ".."} & {*folders, name or "folder"}:
+            ignored["objects with . or .. or nothing between slashes"] += 1
+        elif any(part.startswith(".") or part in _NEVER_PHOTOS for part in (*folders, name)):
+            ignored["hidden"] += 1
+        elif not name or suffix in EXTENSIONS:
+            yield entry
+        else:
+            ignored[f"{suffix} files" if suffix else "files without an extension"] += 1
 
 
 def describe_ignored(ignored: Counter[str], where: str) -> list[str]:
@@ -179,22 +199,44 @@ def _read_folders(root: Path) -> Listing:
     return listing
 
 
-def _named_splits(folder: Path) -> dict[str, list[Path]]:
+def _read_objects(root: Address) -> Listing:
+    """As `_read_folders`, of a folder in a store."""
+    listing = Listing(root, root)
+    ignored: Counter[str] = Counter()
+    labels: set[str] = set()
+    for entry in objects(root, ignored):
+        label, slash, rest = entry.name.partition("/")
+        if not slash:
+            ignored["photos outside of any class folder"] += 1
+            continue
+        labels.add(label)
+        if not rest.endswith("/") and rest:
+            path = storage.join(root.text, entry.name)
+            listing.photos.append(ListedPhoto(path, entry.name, label, version=entry.version))
+    listing.classes = tuple(sorted(labels, key=byte_order))
+    listing.notes += describe_ignored(ignored, shown(root))
+    return listing
+
+
+def _named_splits(folder: Place) -> dict[str, list[Place]]:
     """The folders in `folder` that are named like a split, whatever their case."""
-    found: dict[str, list[Path]] = {}
+    found: dict[str, list[Place]] = {}
     for name in _subfolders(folder):
         if name.lower() in SPLITS:
             found.setdefault(SPLITS[name.lower()], []).append(folder / name)
     return found
 
 
-def _subfolders(folder: Path) -> list[str]:
+def _subfolders(folder: Place) -> list[str]:
+    if isinstance(folder, Address):
+        names = (entry.name for entry in storage.entries(folder.text))
+        return [name[:-1] for name in names if name.endswith("/") and not name.startswith(".")]
     with contextlib.suppress(OSError):
         return [name for name, is_folder in _entries(folder, Counter()) if is_folder]
     return []
 
 
-def _not_used(folder: Path, splits: Mapping[str, list[Path]]) -> list[str]:
+def _not_used(folder: Place, splits: Mapping[str, list[Place]]) -> list[str]:
     """A note on folders beside ``train/`` that are not splits. Raises `DataError` if train/ may be a class too."""
     others = [name for name in _subfolders(folder) if name.lower() not in SPLITS]
     if not others:

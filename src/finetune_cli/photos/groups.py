@@ -13,10 +13,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 from finetune_cli.parallel import cores, ordered_map
 from finetune_cli.photos import decode
+from finetune_cli.places import Place
 from finetune_cli.text import brief
 
 # Group 1 of each pattern is the group of a name such as ``class/session 3/p012-left_4.jpg``. Without backslashes, so
@@ -152,7 +152,7 @@ def _shortened(pattern: str, groups: _Groups, photos: Photos) -> str:
     return pattern
 
 
-def series(splits: Mapping[str, Sequence[Path]], max_pixels: int) -> str | None:
+def series(splits: Mapping[str, Sequence[Place]], max_pixels: int) -> str | None:
     """A sentence about photos that were taken within seconds of each other but are apart; None if few were.
 
     splits: the photos of train, and of val or, of cross-validated ones, of each fold; those of test do not count. A

@@ -2,7 +2,8 @@
 
 from collections.abc import Set
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from finetune_cli.places import Place
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
@@ -11,7 +12,10 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 class ListedPhoto:
     """A photo that a folder or a table names; `name` is its posix path relative to the listing's root.
 
-    `path` is text, because a `Path` takes several times the memory, and there may be a million of them.
+    Where the photo lies elsewhere than the root, in another store or bucket, its name is its whole address.
+
+    `path` is text, because a `Path` takes several times the memory, and there may be a million of them. `version`: of
+    an object in a store, if the listing tells it.
     """
 
     path: str
@@ -19,6 +23,7 @@ class ListedPhoto:
     label: str
     group: str | None = None
     split: str | None = None
+    version: str | None = None
 
 
 @dataclass
@@ -28,8 +33,8 @@ class Listing:
     `classes` are those that it names, also the empty ones, sorted bytewise.
     """
 
-    source: Path
-    root: Path
+    source: Place
+    root: Place
     photos: list[ListedPhoto] = field(default_factory=list)
     classes: tuple[str, ...] = ()
     is_table: bool = False

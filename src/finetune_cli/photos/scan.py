@@ -3,24 +3,26 @@
 Nothing is decoded here: damage that only decoding shows is reported by the feature pass, through the same `refuse_bad`.
 """
 
+import functools
 import hashlib
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli import files
-from finetune_cli.cache.digests import DigestCache, Facts
+from finetune_cli import files, places
+from finetune_cli.cache.digests import DigestCache, Facts, Recorded
 from finetune_cli.errors import BadImage, BadPhotos, ChangedPhoto, DataError
 from finetune_cli.parallel import cores, ordered_map
-from finetune_cli.photos import codecs, decode
+from finetune_cli.photos import codecs, decode, objects
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.listing import ListedPhoto, Listing
+from finetune_cli.places import Place, place
 from finetune_cli.progress import Advance
+from finetune_cli.storage import is_address
 from finetune_cli.text import counted, shown
 
 _MOST_BAD = 0.1
@@ -36,7 +38,7 @@ class Sample:
     fold: in which it is held out when the training photos are cross-validated, from 1; None for one that never is.
     """
 
-    path: Path
+    path: Place
     name: str
     label: int
     digest: str
@@ -48,7 +50,7 @@ class Sample:
 class BadPhoto:
     """A photo that cannot be used, and why, in one line."""
 
-    path: Path
+    path: Place
     name: str
     reason: str
 
@@ -97,12 +99,16 @@ class Rules:
 
 
 def preflight(
-    listings: Mapping[str, Listing], rules: Rules, cache: DigestCache, advance: Advance
+    listings: Mapping[str, Listing],
+    rules: Rules,
+    cache: DigestCache,
+    advance: Advance,
+    look: objects.Look | None = None,
 ) -> tuple[dict[str, list[Sample]], list[BadPhoto]]:
     """The samples of each listing, and all bad photos.
 
-    Header and digest of a photo come from `cache`, or are read in a few threads. `advance` counts photos and learns
-    their total.
+    Header and digest of a photo come from `cache`, or are read in a few threads; of objects whose version a store
+    tells, by `look`. `advance` counts photos and learns their total.
     """
     labels, max_pixels = {name: i for i, name in enumerate(rules.classes)}, rules.max_pixels
     total = sum(len(listing.photos) for listing in listings.values())
@@ -110,16 +116,22 @@ def preflight(
     parts: dict[str, list[Sample]] = {}
     for name, listing in listings.items():
         samples = parts[name] = []
-        for photo, facts in _facts(listing.photos, cache):
+        known = _facts(listing.photos, cache, lambda count: advance(count, total))
+        unknown = [i for i, facts in enumerate(known) if facts is None]
+        wanted = None if look is None else functools.partial(look, name, split_is_made="val" in listings)
+        read = objects.examine([listing.photos[i] for i in unknown], cache, wanted)
+        for i, found in zip(unknown, read, strict=True):
+            known[i] = found
             advance(1, total)
-            if isinstance(facts, str):
-                bad.append(BadPhoto(Path(photo.path), photo.name, facts))
+        for photo, facts in zip(listing.photos, known, strict=True):
+            if not isinstance(facts, Facts):
+                bad.append(BadPhoto(place(photo.path), photo.name, facts or ""))
             elif facts.width * facts.height > max_pixels:
                 reason = codecs.too_large(facts.width, facts.height, max_pixels)
-                bad.append(BadPhoto(Path(photo.path), photo.name, reason))
+                bad.append(BadPhoto(place(photo.path), photo.name, reason))
             else:
                 own_group = photo.group or rules.group(photo.name) or None
-                samples.append(Sample(Path(photo.path), photo.name, labels[photo.label], facts.digest, own_group))
+                samples.append(Sample(place(photo.path), photo.name, labels[photo.label], facts.digest, own_group))
     return parts, bad
 
 
@@ -127,14 +139,11 @@ def examine(path: Path) -> Facts:
     """Open the file at `path` once for its header and digest. Raises `BadImage` if it is not a readable image."""
     try:
         with files.open_regular(path) as file:
-            header = decode.read_header(file, sys.maxsize)
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return objects.facts_of(file)
     except BadImage as exc:
         raise BadImage(path, exc.reason) from exc
     except (OSError, codecs.Refused) as exc:
         raise codecs.unreadable(path, exc) from exc
-    return Facts(digest, header.width, header.height)
 
 
 def decode_sample(sample: Sample, settings: ImageSettings) -> NDArray[np.uint8]:
@@ -143,7 +152,11 @@ def decode_sample(sample: Sample, settings: ImageSettings) -> NDArray[np.uint8]:
     Raises `BadImage` when it cannot be decoded, `ChangedPhoto` when the file changed since: its feature would be filed
     under another photo's digest.
     """
-    data = read_sample(sample)
+    return decode_bytes(sample, read_sample(sample), settings)
+
+
+def decode_bytes(sample: Sample, data: bytes, settings: ImageSettings) -> NDArray[np.uint8]:
+    """The pixels of `sample`, of which `data` was read. Raises `BadImage`."""
     try:
         return decode.decode(data, settings)
     except BadImage as exc:
@@ -153,7 +166,7 @@ def decode_sample(sample: Sample, settings: ImageSettings) -> NDArray[np.uint8]:
 def read_sample(sample: Sample) -> bytes:
     """The bytes of `sample`. Raises `BadImage` when it cannot be read, `ChangedPhoto` when it was not indexed so."""
     try:
-        data = files.read_regular(sample.path)
+        data = places.read(sample.path)
     except OSError as exc:
         raise codecs.unreadable(sample.path, exc) from exc
     if hashlib.sha256(data).hexdigest() != sample.digest:
@@ -161,38 +174,46 @@ def read_sample(sample: Sample) -> bytes:
     return data
 
 
-def _facts(photos: Sequence[ListedPhoto], cache: DigestCache) -> Iterator[tuple[ListedPhoto, Facts | str]]:
-    """Each photo with its facts, or with the reason why it is bad, in order."""
+def _facts(
+    photos: Sequence[ListedPhoto], cache: DigestCache, advance: Callable[[int], None]
+) -> list[Facts | str | None]:
+    """The facts of each photo, or the reason why it is bad; None for an object that has to be read."""
     chunks = [photos[start : start + _CHUNK] for start in range(0, len(photos), _CHUNK)]
+    found: list[Facts | str | None] = []
     for known, answers in ordered_map(_read_unknown, (_look_up(chunk, cache) for chunk in chunks), cores()):
         for (photo, status, cached), facts in zip(known, answers, strict=True):
-            if cached is None and status is not None and isinstance(facts, Facts):
+            if cached is None and isinstance(status, os.stat_result) and isinstance(facts, Facts):
                 cache.put(Path(photo.path), status, facts)
-            yield photo, facts
+            found.append(facts)
+        advance(sum(facts is not None for facts in answers))
+    return found
 
 
-_Known = list[tuple[ListedPhoto, os.stat_result | None, Facts | None]]
+# A photo with the status of its file, if there is one, or what is recorded of its object; and the facts that are sure.
+_Known = list[tuple[ListedPhoto, os.stat_result | Recorded | None, Facts | None]]
 
 
 def _look_up(chunk: Sequence[ListedPhoto], cache: DigestCache) -> _Known:
-    """Each photo with its status, `None` if there is no file, and the facts that the cache has of it."""
-    statuses: list[os.stat_result | None] = []
+    """Each photo with what is known of it without reading it."""
+    statuses: list[os.stat_result | Recorded | None] = []
+    objects = iter(cache.objects([photo.path for photo in chunk if is_address(photo.path)]))
     for photo in chunk:
         try:
-            statuses.append(os.stat(photo.path))  # noqa: PTH116 - a Path would only be thrown away
+            statuses.append(next(objects) if is_address(photo.path) else os.stat(photo.path))  # noqa: PTH116 - a Path would only be thrown away
         except (OSError, ValueError):
             statuses.append(None)
-    present = [(Path(photo.path), status) for photo, status in zip(chunk, statuses, strict=True) if status is not None]
+    both = list(zip(chunk, statuses, strict=True))
+    present = [(Path(photo.path), status) for photo, status in both if isinstance(status, os.stat_result)]
     known = iter(cache.get(present))
-    return [
-        (photo, status, next(known) if status is not None else None)
-        for photo, status in zip(chunk, statuses, strict=True)
-    ]
+    return [(photo, status, next(known) if isinstance(status, os.stat_result) else None) for photo, status in both]
 
 
-def _read_unknown(known: _Known) -> tuple[_Known, list[Facts | str]]:
-    answers: list[Facts | str] = []
-    for photo, _status, facts in known:
+def _read_unknown(known: _Known) -> tuple[_Known, list[Facts | str | None]]:
+    answers: list[Facts | str | None] = []
+    for photo, status, facts in known:
+        if is_address(photo.path):
+            answers.append(objects.unchanged(photo, status) if isinstance(status, Recorded) else None)
+            continue
         try:
             answers.append(facts or examine(Path(photo.path)))
         except BadImage as exc:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_cli import files
+from finetune_cli import files, places
 from finetune_cli.config.load import load_config
 from finetune_cli.drawing import figures
 from finetune_cli.errors import FinetuneError
@@ -245,7 +245,7 @@ def _suspects(judged: Judgement, found: Sequence[Suspect]) -> tuple[Figure, ...]
     run, moved = judged.run, judged.photos.moved
     root = run.data_roots().get("train", run.folder)
     samples = [
-        Sample(moved.get(row.digest, root / row.path), row.path, 0, row.digest)
+        Sample(moved.get(row.digest, places.join(root, row.path)), row.path, 0, row.digest)
         for row in (suspect.row for suspect in found)
     ]
     pictures = thumbnails.thumbnails(samples, run.image_settings, cores(), lambda _n: None)

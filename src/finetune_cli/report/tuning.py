@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from finetune_cli import places
 from finetune_cli.errors import FinetuneError, RunError
 from finetune_cli.parallel import cores
 from finetune_cli.photos.scan import Sample
@@ -86,7 +87,7 @@ def _flipped(run: Run) -> dict[str, Any]:
     chosen = [*won[:_MOST_FLIPPED], *lost[:_MOST_FLIPPED]]
     digests = {(row.split, row.path): row.digest for row in run.split()}
     root = run.data_roots().get(split, run.folder)
-    samples = [Sample(root / row["path"], row["path"], 0, digests[split, row["path"]]) for row in chosen]
+    samples = [Sample(places.join(root, row["path"]), row["path"], 0, digests[split, row["path"]]) for row in chosen]
     made = thumbnails.thumbnails(samples, run.image_settings, cores(), ignore_progress)
     shown = [
         Figure(

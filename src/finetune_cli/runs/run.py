@@ -18,9 +18,11 @@ from finetune_cli import files
 from finetune_cli.errors import RunError, StorageError, UsageError
 from finetune_cli.photos import listing, table
 from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.places import Address, Place
 from finetune_cli.runs import manifest as manifests
 from finetune_cli.runs.formats import NewerFormat
 from finetune_cli.runs.manifest import SPLITS, Manifest
+from finetune_cli.storage import is_address
 from finetune_cli.tables import parse_csv, write_csv
 
 DIRECTORY = Path("runs")  # where the commands look for runs
@@ -133,9 +135,12 @@ class Run:
         """The photos of the run, by split."""
         return _parse_split(self.read("split.csv"), self.folder / "split.csv")
 
-    def data_roots(self) -> dict[str, Path]:
+    def data_roots(self) -> dict[str, Place]:
         """Split -> the folder that its photos were in when the run was made."""
-        return {split: Path(os.path.normpath(self.folder / root)) for split, root in self.manifest.roots.items()}
+        return {
+            split: Address(root) if is_address(root) else Path(os.path.normpath(self.folder / root))
+            for split, root in self.manifest.roots.items()
+        }
 
 
 def check_target(directory: Path, name: str | None) -> None:
@@ -147,12 +152,12 @@ def check_target(directory: Path, name: str | None) -> None:
         )
 
 
-def stem(photos: Path) -> str:
+def stem(photos: Place) -> str:
     """What a run of the training photos `photos`, a folder or a table, is called before its number.
 
     The table's name without its suffix, or the folder's; of a folder named after a split, that of the one above it.
     """
-    path = Path(os.path.normpath(photos.absolute()))
+    path = Path(os.path.normpath(photos.absolute())) if isinstance(photos, Path) else photos
     name = path.stem if path.suffix.lower() in table.SUFFIXES else path.name
     if name.lower() in listing.SPLITS:
         name = path.parent.name

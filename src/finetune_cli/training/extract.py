@@ -18,6 +18,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_cli import storage
+from finetune_cli.cache.digests import Facts
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.devices import Precision
 from finetune_cli.duplicates import thumbnails
@@ -27,11 +29,16 @@ from finetune_cli.parallel import ordered_map
 from finetune_cli.photos import decode, scan
 from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.photos.listing import ListedPhoto
 from finetune_cli.photos.scan import BadPhoto, Sample
+from finetune_cli.places import place
+from finetune_cli.places import threads as threads_for
 from finetune_cli.progress import Advance
+from finetune_cli.training import first_look
 
 _STORE_ROWS = 1024
 THUMBNAIL = -1  # stands where the number of a view stands
+FACTS = -2  # so does this, for photos in a store that were not read yet, see `look.py`
 
 
 class RuntimeFactory(Protocol):
@@ -138,7 +145,8 @@ def extract(
     bad: dict[int, BadPhoto] = {}
     if missing:
         runtime = resources.make_runtime(request.precision)
-        work = ordered_map(worker(samples, request, runtime), chunks(missing, resources.batch_size), resources.workers)
+        threads = threads_for(resources.workers, (sample.path for sample in samples))
+        work = ordered_map(worker(samples, request, runtime), chunks(missing, resources.batch_size), threads)
         waiting: list[tuple[bytes, NDArray[np.float32]]] = []
         try:
             for computed, refused in work:
@@ -169,6 +177,39 @@ def extract(
         cached=found,
         thumbnails=small,
     )
+
+
+def look(
+    photos: Sequence[ListedPhoto], request: FeatureRequest, resources: Resources
+) -> Iterator[tuple[Facts | str, str | None]]:
+    """Read `photos` in a store, once, for their facts and for what `request` asks; the features go into the cache.
+
+    Yields the facts of each photo, or the reason why it is bad, and the version that was read; in order. What was
+    yielded is stored even when the caller stops early. Raises `StorageError`, and what `prove` raises.
+    """
+    samples = [Sample(place(photo.path), photo.name, 0, "") for photo in photos]
+    views = [FACTS, *range(THUMBNAIL if request.thumbnails else 0, request.views)]
+    wanted = dict.fromkeys(range(len(samples)), views)
+    threads = storage.readers(resources.workers)
+    runtime = resources.make_runtime(request.precision)
+    waiting: list[tuple[bytes, NDArray[np.float32]]] = []
+    try:
+        for computed, refused in ordered_map(
+            worker(samples, request, runtime), chunks(wanted, resources.batch_size), threads
+        ):
+            for i in sorted({i for i, _view in computed} | refused.keys()):
+                if i in refused:
+                    yield refused[i].reason, None
+                    continue
+                facts, version = first_look.unpacked(computed[i, FACTS])
+                rows = ((view, computed[i, view]) for view in views if view != FACTS)
+                waiting += [(request.key(facts.digest, view), row) for view, row in rows]
+                yield facts, version
+            if len(waiting) >= _STORE_ROWS:
+                resources.keep(waiting)
+                waiting = []
+    finally:
+        resources.keep(waiting)
 
 
 class _Rows:
@@ -316,11 +357,16 @@ def worker(
         for i, views in chunk:
             sample = samples[i]
             try:
-                photo = scan.decode_sample(sample, request.settings)
+                if FACTS in views:
+                    sample, photo, computed[i, FACTS] = first_look.read(sample, request.settings)
+                else:
+                    photo = scan.decode_sample(sample, request.settings)
             except BadImage as exc:
                 bad[i] = BadPhoto(sample.path, sample.name, exc.reason)
                 continue
             for view in views:
+                if view == FACTS:
+                    continue
                 if view == THUMBNAIL:
                     computed[i, view] = thumbnails.packed(thumbnails.thumbnail(photo))
                     continue

@@ -1,15 +1,18 @@
 """One backbone on its runtime, which computes the features of one split after another."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from finetune_cli.backbones.build import Backbone
+from finetune_cli.cache.digests import Facts
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.devices import Device, Precision
 from finetune_cli.inference import runtimes
 from finetune_cli.inference.runtimes import Runtime
+from finetune_cli.photos.listing import ListedPhoto
+from finetune_cli.photos.objects import Examined
 from finetune_cli.photos.scan import Sample
 from finetune_cli.progress import Advance, Observer
 from finetune_cli.training import extract
@@ -24,7 +27,7 @@ class Extractor:
     """Computes the features of one split after another with one backbone.
 
     Training photos get all views, in `precision`; the others are float32 and as they are. `prove`: see
-    `extract.Resources`.
+    `extract.Resources`. `looked`: how many views `look` has computed.
     """
 
     settings: Settings
@@ -33,6 +36,7 @@ class Extractor:
     precision: Precision
     observer: Observer
     prove: Callable[[], object] = field(default=lambda: None)
+    looked: int = field(default=0, init=False)
     _compiled: dict[Precision, Runtime] = field(default_factory=dict, init=False)
 
     @property
@@ -52,13 +56,21 @@ class Extractor:
 
         `first`: view 0 of some of them, if it was computed before in the precision of this split.
         """
+        with self.observer.stage(f"features of {split}", len(samples)) as advance:
+            return self._extract(store, samples, self.request(split, thumbnails), advance, first)
+
+    def look(self, store: FeatureStore, photos: Sequence[ListedPhoto], request: FeatureRequest) -> Iterator[Examined]:
+        """Read photos in a store for the first time, with what `request` asks; see `extract.look`."""
+        for facts, version in extract.look(photos, request, self._resources(store)):
+            self.looked += request.views * isinstance(facts, Facts)
+            yield facts, version
+
+    def request(self, split: str, thumbnails: bool = False) -> FeatureRequest:
+        """What is computed of the photos of a split."""
         image, fingerprint = self.settings.image, self.backbone.fingerprint
         if split == "train":
-            request = FeatureRequest(image, fingerprint, self.precision, self.settings.augmenter, thumbnails)
-        else:
-            request = FeatureRequest(image, fingerprint, "float32", thumbnails=thumbnails)
-        with self.observer.stage(f"features of {split}", len(samples)) as advance:
-            return self._extract(store, samples, request, advance, first)
+            return FeatureRequest(image, fingerprint, self.precision, self.settings.augmenter, thumbnails)
+        return FeatureRequest(image, fingerprint, "float32", thumbnails=thumbnails)
 
     @property
     def first_request(self) -> FeatureRequest:
@@ -81,9 +93,11 @@ class Extractor:
         advance: Advance,
         first: Features | None = None,
     ) -> Features:
+        return extract.extract(samples, request, self.backbone.width, self._resources(store, first), advance)
+
+    def _resources(self, store: FeatureStore, first: Features | None = None) -> Resources:
         scratch = self.settings.cache.scratch
-        resources = Resources(store, self.runtime, scratch, self.workers, self.batch_size, first, self.prove)
-        return extract.extract(samples, request, self.backbone.width, resources, advance)
+        return Resources(store, self.runtime, scratch, self.workers, self.batch_size, first, self.prove)
 
     def runtime(self, precision: Precision) -> Runtime:
         """The backbone, converted once and compiled once per precision."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune_cli import files
+from finetune_cli import files, storage
 from finetune_cli.config.schema import Config
 from finetune_cli.drawing import figures
 from finetune_cli.errors import Interrupted
@@ -335,8 +335,12 @@ def _manifest(folder: Path, prepared: Prepared, outcome: Outcome) -> Manifest:
         ),
         cache_bytes=prepared.cache_bytes,
         bad_photos=tuple(SkippedPhoto(photo.name, photo.reason) for photo in skipped),
-        roots={split: os.path.relpath(root, folder) for split, root in prepared.data.roots.items()},
+        roots={
+            split: os.path.relpath(root, folder) if isinstance(root, Path) else root.text
+            for split, root in prepared.data.roots.items()
+        },
         parity=outcome.parity,
+        storage_retries=storage.retries() - prepared.retries_before,
         seconds=prepared.seconds,
         metrics={part.split: SplitMetrics.from_json(Fields(part.evaluation.to_json())) for part in outcome.judged},
         files={},

@@ -5,13 +5,15 @@ all of them see the same photos in the same way.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_cli import places, storage
 from finetune_cli.backbones import build
 from finetune_cli.backbones.build import Backbone
 from finetune_cli.cache.digests import DigestCache
@@ -27,13 +29,16 @@ from finetune_cli.parallel import ordered_map
 from finetune_cli.photos import dataset, groups, scan
 from finetune_cli.photos.dataset import Dataset, DataSettings
 from finetune_cli.photos.decode import ImageSettings
+from finetune_cli.photos.listing import ListedPhoto
+from finetune_cli.photos.objects import Examined, Look
 from finetune_cli.photos.scan import BadPhoto, Sample
+from finetune_cli.places import Address
 from finetune_cli.progress import Observer, timed
 from finetune_cli.runs.run import SplitRow
 from finetune_cli.text import counted, shown
 from finetune_cli.training import near, start_from
 from finetune_cli.training.converted import Conversion
-from finetune_cli.training.extract import Features
+from finetune_cli.training.extract import FeatureRequest, Features
 from finetune_cli.training.extractor import Extractor
 from finetune_cli.training.near import Leak
 from finetune_cli.training.requirements import check_room
@@ -53,7 +58,7 @@ class Prepared:
 
     `leaks`: val and test photos that show the same picture as a training photo. `start_from`: SHA-256 of the model of
     `model.start_from`, if there is one. With `data.folds`, `held_out` has view 0 of the training photos in float32, as
-    they are answered when their fold is held out.
+    they are answered when their fold is held out. `retries_before`: `storage.retries()` when the command began.
     """
 
     settings: Settings
@@ -67,6 +72,7 @@ class Prepared:
     start_from: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     held_out: Features | None = None
+    retries_before: int = 0
 
     @property
     def validating(self) -> Features:
@@ -100,19 +106,24 @@ def prepare(
     then stays in the cache. Raises `StorageError` when there is no room for the features or for the run.
     """
     config, seconds = settings.config, dict[str, float]()
+    retries_before = storage.retries()
     start_digest = start_from.digest_of(settings.start)
     extractor: Extractor | None = None
     conversion: Conversion | None
 
-    def work(data: Dataset) -> Prepared:
+    def opened() -> Extractor:
         nonlocal extractor
-        class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
-        with timed(seconds, "preflight"):
-            _refuse_bad_headers(settings, data, observer)
         if extractor is None:
             _note_augmentation(settings, observer)
             with timed(seconds, "backbone"):
                 extractor = make_extractor(settings, observer, conversion)
+        return extractor
+
+    def work(data: Dataset) -> Prepared:
+        class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
+        with timed(seconds, "preflight"):
+            _refuse_bad_headers(settings, data, observer)
+        extractor = opened()
         check_room(settings, data, extractor.backbone)
         if config.data.folds is not None:
             start_from.check_held_out(settings.start, data.train, config.training.solver)
@@ -122,6 +133,7 @@ def prepare(
         with timed(seconds, "features"):
             extractor.prove()  # all features may have been in the cache
         data, parts = split.data, split.parts
+        _count_looked(parts, extractor.looked)
         _refuse_bad(data, parts, config.data.on_bad_image, observer)
         if config.data.folds is not None:  # again: bad photos were left out, and near-duplicates found
             samples = tuple(dataset.into_folds(parts["train"].samples, config.data.folds))
@@ -138,12 +150,22 @@ def prepare(
             start_from=start_digest,
             seconds=seconds,
             held_out=split.held_out,
+            retries_before=retries_before,
         )
 
     with contextlib.nullcontext() if settings.builds_backbone else conversion_of(settings) as conversion:
         if conversion is not None and not conversion.downloads:  # a download waits for photos that can be used
             conversion.begin()
-        return with_photos(settings, observer, work, seconds)
+        first = _first_look(opened(), seconds) if dataset.in_store(settings.photos) else None
+        return with_photos(settings, observer, work, seconds, Indexing(first=first))
+
+
+def _count_looked(parts: dict[str, Features], views: int) -> None:
+    """Count `views` as computed that were found in the cache because this command's first look put them there."""
+    for split, part in parts.items():
+        own = min(views, part.cached)
+        parts[split] = replace(part, computed=part.computed + own, cached=part.cached - own)
+        views -= own
 
 
 def conversion_of(settings: Settings) -> Conversion:
@@ -156,7 +178,7 @@ def with_photos(
     observer: Observer,
     work: Callable[[Dataset], Result],
     seconds: dict[str, float],
-    contradictions: bool = False,
+    how: "Indexing | None" = None,
 ) -> Result:
     """The result of `work` on the indexed photos; the seconds of indexing go to ``seconds["preflight"]``.
 
@@ -166,13 +188,84 @@ def with_photos(
     """
     try:
         with timed(seconds, "preflight"):
-            data = index(settings.photos, settings.cache, observer, contradictions=contradictions)
+            data = index(settings.photos, settings.cache, observer, how)
         return work(data)
     except ChangedPhoto as exc:
         observer.note(f"{shown(exc.path)} is not the photo that was indexed; all photos are read again")
     with timed(seconds, "preflight"):
-        data = index(settings.photos, settings.cache, observer, fresh=True, contradictions=contradictions)
+        data = index(settings.photos, settings.cache, observer, replace(how or Indexing(), fresh=True))
     return work(data)
+
+
+class FirstLook:
+    """Reads photos in a store for the first time, with the features that they need whatever their digests are.
+
+    Used as a context: the feature cache is open in it. `wanted`: what is computed of the photos of a split, which the
+    user has made or not. `seconds`: what it takes is counted as features, not as preflight.
+    """
+
+    def __init__(
+        self, extractor: Extractor, wanted: Callable[[str, bool], FeatureRequest], seconds: dict[str, float]
+    ) -> None:
+        self._extractor = extractor
+        self._wanted = wanted
+        self._seconds = seconds
+        self._store: FeatureStore | None = None
+
+    def __enter__(self) -> Look:
+        """What `dataset.load` takes."""
+        folder = self._extractor.settings.cache
+        self._store = FeatureStore(folder.path, folder.writable)
+        return self._look
+
+    def __exit__(self, *_exception: object) -> None:
+        """Close the cache."""
+        assert self._store is not None
+        self._store.close()
+
+    def _look(self, split: str, photos: Sequence[ListedPhoto], split_is_made: bool) -> Iterator[Examined]:
+        assert self._store is not None
+        request = self._wanted(split, split_is_made)
+        if split == "train" and not split_is_made and request.views < self._extractor.request("train").views:
+            self._extractor.observer.note(
+                f"{counted(len(photos), 'photo')} of a store must be read before the split; those that become training "
+                "photos are read once more for their other views"
+            )
+        started = time.monotonic()
+        yield from self._extractor.look(self._store, photos, request)
+        spent = time.monotonic() - started
+        for stage, change in (("preflight", -spent), ("features", spent)):
+            self._seconds[stage] = round(self._seconds.get(stage, 0.0) + change, 3)
+
+
+@dataclass(frozen=True)
+class Indexing:
+    """How photos are indexed.
+
+    contradictions: photos under two labels are no error. fresh: all photos are read, whatever the digest cache says.
+    first: how photos in a store are read.
+    """
+
+    contradictions: bool = False
+    fresh: bool = False
+    first: FirstLook | None = None
+
+
+def _first_look(extractor: Extractor, seconds: dict[str, float]) -> FirstLook:
+    """The first look of a training.
+
+    Where the user made the split, or with folds, it computes all that is needed; before an automatic split, view 0 of
+    the photos to be split. Those that become training photos are read once more for their other views.
+    """
+    data = extractor.settings.config.data
+    thumbnails = data.near_duplicates != "ignore"
+
+    def wanted(split: str, split_is_made: bool) -> FeatureRequest:
+        if split == "train" and not split_is_made and data.folds is None:
+            return replace(extractor.first_request, thumbnails=thumbnails)
+        return extractor.request(split, thumbnails)
+
+    return FirstLook(extractor, wanted, seconds)
 
 
 def _note_augmentation(settings: Settings, observer: Observer) -> None:
@@ -303,7 +396,9 @@ def _check_unchanged(samples: Sequence[Sample]) -> None:
     """Raise `ChangedPhoto` if one of a few of `samples` is not the one that was indexed.
 
     Photos whose features are all in the cache are not read otherwise, and an index that is out of date would go unseen.
+    Stores tell whether an object was written again.
     """
+    samples = [sample for sample in samples if not isinstance(sample.path, Address)]
     for i in evenly_spread(len(samples), _CHECKED_PHOTOS):
         with contextlib.suppress(BadImage):  # gone since it was indexed, or unreadable: its features are known
             scan.read_sample(samples[i])
@@ -343,7 +438,7 @@ def decode_all(data: Dataset, image: ImageSettings, workers: int, observer: Obse
     bad = []
     samples = [sample for part in data.splits.values() for sample in part]
     with observer.stage("decoding", len(samples)) as advance:
-        for fault in ordered_map(decode, samples, workers):
+        for fault in ordered_map(decode, samples, places.threads(workers, (sample.path for sample in samples))):
             advance(1)
             if fault is not None:
                 bad.append(fault)
@@ -354,19 +449,16 @@ def index(
     photos: DataSettings,
     folder: CacheFolder,
     observer: Observer,
-    fresh: bool = False,
-    contradictions: bool = False,
+    how: "Indexing | None" = None,
 ) -> Dataset:
-    """The photos after preflight (headers and digests); what the user should know is noted.
-
-    `fresh`: all photos are read, whatever the digest cache in `folder` says. `contradictions`: photos under two labels
-    are no error.
-    """
+    """The photos after preflight (headers and digests); what the user should know is noted."""
+    how = how or Indexing()
     with (
         observer.stage("preflight", None) as advance,
-        DigestCache(folder.path, folder.writable, fresh) as cache,
+        DigestCache(folder.path, folder.writable, how.fresh) as cache,
+        contextlib.nullcontext() if how.first is None else how.first as look,
     ):
-        data = dataset.load(photos, cache, advance, contradictions)
+        data = dataset.load(photos, cache, advance, how.contradictions, look)
     for note in data.notes:
         observer.note(note)
     for warning in (folder.warning, *cache.warnings, *data.warnings):
@@ -382,6 +474,8 @@ def index(
 
 def warn_of_series(data: Dataset, max_pixels: int, observer: Observer) -> None:
     """Warn that photos taken at nearly the same time are in train and in val, if no groups are known or proposed."""
+    if any(isinstance(sample.path, Address) for part in data.splits.values() for sample in part):
+        return  # every photo would have to be read once more
     if data.proposal is not None or any(sample.group for part in data.splits.values() for sample in part):
         return
     paths = {split: [sample.path for sample in part] for split, part in data.splits.items()}

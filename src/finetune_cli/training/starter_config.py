@@ -17,6 +17,7 @@ from finetune_cli.photos.dataset import Dataset, DataSettings, refuse_empty
 from finetune_cli.photos.decode import read_header
 from finetune_cli.photos.groups import Proposal
 from finetune_cli.photos.scan import Sample, refuse_bad
+from finetune_cli.places import Address, Place
 from finetune_cli.progress import Observer, Silent
 from finetune_cli.text import shown
 from finetune_cli.training import prepare, settings
@@ -55,7 +56,7 @@ training:
 """
 
 
-def starter_config(data: Path, target: Path, observer: Observer) -> str:
+def starter_config(data: Place, target: Path, observer: Observer) -> str:
     """The text of a config for the photos in `data`, to be written to `target`; paths in it are relative to that.
 
     Raises `DataError` for photos that could not be trained on, with the reason.
@@ -95,7 +96,7 @@ def _cross_validated(photos: DataSettings, folder: CacheFolder) -> tuple[Dataset
     return found, photos
 
 
-def _description(data: Path, found: Dataset, max_pixels: int) -> Iterator[str]:
+def _description(data: Place, found: Dataset, max_pixels: int) -> Iterator[str]:
     """What was found, for the head of the file."""
     yield f"Written by `finetune init {shown(data)}`."
     yield ""
@@ -158,8 +159,10 @@ def _training_section(found: Dataset) -> Iterator[str]:
         yield "  class_weights: balanced         # the largest class has at least 3 times the photos of the smallest"
 
 
-def _relative(path: Path, folder: Path) -> str:
+def _relative(path: Place, folder: Path) -> str:
     """`path`, relative to the folder that the config will be in where that is possible."""
+    if isinstance(path, Address):
+        return path.text
     try:
         return Path(os.path.relpath(path, folder)).as_posix()
     except ValueError:  # another drive on Windows
