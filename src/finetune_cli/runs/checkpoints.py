@@ -145,12 +145,6 @@ def latest_of(folder: Path, training_id: str, observer: Observer) -> Checkpoint 
     return last
 
 
-def load_best(folder: Path) -> Checkpoint | None:
-    """The checkpoint that was saved last as the best, or `None`. Raises `CheckpointError` when it is damaged."""
-    path = next(filter(_is_best, _newest_first(folder)), None)
-    return load(path) if path is not None else None
-
-
 def _pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     """The arrays in NumPy's `.npz` form, under their positions: their names may hold what file names cannot."""
     for name, array in arrays.items():
