@@ -21,12 +21,11 @@ from finetune_cli.config.schema import Config
 from finetune_cli.drawing import figures
 from finetune_cli.errors import Interrupted
 from finetune_cli.fields import Fields
-from finetune_cli.head import classifier, finished
+from finetune_cli.head import classifier, finished, out_of_fold
 from finetune_cli.head.data import Rows
 from finetune_cli.head.keras_fit import EpochState, fit_epochs
 from finetune_cli.head.keras_folds import FoldsState, fit_folds_by_epochs
 from finetune_cli.head.lbfgs import Head
-from finetune_cli.head.out_of_fold import fit_folds
 from finetune_cli.inference import runtimes
 from finetune_cli.metrics.calibration import cross_fitted_calibration, fit_temperature, softmax32
 from finetune_cli.metrics.folds import group_numbers
@@ -235,8 +234,8 @@ def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observe
         if data.folds is None:
             return fitted
         with observer.stage("cross-validation", config.data.folds, "folds") as advance:
-            logits = fit_folds(data, held_out, fitted.l2, config.training.label_smoothing, advance)
-        return replace(fitted, out_of_fold=logits)
+            heads = out_of_fold.fit_folds(data, fitted.l2, config.training.label_smoothing, advance)
+        return replace(fitted, out_of_fold=out_of_fold.logits(heads, data.folds, held_out), fold_heads=heads)
     training_id = start_record.read(folder).training_id
     state: EpochState | FoldsState | None
     epochs: Iterator[EpochState | FoldsState]
@@ -264,7 +263,8 @@ def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observe
         observer.warn(text)
     if isinstance(state, FoldsState):
         assert data.folds is not None
-        return Fitted(state.final, l2, state.history, state.out_of_fold(data.folds, held_out))
+        heads = state.heads(data.folds)
+        return Fitted(state.final, l2, state.history, out_of_fold.logits(heads, data.folds, held_out), heads)
     return Fitted(state.best, l2, state.history)
 
 
