@@ -80,6 +80,14 @@ def test_the_last_two_and_the_best_are_kept(tmp_path):
     assert names(tmp_path) == ["epoch-0006", "epoch-0007"]
 
 
+def test_of_a_finished_training_the_last_one_is_kept(tmp_path):
+    for epoch in range(1, 5):
+        path = save(tmp_path, epoch, best=epoch == 1)
+    checkpoints.keep_only(path)
+    assert names(tmp_path) == ["epoch-0004"]
+    assert_is(checkpoints.load_latest(tmp_path), 4)
+
+
 def test_beyond_ten_thousand_epochs_the_order_is_that_of_numbers(tmp_path):
     save(tmp_path, 9_999)
     save(tmp_path, 10_000)

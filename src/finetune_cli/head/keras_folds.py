@@ -107,10 +107,10 @@ def fit_folds_by_epochs(
 ) -> Iterator[FoldsState]:
     """Train the folds' heads and the final head, and yield the state after each epoch; the last one has the result.
 
-    data: features ``(n, views, D)`` with folds. held_out: what is answered, ``(n, D)``; see `out_of_fold.logits`. Every training is
-    one of `fit_epochs`, from the same `start`, which must not have learned from any of these photos. It stops after
-    `settings.patience` epochs without a lower loss of the out-of-fold answers. Given as `resume`, any state leads to a
-    bit-identical result. Raises what `fit_epochs` raises.
+    data: features ``(n, views, D)`` with folds. held_out: what is answered, ``(n, D)``; see `out_of_fold.logits`. Every
+    training is one of `fit_epochs`, from the same `start`, which must not have learned from these photos. It stops
+    after `settings.patience` epochs without a lower loss of the out-of-fold answers. Given as `resume`, any state leads
+    to a bit-identical result. Raises what `fit_epochs` raises.
     """
     assert data.folds is not None
     folds = numbers(data.folds)

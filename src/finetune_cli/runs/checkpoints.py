@@ -88,6 +88,14 @@ def save(folder: Path, epoch: int, arrays: Mapping[str, NDArray[Any]], state: Ma
     return path
 
 
+def keep_only(path: Path) -> None:
+    """Remove the checkpoints beside `path`, which is that of the last epoch: the training is finished."""
+    for other in _newest_first(path.parent):
+        if other != path:
+            with contextlib.suppress(StorageError):
+                files.remove_folder(other, path.parent.parent)
+
+
 def load(path: Path) -> Checkpoint:
     """The checkpoint in the folder `path`. Raises `CheckpointError` unless every file is as it was written."""
     try:

@@ -48,7 +48,7 @@ from finetune_cli.training.keras_process import KerasProcess
 from finetune_cli.training.prepare import Prepared, evenly_spread, prepare
 from finetune_cli.training.requirements import check_settings
 from finetune_cli.training.settings import Settings
-from finetune_cli.training.tuning import budget, comparison, stage
+from finetune_cli.training.tuning import budget, comparison, folds, plan, stage
 
 # Fewer views say nothing about how long others would take: most of their seconds are the start.
 _TIMED_VIEWS = 32
@@ -73,7 +73,8 @@ def train(config: Config, observer: Observer) -> Run:
     settings = check_settings(config)
     with KerasProcess("openvino") as keras:
         _start_keras(keras, settings)
-        prepared = prepare(settings, observer, stage.checked(settings), unknown.checked(config))
+        checks = stage.checked(settings), unknown.checked(config), budget.announced(settings, observer)
+        prepared = prepare(settings, observer, *checks)
         start = _start(prepared, observer)
         folder = run.create(
             config.output.directory,
@@ -129,16 +130,18 @@ def _fit_and_finish(
     names = ["config.yaml", "environment.json", "split.csv", *([near.LEAKS] if prepared.leaks else [])]
     names += [run.FIXES] if prepared.data.fixes is not None else []
     tuning: dict[str, Any] | None = None
+    fold_features: tuple[unknown.FoldFeatures, ...] = ()
     if prepared.config.fine_tuning is not None:
-        tuned = stage.run(prepared, fitted, folder / "checkpoints", start_record.read(folder).training_id, observer)
-        before = judged
-        prepared = replace(prepared, backbone=tuned.backbone, parts=tuned.parts)
+        run_stage = stage.run if prepared.config.data.folds is None else folds.run
+        tuned = run_stage(prepared, fitted, folder / "checkpoints", start_record.read(folder).training_id, observer)
+        before, fold_features = judged, tuned.folds
+        prepared = replace(prepared, backbone=tuned.backbone, parts=tuned.parts, held_out=tuned.held_out)
         fitted = tuned.fitted
         temperature, judged = _judge(prepared, fitted)
         tuning = {**tuned.facts, "compared": comparison.compared(before, judged)}
         names += comparison.write_history(folder, tuned.history, tuned.training)
         names += comparison.write_flipped(folder, classes, before, judged)
-    learnt = unknown.learn(folder, prepared, fitted, observer)
+    learnt = unknown.learn(folder, prepared, fitted, observer, fold_features)
     names += learnt.files
     if text := _below_baseline(prepared.config, judged[-1]):
         observer.warn(text)
@@ -155,8 +158,10 @@ def _fit_and_finish(
     outcome = replace(outcome, parity=parity)
     manifest = replace(_manifest(folder, prepared, outcome), fine_tuning=tuning, unknown=learnt.facts)
     if tuning is None and manifest.views.computed >= _TIMED_VIEWS:
-        photos, a_view = len(prepared.parts["train"].samples), prepared.seconds["features"] / manifest.views.computed
-        seconds = budget.rough_seconds(prepared.backbone, photos, prepared.settings.augmenter.views, a_view)
+        a_view = prepared.seconds["features"] / manifest.views.computed
+        photos, validating = len(prepared.parts["train"].samples), len(prepared.validating.samples)
+        counts = plan.Counts(photos, prepared.settings.augmenter.views, validating)
+        seconds = budget.rough_seconds(prepared.backbone, prepared.config, counts, a_view)
         manifest = replace(manifest, fine_tuning_seconds=math.ceil(seconds))
     finished = run.finish(folder, manifest, names)
     if os.path.lexists(folder / "checkpoints"):

@@ -224,7 +224,8 @@ def _split_and_extract(
             else:
                 split = _with_near_duplicates(extractor, store, data, seconds)
             if extractor.settings.config.data.folds is not None:
-                split.held_out = _held_out(extractor, store, split.parts["train"], seconds)
+                with timed(seconds, "features"):
+                    split.held_out = as_held_out(extractor, store, split.parts["train"])
             for part in split.parts.values():
                 _check_unchanged(part.samples)
             split.cache_bytes = store.size()
@@ -289,12 +290,11 @@ def _with_near_duplicates(
     return _Split(data, parts, leaks)
 
 
-def _held_out(extractor: Extractor, store: FeatureStore, train: Features, seconds: dict[str, float]) -> Features:
+def as_held_out(extractor: Extractor, store: FeatureStore, train: Features) -> Features:
     """View 0 of the training photos in float32, as a prediction sees them."""
     if extractor.precision == "float32":
         return replace(train, array=train.array[:, :1], computed=0, cached=0)
-    with timed(seconds, "features"):
-        found = extractor(store, "train in float32", train.samples)
+    found = extractor(store, "train in float32", train.samples)
     scan.refuse_bad(found.bad, len(train.samples), "error")
     return found
 
