@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from finetune_cli import signals
 from finetune_cli.devices import TrainingPolicy
 from finetune_cli.errors import FinetuneError
-from finetune_cli.head.data import Floats, Ints
+from finetune_cli.head.data import Floats, Ints, views_in_turn
 from finetune_cli.head.lbfgs import Head
 from finetune_cli.inference.runtimes import out_of_memory
 from finetune_cli.keras_setup import import_keras
@@ -210,11 +210,10 @@ class Upper:
         targets = np.eye(self._dense.units, dtype=np.float32)
         # With weights of mean 1 and batches of one size, the mean of the batches is the loss.
         weights = (train.weights / train.weights.mean()).astype(np.float32)
-        first_views = np.random.default_rng(settings.seed).integers(0, views, size=(photos,), dtype=np.intp)
         for epoch in range(state.epoch if state is not None else 0, settings.epochs):
             began = time.perf_counter()
             order = np.random.default_rng((settings.seed, epoch)).permutation(photos)
-            chosen_views = (first_views + epoch) % views
+            chosen_views = views_in_turn(photos, views, settings.seed, epoch)
 
             def loaded(chosen: Indexes, chosen_views: Indexes = chosen_views) -> tuple[Indexes, Rows]:
                 return chosen, train.source.batch(chosen, chosen_views[chosen])
