@@ -23,8 +23,8 @@ from finetune_cli.training.start_from import AnyBackbone
 class Extractor:
     """Computes the features of one split after another with one backbone.
 
-    Training photos get all views, in `precision`; the others are float32 and as they are. `prove`: see
-    `extract.Resources`.
+    Training photos get all views, in `precision`; the others are float32 and as they are. `prove`: what a
+    `FeatureStore` asks before it keeps any of them.
     """
 
     settings: Settings
@@ -82,7 +82,7 @@ class Extractor:
         first: Features | None = None,
     ) -> Features:
         scratch = self.settings.cache.scratch
-        resources = Resources(store, self.runtime, scratch, self.workers, self.batch_size, first, self.prove)
+        resources = Resources(store, self.runtime, scratch, self.workers, self.batch_size, first)
         return extract.extract(samples, request, self.backbone.width, resources, advance)
 
     def runtime(self, precision: Precision) -> Runtime:

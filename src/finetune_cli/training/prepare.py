@@ -214,7 +214,7 @@ def _split_and_extract(
 ) -> _Split:
     """Split the photos of `data` as near-duplicates or `recorded` want it, with the features of every split."""
     observer, folder = extractor.observer, extractor.settings.cache
-    with FeatureStore(folder.path, folder.writable) as store:
+    with FeatureStore(folder.path, folder.writable, extractor.prove) as store:
         try:
             if recorded is not None:
                 data = dataset.split_as_recorded(data, near.recorded(recorded))
@@ -268,7 +268,6 @@ def _with_near_duplicates(
         dataset.refuse_empty(data.classes, data.splits, data.bad)
         parts = first
     with timed(seconds, "near-duplicates"):
-        extractor.prove()  # what is linked is stored, too
         linked = near.link(list(parts.values()), extractor.first_request, store, settings, observer)
     data = near.keep_together(linked, data, settings.photos.trained_on, observer)
     if first:
