@@ -50,7 +50,6 @@ def check(
     path, overrides = config_or_override(config, overrides)
     loaded = load_config(path, overrides)
     from finetune_cli.training.check import check as check_photos
-
     from finetune_cli.training.near import may_split_otherwise
 
     with skippable(path, overrides):
