@@ -216,8 +216,7 @@ def announced(settings: Settings, observer: Observer) -> Callable[[Dataset, AnyB
 
     def check(data: Dataset, backbone: AnyBackbone) -> None:
         config, folds = settings.config, settings.config.data.folds
-        few = _few(settings, data)
-        if config.fine_tuning is None or folds is None or not few:
+        if config.fine_tuning is None or folds is None or not (few := _few(settings, data)):
             return
         assert isinstance(backbone, Backbone)  # as `changes_backbone` says
         precision = runtimes.training_precision(settings.device, config.runtime.feature_precision)
