@@ -155,9 +155,9 @@ def with_folds(photos: Photos, count: int, nested: bool = False) -> Result:
         for fold in numbers(data.folds):
             rest = photos.part(np.flatnonzero(data.folds != fold)).data.rows()
             heads[fold] = fit_lbfgs(rest, choose_l2(rest, L2Search())[0])
-        logits = out_of_fold_logits(heads, data.folds, photos.features[:, 0])
     else:
-        logits = fit_folds(data, photos.features[:, 0], l2)
+        heads = fit_folds(data, l2)
+    logits = out_of_fold_logits(heads, data.folds, photos.features[:, 0])
     judged = np.flatnonzero(data.folds)
     return result(fit_lbfgs(data.rows(), l2), l2, logits[judged], photos.part(judged))
 

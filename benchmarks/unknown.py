@@ -27,6 +27,7 @@ from finetune_cli.head.data import HeadData
 from finetune_cli.head.l2 import L2Search, choose_l2
 from finetune_cli.head.lbfgs import Head, fit_lbfgs, one_blas_thread
 from finetune_cli.head.out_of_fold import fit_folds
+from finetune_cli.head.out_of_fold import logits as out_of_fold_logits
 from finetune_cli.metrics import novelty
 from finetune_cli.metrics.calibration import fit_temperature, softmax
 from finetune_cli.metrics.folds import group_folds, group_numbers
@@ -232,7 +233,7 @@ def learnt_in_folds(prepared: Prepared) -> tuple[Score, np.ndarray, float]:
     l2 = fit.chosen_l2(config, train, classes, Silent())
     data = fit.head_data(config, train, classes)
     head = fit_lbfgs(data.rows(), l2)
-    logits = fit_folds(data, prepared.validating.array[:, 0], l2)
+    logits = out_of_fold_logits(fit_folds(data, l2), data.folds, prepared.validating.array[:, 0])
     known = unknown.of_folds(prepared, Fitted(head, l2, (), logits))
     choice = unknown.choose(known.materials, len(classes), RATE, ignore_progress)
     weight = known.choosing.energy_weight() if choice.score == unknown.BOTH else 0.0

@@ -195,6 +195,40 @@ def test_leftovers_go_and_nothing_else(tmp_path):
     files.remove_leftovers(tmp_path / "absent")
 
 
+def leftover(folder: Path, age: float, locked: bool = True) -> Path:
+    """A temporary folder of a killed writer."""
+    (folder / "model").mkdir(parents=True)
+    if locked:
+        (folder / ".lock").write_bytes(b"")
+    os.utime(folder, (time.time() - age,) * 2)
+    return folder
+
+
+def test_abandoned_folders_go_when_they_are_old_and_nobody_holds_their_lock(tmp_path):
+    leftover(tmp_path / ".model-0a1b2c3d.tmp", 100)
+    young, never_locked = (
+        leftover(tmp_path / ".model-0a1b2c3e.tmp", 10), leftover(tmp_path / ".model-0a1b2c42.tmp", 100, locked=False),
+    )  # fmt: skip
+    held, elsewhere = leftover(tmp_path / ".model-0a1b2c3f.tmp", 100), leftover(tmp_path / "elsewhere", 100)
+    file, link = tmp_path / ".model-0a1b2c40.tmp", tmp_path / ".model-0a1b2c41.tmp"
+    file.write_bytes(b"")
+    link.symlink_to(elsewhere)
+    with files.lock(held):
+        os.utime(held, (time.time() - 100,) * 2)
+        files.remove_abandoned(tmp_path)
+    assert names(tmp_path) == sorted(path.name for path in (young, never_locked, held, elsewhere, file, link))
+    assert (elsewhere / "model").is_dir()
+    files.remove_abandoned(tmp_path / "absent")
+
+
+@posix
+def test_an_abandoned_folder_of_another_user_stays(tmp_path, monkeypatch):
+    folder = leftover(tmp_path / ".model-0a1b2c3d.tmp", 100)
+    monkeypatch.setattr(os, "geteuid", lambda: folder.stat().st_uid + 1)
+    files.remove_abandoned(tmp_path)
+    assert folder.is_dir()
+
+
 def test_removed_folders_are_gone(tmp_path):
     with files.atomic_folder(tmp_path / "model") as temporary:
         (temporary / "a").write_bytes(b"a")

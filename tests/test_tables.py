@@ -32,3 +32,12 @@ def test_another_table_is_refused(tmp_path, text):
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises(ValueError, match="columns one, two"):
         tables.read_csv(tmp_path / "t.csv", ("one", "two"))
+
+
+def test_a_table_of_numbers_may_have_empty_cells():
+    assert tables.parse_numbers(b"epoch,loss,val_loss\n1,0.5,0.25\n2,0.5,\n") == [
+        {"epoch": 1, "loss": 0.5, "val_loss": 0.25},
+        {"epoch": 2, "loss": 0.5},
+    ]
+    with pytest.raises(ValueError, match="could not convert"):
+        tables.parse_numbers(b"epoch,loss\n1,x\n")

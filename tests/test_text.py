@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune_cli.text import address, brief, first_line, listed, message_lines, shown
+from finetune_cli.text import address, brief, duration, first_line, listed, message_lines, shown
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,10 @@ def test_lines_of_an_exception(message, expected):
 def test_the_first_line_of_an_exception():
     assert first_line(ValueError("\n  no such operator \nat converter.cc:12")) == "no such operator"
     assert first_line(ValueError("")) == "ValueError"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0, "a second"), (44, "44 seconds"), (200, "3 minutes"), (9000, "2 hours")]
+)
+def test_durations_are_told_in_fitting_units(seconds, words):
+    assert duration(seconds) == words

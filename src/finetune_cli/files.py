@@ -3,7 +3,7 @@
 Nothing here knows what the files mean. A write goes to a temporary name in the same folder (so the rename never
 crosses a file system), is flushed and fsynced, renamed over the target with ``os.replace``, and the folder is fsynced,
 so that a kill or a power cut leaves the old content or the new one and never a mixture. A kill may leave a temporary
-name behind; `remove_leftovers` clears those away.
+name behind; `remove_leftovers` and `remove_abandoned` clear those away.
 
 There are two kinds of files. Files of our own are in a run, an export or the cache: `root` names that folder (by
 default the one that the file is in), and nothing below it may be a link. `root` itself and what is above it may be
@@ -44,6 +44,7 @@ _LEFTOVER = re.compile(r"\..*-[0-9a-f]{8}\.tmp(\.[^.]*)?")
 _LOCK = ".lock"
 _HOLDER = ".lock-holder"
 _HOLDER_BYTES = 500
+_ABANDONED_SECONDS = 60.0
 
 
 def human_bytes(count: int) -> str:
@@ -258,6 +259,25 @@ def remove_leftovers(folder: Path, root: Path | None = None) -> None:
         for path in parent.visible().iterdir():
             if _LEFTOVER.fullmatch(path.name):
                 parent.remove(path.name)
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what killed writers left in `folder`, where others may be at work: of those that `lock` what they build.
+
+    That is: folders with a temporary name and a lock that nobody holds, which belong to this user and in which nothing
+    has changed for a minute. (The lock is not held in the moments after the folder is made, and before it is renamed.)
+    """
+    with contextlib.suppress(OSError), safe_open.open_folder(folder) as parent:
+        for found in parent.visible().iterdir():
+            if _LEFTOVER.fullmatch(found.name) and _is_own_and_old(found) and os.path.lexists(found / _LOCK):
+                with contextlib.suppress(RunError, StorageError), lock(found):
+                    parent.remove(found.name)
+
+
+def _is_own_and_old(folder: Path) -> bool:
+    status = folder.lstat()
+    own = not hasattr(os, "geteuid") or status.st_uid == os.geteuid()
+    return own and stat.S_ISDIR(status.st_mode) and time.time() - status.st_mtime > _ABANDONED_SECONDS
 
 
 def write_bytes(path: Path, data: bytes, root: Path | None = None) -> None:

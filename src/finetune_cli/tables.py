@@ -71,9 +71,12 @@ def parse_csv(data: bytes, header: Sequence[str]) -> list[list[str]]:
 
 
 def parse_numbers(data: bytes) -> list[dict[str, float]]:
-    """The rows of a table of numbers, by the names in its header. Raises `ValueError` when a cell is not a number."""
+    """The rows of a table of numbers, by the names in its header, without empty cells.
+
+    Raises `ValueError` when a cell is not a number.
+    """
     text = io.StringIO(data.decode("utf-8"), newline="")
-    return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(text)]
+    return [{key: float(value) for key, value in row.items() if value != ""} for row in csv.DictReader(text)]
 
 
 def defuse(cell: object) -> object:

@@ -35,6 +35,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def duration(seconds: float) -> str:
+    """`seconds` in the unit that people would use."""
+    for unit, length in (("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
+
+
 def message_lines(exc: BaseException) -> list[str]:
     """The lines of an exception's message that are not empty, without indentation; else the name of its type."""
     return [line.strip() for line in str(exc).splitlines() if line.strip()] or [type(exc).__name__]

@@ -510,7 +510,7 @@ def test_sizes_that_mean_nothing(text):
 def test_the_commands_say_what_they_did(tmp_path):
     fill(tmp_path)
     assert command_cache.info(tmp_path) == [f"feature cache {tmp_path / 'features.sqlite'}: 200 features, 1.1 MB"]
-    assert command_cache.prune(tmp_path, "2MB").startswith("0 bytes freed; 200 features, 1.1 MB, are left in ")
+    assert command_cache.prune(tmp_path, "2MB").startswith("0 bytes freed; 200 features, 1.1 MB, and 0 ")
     assert command_cache.clear(tmp_path) == f"removed the cache in {tmp_path}: 1.1 MB freed"
 
 

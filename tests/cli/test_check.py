@@ -20,6 +20,12 @@ def test_sample_init_check_preview(tmp_path, monkeypatch):
     answer = run("preview", "config.yaml", f"runtime.cache_dir={tmp_path / 'cache'}", "--photos", 2)
     assert answer.exit_code == 0, answer.output
     assert (tmp_path / "preview.png").is_file()
+    assert "differently" not in answer.stdout  # with folds, nothing is split
+    split = ("config.yaml", "data.folds=null", f"runtime.cache_dir={tmp_path / 'cache'}")
+    for command in ("check", "preview"):
+        line = "train may split the photos a little differently: it looks for near-duplicates"
+        assert line in run(command, *split).stdout
+        assert "differently" not in run(command, *split, "data.near_duplicates=ignore").stdout
 
 
 def test_init_and_check_propose_groups(tmp_path, monkeypatch):

@@ -77,13 +77,10 @@ def test_a_key_that_lbfgs_ignores_is_refused(tmp_path, key):
     [
         ("  val: b\n", 3, "data.val"),
         ("  val_split: 0.2\n", 3, "data.val_split"),
-        ("fine_tuning: auto\n", 3, "fine_tuning"),
-        ("fine_tuning:\n  epochs: 3\n", 3, "fine_tuning"),
     ],
 )
-def test_folds_exclude_what_validates_otherwise_and_fine_tuning(tmp_path, rest, line, key):
-    found = problem_of(tmp_path, f"data:\n  train: a\n{rest}" + ("" if "fine" in rest else "  folds: 5\n"),
-                       *(["data.folds=5"] if "fine" in rest else []))  # fmt: skip
+def test_folds_exclude_what_validates_otherwise(tmp_path, rest, line, key):
+    found = problem_of(tmp_path, f"data:\n  train: a\n{rest}  folds: 5\n")
     assert f"line {line}: `{key}` and `data.folds` exclude each other" in found
 
 

@@ -11,6 +11,7 @@ from finetune_cli.fields import FieldError, Fields
 from finetune_cli.head.data import HeadData
 from finetune_cli.head.keras_fit import KerasSettings, fit_epochs
 from finetune_cli.head.keras_folds import FoldsState, fit_folds_by_epochs
+from finetune_cli.head.out_of_fold import logits
 
 SETTINGS = KerasSettings(epochs=6, batch_size=8, learning_rate=0.02, patience=None, dropout=0.2, l2=0.001)
 
@@ -53,7 +54,7 @@ def test_the_final_head_is_that_of_the_best_epoch_on_all_photos(data, states):
 
 
 def test_the_loss_is_that_of_the_out_of_fold_answers(data, states):
-    found = states[-1].out_of_fold(data.folds, held_out(data))
+    found = logits(states[-1].heads(data.folds), data.folds, held_out(data))
     assert np.isnan(found[0]).all()
     right = found[1:].argmax(axis=1) == data.labels[1:]
     best = states[states[-1].best_epoch - 1].history[-1]

@@ -9,7 +9,7 @@ from head_examples import blobs
 from finetune_cli.head import out_of_fold
 from finetune_cli.head.data import HeadData
 from finetune_cli.head.lbfgs import fit_lbfgs
-from finetune_cli.head.out_of_fold import fit_folds, numbers
+from finetune_cli.head.out_of_fold import fit_folds, logits, numbers
 
 
 def data(photos=60, views=2):
@@ -23,7 +23,7 @@ def data(photos=60, views=2):
 def test_each_fold_is_answered_by_a_head_that_was_fitted_on_the_others():
     whole, folds = data()
     held_out = whole.features[:, 0] + np.float32(0.01)
-    found = fit_folds(replace(whole, folds=folds), held_out, 0.01, 0.1)
+    found = logits(fit_folds(replace(whole, folds=folds), 0.01, 0.1), folds, held_out)
     assert np.isnan(found[:2]).all()
     assert numbers(folds) == [1, 2, 3, 4]
     for fold in (1, 2, 3, 4):
@@ -34,11 +34,11 @@ def test_each_fold_is_answered_by_a_head_that_was_fitted_on_the_others():
 def test_the_answer_for_a_photo_does_not_depend_on_its_label_or_its_features():
     whole, folds = data()
     own = np.flatnonzero(folds == 2)
-    before = fit_folds(replace(whole, folds=folds), whole.features[:, 0], 0.01)
+    before = logits(fit_folds(replace(whole, folds=folds), 0.01), folds, whole.features[:, 0])
     features, labels = whole.features.copy(), whole.labels.copy()
     features[own], labels[own] = 7, (labels[own] + 1) % 3
     other = replace(whole, features=features, labels=labels, folds=folds)
-    after = fit_folds(other, whole.features[:, 0], 0.01)
+    after = logits(fit_folds(other, 0.01), folds, whole.features[:, 0])
     assert after[own] == pytest.approx(before[own], abs=2e-3)
     assert np.abs(after - before)[folds == 3].max() > 0.1
 

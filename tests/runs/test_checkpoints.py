@@ -69,17 +69,23 @@ def test_the_sums_are_those_of_coreutils(tmp_path):
 def test_no_checkpoint_is_none(tmp_path):
     assert checkpoints.load_latest(tmp_path) is None
     assert checkpoints.load_latest(tmp_path / "absent") is None
-    assert checkpoints.load_best(tmp_path) is None
 
 
 def test_the_last_two_and_the_best_are_kept(tmp_path):
     for epoch in range(1, 7):
         save(tmp_path, epoch, best=epoch in {1, 3})
     assert names(tmp_path) == ["epoch-0003", "epoch-0005", "epoch-0006"]
-    assert_is(checkpoints.load_best(tmp_path), 3)
+    assert_is(checkpoints.load(tmp_path / "epoch-0003"), 3)
     save(tmp_path, 7, best=True)
     assert names(tmp_path) == ["epoch-0006", "epoch-0007"]
-    assert_is(checkpoints.load_best(tmp_path), 7)
+
+
+def test_of_a_finished_training_the_last_one_is_kept(tmp_path):
+    for epoch in range(1, 5):
+        path = save(tmp_path, epoch, best=epoch == 1)
+    checkpoints.keep_only(path)
+    assert names(tmp_path) == ["epoch-0004"]
+    assert_is(checkpoints.load_latest(tmp_path), 4)
 
 
 def test_beyond_ten_thousand_epochs_the_order_is_that_of_numbers(tmp_path):
@@ -186,7 +192,7 @@ def test_exit_at_every_step_of_saving_leaves_a_checkpoint_that_loads(tmp_path, r
             assert_is(found, 4)
         else:
             np.testing.assert_array_equal(found.arrays["kernel"], np.full((3, 2), 5.0))
-        assert_is(checkpoints.load_best(folder), 1)
+        assert_is(checkpoints.load(folder / "epoch-0001"), 1)
         epochs.append(found.epoch)
         save(folder, 6)  # and the next one clears the litter away
         assert names(folder) == [f"epoch-{epoch:04d}" for epoch in (1, found.epoch, 6)]

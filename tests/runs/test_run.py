@@ -4,11 +4,15 @@ import contextlib
 import hashlib
 import json
 import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from manifest_example import EXAMPLE
+from paths import SOURCE
 
 from finetune_cli.errors import RunError, UsageError
 from finetune_cli.photos.decode import ImageSettings
@@ -75,6 +79,40 @@ def test_a_run_is_there_with_its_first_files_or_not_at_all(tmp_path):
     assert list((tmp_path / "runs").iterdir()) == []
     made = run.create(tmp_path / "runs", None, "pets", fill)
     assert (made / "config.yaml").read_text() == "of pets-1"
+
+
+_WRITER = """
+import sys, time
+from pathlib import Path
+from finetune_cli.runs import run
+
+def write(temporary, folder):
+    (temporary / "config.yaml").write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+
+run.create(Path(sys.argv[1]), None, "pets", write)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL")
+def test_the_next_run_removes_what_a_kill_in_the_first_write_left(tmp_path):
+    def age():
+        (found,) = (path for path in tmp_path.iterdir() if path.name.endswith(".tmp"))
+        os.utime(found, (time.time() - 100,) * 2)
+        return found
+
+    command = [sys.executable, "-c", _WRITER, tmp_path]
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "writing\n"
+        left = age()
+        run.create(tmp_path, None, "pets", fill)
+        assert (left / "pets-1" / "config.yaml").read_text() == "half", "of a training that is alive"
+        age()
+        process.kill()
+    assert run.create(tmp_path, None, "other", fill).name == "other-1"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other-1", "pets-1"]
 
 
 def test_two_trainings_that_begin_at_once_take_different_numbers(tmp_path):

@@ -84,8 +84,8 @@ def run(tmp_path):
         request = features.FeatureRequest(
             ImageSettings(size=32), fingerprint, precision, FakeAugmenter(views) if views > 1 else None, thumbnails
         )
-        with FeatureStore(tmp_path / "cache") as store:
-            resources = features.Resources(store, lambda _p: runtime, tmp_path, 3, batch_size, first, prove)
+        with FeatureStore(tmp_path / "cache", prove=prove) as store:
+            resources = features.Resources(store, lambda _p: runtime, tmp_path, 3, batch_size, first)
             return features.extract(samples, request, WIDTH, resources, advanced.append)
 
     extract.runtime, extract.advanced = runtime, advanced

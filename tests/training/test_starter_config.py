@@ -76,6 +76,17 @@ def test_photos_that_validate_already_and_photos_that_fill_no_folds_get_none(tmp
         assert "folds" not in yaml.safe_load(starter_config(tmp_path / name, tmp_path / "c.yaml", Silent()))["data"]
 
 
+def test_the_head_says_that_the_split_is_not_final(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos(tmp_path / "set" / "cat", 8)
+    photos(tmp_path / "set" / "dog", 8)
+    line = (
+        "# Train may split the photos a little differently: it looks for near-duplicates and keeps them on one side.\n"
+    )
+    assert line not in starter_config(tmp_path / "set", tmp_path / "c.yaml", Silent())  # in folds
+    monkeypatch.setattr(module, "FEW_PHOTOS", 0)
+    assert line in starter_config(tmp_path / "set", tmp_path / "c.yaml", Silent())
+
+
 def test_the_head_tells_what_was_found(tmp_path: Path) -> None:
     photos(tmp_path / "set" / "train" / "cat", 8, (400, 300))
     photos(tmp_path / "set" / "train" / "dog", 6, (400, 300))

@@ -8,12 +8,11 @@ import math
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
-import runs_fixture
 import trainings
+from narrow_place import EPOCHS, Place
 from typer.testing import CliRunner
 
 from finetune_cli import files
@@ -23,7 +22,6 @@ from finetune_cli.cli import tuning_output
 from finetune_cli.cli.app import app
 from finetune_cli.cli.console import Console
 from finetune_cli.config.load import load_config
-from finetune_cli.config.schema import Config
 from finetune_cli.errors import ConfigError, Interrupted, RunError, StorageError
 from finetune_cli.evaluation import evaluate as command_evaluate
 from finetune_cli.evaluation import explain as command_explain
@@ -41,52 +39,6 @@ from finetune_cli.training.settings import wanted_backbone
 from finetune_cli.training.tuning import budget, comparison, plan
 from finetune_cli.training.tuning.activations import ScratchFile
 from finetune_cli.training.tuning.plan import Trial
-
-CLASSES = ("ant", "bee", "wasp")
-EPOCHS = 8
-
-
-class Place:
-    """Photos, a cache, and a backbone of two features: too few for three classes unless they are made for them."""
-
-    def __init__(self, folder: Path) -> None:
-        self.photos, self.cache, self.backbone = folder / "photos", folder / "cache", folder / "narrow.keras"
-        self.cache.mkdir()
-        runs_fixture.draw_photos(self.photos, CLASSES)
-        keras = import_keras()
-        keras.utils.set_random_seed(4)
-        inputs = keras.Input((runs_fixture.SIZE, runs_fixture.SIZE, 3))
-        x = keras.layers.Rescaling(1 / 127.5, -1)(inputs)
-        x = keras.layers.Conv2D(12, 5, strides=4, padding="same", activation="relu", name="lower_conv")(x)
-        x = keras.layers.Conv2D(12, 3, strides=2, padding="same", activation="relu", name="upper_conv")(x)
-        x = keras.layers.BatchNormalization(name="upper_bn")(x)
-        x = keras.layers.Conv2D(2, 1, name="narrow_conv")(x)
-        keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(x)).save(self.backbone)
-
-    def config(self, folder: Path, *overrides: str) -> Config:
-        return load_config(
-            None,
-            [
-                f"data.train={self.photos / 'train'}",
-                f"data.val={self.photos / 'val'}",
-                f"data.test={self.photos / 'test'}",
-                f"model.backbone={self.backbone}",
-                f"image.size={runs_fixture.SIZE}",
-                f"runtime.cache_dir={self.cache}",
-                "runtime.feature_precision=float32",
-                "runtime.device=cpu",
-                f"output.directory={folder / 'runs'}",
-                "augmentation.views=2",
-                "augmentation.horizontal_flip=true",
-                f"fine_tuning.epochs={EPOCHS}",
-                "fine_tuning.learning_rate=0.02",
-                "fine_tuning.batch_size=7",  # of 49 photos: a smaller last batch would be a second graph to build
-                *overrides,
-            ],
-        )
-
-    def train(self, folder: Path, *overrides: str, observer: Silent | None = None) -> Run:
-        return command_train.train(self.config(folder, *overrides), observer or Silent())
 
 
 @pytest.fixture(scope="module")
@@ -542,7 +494,9 @@ def test_the_estimate_is_what_the_passes_and_the_epochs_take(place, frozen, tmp_
     backbone = build.build(wanted_backbone(loaded))
     upper = 8 * 8 * (3 * 3 * 12 * 12 + 12 * 2)
     share = upper / (upper + 16 * 16 * 5 * 5 * 3 * 12)
-    assert budget.rough_seconds(backbone, 49, 2, 0.01) == pytest.approx(49 * 0.01 * (4 + 26 * 4 * share))
+    assert budget.rough_seconds(backbone, loaded, plan.Counts(49, 2, 30), 0.01) == pytest.approx(
+        49 * 0.01 * (4 + 26 * 4 * share)
+    )
 
 
 def test_the_report_has_a_section_on_it(tuned, frozen, tmp_path):
@@ -607,13 +561,6 @@ def test_the_plan_is_a_table(place, frozen, tmp_path, capsys):
     assert [line.split()[0] for line in text.splitlines() if line[:8].rstrip() in {"total", "features"}] == [
         "features", "total",
     ]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "a second"), (44, "44 seconds"), (200, "3 minutes"), (9000, "2 hours")]
-)
-def test_durations_are_told_in_fitting_units(seconds, text):
-    assert tuning_output.duration(seconds) == text
 
 
 @pytest.mark.parametrize("facts", [{}, {"kept": 1, "trainings": 2, "candidates": [], "compared": {}}])

@@ -189,6 +189,14 @@ def test_recomputed_activations_are_the_stored_ones(tmp_path):
     assert not np.array_equal(stored.batch(photos, views), other)
 
 
+def test_a_part_of_a_source_has_its_photos():
+    whole = Held(np.arange(24, dtype=np.float32).reshape(4, 2, 1, 1, 3))
+    part = activations.Part(whole, np.array([3, 1]))
+    assert part.shape == (2, 2, 1, 1, 3)
+    found = part.batch(np.array([0, 1, 0]), np.array([1, 0, 0]))
+    np.testing.assert_array_equal(found, whole.array[[3, 1, 3], [1, 0, 0]])
+
+
 class Held:
     """Activations in memory."""
 
@@ -268,6 +276,14 @@ def test_a_resumed_training_ends_with_the_same_bits(material, whole):
         np.testing.assert_array_equal(resumed[-1].arrays()[name], value)
     other = next(begin()[1].train(train, val, settings(seed=1)))
     assert not np.array_equal(other.weights[0], whole[0].weights[0])
+
+
+def test_a_training_without_validation_photos_learns_the_same(material, whole):
+    train, _val = material
+    *_, last = begin()[1].train(train, None, settings())
+    for name, value in whole[-1].arrays().items():
+        np.testing.assert_array_equal(last.arrays()[name], value)
+    assert list(last.history[0]) == ["epoch", "loss", "accuracy", "batch_size", "seconds"]
 
 
 def no_room_for(upper, most, after=0):
@@ -404,9 +420,9 @@ def test_the_ends_of_an_interpolation_are_the_models():
     np.testing.assert_array_equal(interpolated(start, end, 0.25)[0], [1.5, 1.0])
 
 
-def scored(losses, training=0, refitted=False):
-    head = Head(np.zeros((1, 2), np.float32), np.zeros(2, np.float32))
-    return candidates.Candidate(training, 1.0, refitted, head, np.array(losses), 0.5, 1.0)
+def scored(losses, training=0, refitted=False, folds=None):
+    logits = np.zeros((len(losses), 2), np.float32)
+    return candidates.Candidate(training, 1.0, refitted, logits, np.array(losses), 0.5, 1.0, folds)
 
 
 def test_the_lowest_log_loss_wins():
@@ -422,6 +438,16 @@ def test_frozen_wins_what_may_be_chance():
     gain, error = candidates.compared(frozen, other)
     assert (gain, error) == (pytest.approx(0.28), pytest.approx(np.sqrt(6.768 / 4 / 5)))
     assert candidates.choose(frozen, [other]) is frozen
+
+
+def test_out_of_fold_a_gain_must_be_larger():
+    """Differences 2, -1, 2, -1, 2, 1: mean 5/6, standard error 0.60; in 2 folds larger by the root of 1 + 2 / 1."""
+    frozen, other = [3.0, 1.0, 3.0, 1.0, 3.0, 2.0], [1.0, 2.0, 1.0, 2.0, 1.0, 1.0]
+    error = candidates.compared(scored(frozen, None), scored(other))[1]
+    assert error == pytest.approx(np.std([2, -1, 2, -1, 2, 1], ddof=1) / np.sqrt(6))
+    assert candidates.compared(scored(frozen, None, folds=2), scored(other, folds=2))[1] == pytest.approx(
+        np.sqrt(3) * error
+    )
 
 
 def test_of_tuned_models_that_tie_the_one_with_the_new_head_is_kept():
@@ -462,7 +488,7 @@ def test_a_photo_takes_no_part_in_its_own_temperature():
     features[:6] *= -1
     head = Head(np.array([[-1.0, 1.0]], np.float32), np.zeros(2, np.float32))
     with_temperature, without = (
-        candidates.Validation(labels, np.arange(60), calibrated).candidate(head, features.astype(np.float32))
+        candidates.Validation(labels, np.arange(60), calibrated).candidate(head.logits(features.astype(np.float32)))
         for calibrated in (True, False)
     )
     least = -(0.9 * np.log(0.9) + 0.1 * np.log(0.1))  # of a model that is right nine times in ten, and knows it

@@ -1,8 +1,10 @@
 """Where converted backbones lie in the cache: a folder each, named by a key, beside the features.
 
-What is in such a folder is the business of `training/converted.py`.
+What is in such a folder is the business of `training/converted.py`. Its time of modification is that of its last use.
 """
 
+import contextlib
+import os
 import stat
 from pathlib import Path
 
@@ -32,11 +34,41 @@ def make_parent(cache: Path) -> None:
         raise files.storage_error(exc, cache / NAME) from exc
 
 
+def mark_used(entry: Path) -> None:
+    """Note that the backbone in the folder `entry` is used now, where that can be written."""
+    with contextlib.suppress(OSError):
+        os.utime(entry)
+
+
 def size(cache: Path) -> tuple[int, int]:
     """How many converted backbones there are, and how many bytes they take."""
-    entries = [path for path in (cache / NAME).glob("*") if path.is_dir() and not path.is_symlink()]
-    found = [path.lstat() for entry in entries for path in entry.rglob("*")]
-    return len(entries), sum(status.st_size for status in found if stat.S_ISREG(status.st_mode))
+    entries = _entries(cache)
+    return len(entries), sum(map(_size, entries))
+
+
+def _entries(cache: Path) -> list[Path]:
+    return [path for path in (cache / NAME).glob("*") if path.is_dir() and not path.is_symlink()]
+
+
+def _size(entry: Path) -> int:
+    found = (path.lstat() for path in entry.rglob("*"))
+    return sum(status.st_size for status in found if stat.S_ISREG(status.st_mode))
+
+
+def prune(cache: Path, max_bytes: int) -> int:
+    """Remove converted backbones, those that were not used for the longest first, until they take `max_bytes`.
+
+    Returns the bytes freed. Raises `StorageError` or `RunError`.
+    """
+    before = left = size(cache)[1]
+    if left <= max_bytes or (cache / NAME).is_symlink():
+        return 0
+    with files.lock(cache / NAME):
+        for path in sorted(_entries(cache), key=lambda path: path.lstat().st_mtime):
+            if left > max_bytes:
+                left -= _size(path)
+                files.remove_folder(path, cache)
+    return before - left
 
 
 def clear(cache: Path) -> int:

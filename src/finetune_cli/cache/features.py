@@ -10,7 +10,7 @@ returned and is overwritten. `sqlite_file.py` opens and recovers the file.
 import contextlib
 import sqlite3
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -38,11 +38,13 @@ class FeatureStore:
     """The features in `folder`; a context manager, safe to use from several threads.
 
     Opening never fails: a store that cannot be opened or written works without what it lacks, and `warnings` says so.
-    `writable` False: the caller knows that nothing can be written in `folder`.
+    `writable` False: the caller knows that nothing can be written in `folder`. prove: called before anything is stored,
+    as often as that; raises when what was computed is not to be kept.
     """
 
-    def __init__(self, folder: Path, writable: bool = True) -> None:
+    def __init__(self, folder: Path, writable: bool = True, prove: Callable[[], object] = lambda: None) -> None:
         self._file = SqliteFile(folder, KIND, writable)
+        self._prove = prove
 
     def __enter__(self) -> Self:
         """The store itself."""
@@ -84,7 +86,11 @@ class FeatureStore:
         """Store `items` in one transaction, over what the keys had before.
 
         When the disk is full or another fault stops the writing, a warning says so and nothing is stored from then on.
+        Raises what `prove` raises.
         """
+        if not items:
+            return
+        self._prove()
         rows = []
         for key, array in items:
             value = np.ascontiguousarray(array, "<f4").tobytes()

@@ -6,6 +6,7 @@ from pathlib import Path
 from finetune_cli.cache import backbones, digests, features, sqlite_file
 from finetune_cli.errors import UsageError
 from finetune_cli.files import human_bytes
+from finetune_cli.text import counted
 
 _UNITS = {"": 1, "B": 1} | {
     f"{letter}{infix}B": base**power
@@ -58,11 +59,17 @@ def _digest_files(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, max_size: str) -> str:
-    """Shrink the cache in `folder` to `max_size` (see `parse_size`), oldest features first; a line about it.
+    """Shrink the cache in `folder` to `max_size` (see `parse_size`); a line that says what was freed.
 
-    Raises `UsageError`, `StorageError` or `RunError`.
+    The oldest features go first, then the converted backbones that were not used for the longest. Digests stay: they
+    are small, and count. Raises `UsageError`, `StorageError` or `RunError`.
     """
-    limit = parse_size(max_size)
-    freed = features.prune(folder, limit)
+    limit = parse_size(max_size) - sqlite_file.size(_digest_files(folder))
+    freed = features.prune(folder, max(0, limit - backbones.size(folder)[1]))
     left = features.info(folder)
-    return f"{human_bytes(freed)} freed; {left.rows:,} features, {human_bytes(left.size)}, are left in {left.path}"
+    freed += backbones.prune(folder, max(0, limit - left.size))
+    count, size = backbones.size(folder)
+    return (
+        f"{human_bytes(freed)} freed; {left.rows:,} features, {human_bytes(left.size)}, and "
+        f"{counted(count, 'converted backbone')}, {human_bytes(size)}, are left in {folder}"
+    )

@@ -34,7 +34,7 @@ def prune(
     folder: CacheOption = None,
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
-    """Remove the oldest features until the cache is no larger than SIZE."""
+    """Remove features, and then backbones, until the cache is no larger than SIZE: the oldest first."""
     from finetune_cli.cache import maintenance
 
     new_console().print(maintenance.prune(_cache_folder(folder), max_size))

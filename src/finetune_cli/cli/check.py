@@ -50,9 +50,13 @@ def check(
     path, overrides = config_or_override(config, overrides)
     loaded = load_config(path, overrides)
     from finetune_cli.training.check import check as check_photos
+    from finetune_cli.training.near import may_split_otherwise
 
     with skippable(path, overrides):
-        _print_photos(console, check_photos(loaded, console))
+        report = check_photos(loaded, console)
+        _print_photos(console, report)
+    if line := may_split_otherwise(report.data, loaded.data.near_duplicates):
+        console.print(line)
 
 
 def _print_photos(console: "Console", report: "Report") -> None:

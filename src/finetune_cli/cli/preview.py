@@ -29,9 +29,11 @@ def preview(
     check_png(output)
     loaded = load_config(config, overrides)
     from finetune_cli.cache import folder
-    from finetune_cli.training import prepare, settings
+    from finetune_cli.training import near, prepare, settings
     from finetune_cli.training.preview import contact_sheet
 
     data = prepare.index(settings.data_settings(loaded), folder.locate(loaded.runtime.cache_dir), console)
     contact_sheet(data, settings.augmenter(loaded), settings.image_settings(loaded), output, photos)
     console.print(f"wrote {output}")
+    if line := near.may_split_otherwise(data, loaded.data.near_duplicates):
+        console.print(line)

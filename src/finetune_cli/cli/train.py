@@ -19,7 +19,7 @@ from finetune_cli.cli.options import (
     skippable,
 )
 from finetune_cli.errors import UsageError
-from finetune_cli.text import shown
+from finetune_cli.text import duration, shown
 
 if TYPE_CHECKING:
     from finetune_cli.cli.console import Console
@@ -152,13 +152,8 @@ def _print_result(console: "Console", run: "Run") -> None:
     in_folds = "folds" in manifest.metrics
     if manifest.fine_tuning is None and manifest.metrics["folds" if in_folds else "val"].accuracy < 1:
         seconds = manifest.fine_tuning_seconds
-        takes = (
-            "add --dry-run to see how long that takes"
-            if seconds is None
-            else f"about {tuning_output.duration(seconds)} more"
-        )
-        changes = "data.folds=null fine_tuning=auto" if in_folds else "fine_tuning=auto"
-        console.print(f"  finetune train {shown(shlex.quote(str(folder / 'config.yaml')))} {changes}")
+        takes = "add --dry-run to see how long that takes" if seconds is None else f"about {duration(seconds)} more"
+        console.print(f"  finetune train {shown(shlex.quote(str(folder / 'config.yaml')))} fine_tuning=auto")
         console.print(f"    (the backbone learns, too; kept only if it is better; {takes})")
 
 

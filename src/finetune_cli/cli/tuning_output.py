@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 def fine_tuned(console: Console, facts: Mapping[str, Any]) -> None:
     """What fine-tuning tried and kept, and what that is worth on the photos."""
-    console.print("\nfine-tuning, by the validation photos:")
+    judges = "validation photos" if "folds" not in facts else "out-of-fold predictions"
+    console.print(f"\nfine-tuning, by the {judges}:")
     rows = []
     for each in facts["candidates"]:
         trial = facts["trainings"][each["training"]] if each["training"] is not None else None
@@ -58,11 +59,3 @@ def planned(console: Console, budget: "Budget") -> None:
     rows.append(row("total", "", "", budget.seconds, budget.disk))
     console.table(("stage", "photos", "views", "seconds", "disk"), rows, right=(1, 2, 3, 4))
     console.print("seconds were measured here on a few photos; those marked - are a few; nothing was trained")
-
-
-def duration(seconds: float) -> str:
-    """`seconds` in the unit that people would use."""
-    for unit, length in (("hours", 3600), ("minutes", 60)):
-        if seconds >= 1.5 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"

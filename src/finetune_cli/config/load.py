@@ -135,7 +135,7 @@ def _contradictions(values: dict[str, Any]) -> Iterator[tuple[yaml_file.Keys, st
         return value if isinstance(value, dict) else {}
 
     data, training, augmentation = section("data"), section("training"), section("augmentation")
-    yield from _contradicting_folds(data, values)
+    yield from _contradicting_folds(data)
     if isinstance(data.get("group_regex"), str):
         try:
             re.compile(data["group_regex"])
@@ -159,16 +159,14 @@ def _contradictions(values: dict[str, Any]) -> Iterator[tuple[yaml_file.Keys, st
         yield ("augmentation", "cval"), "`augmentation.cval` has no effect without `fill_mode: constant`"
 
 
-def _contradicting_folds(data: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[tuple[yaml_file.Keys, str]]:
+def _contradicting_folds(data: Mapping[str, Any]) -> Iterator[tuple[yaml_file.Keys, str]]:
     """What cannot be together with `data.folds`."""
     if data.get("folds") is None:
         return
     why = {
         ("data", "val"): "every training photo validates once; delete one",
         ("data", "val_split"): "every training photo validates once; delete one",
-        ("fine_tuning",): "the backbone would have to be tuned once for every fold and once more for the final model; "
-        "fine-tune with validation photos in place of folds (data.folds=null)",
     }
     for keys, text in why.items():
-        if (data if keys[0] == "data" else values).get(keys[-1]) is not None:
+        if data.get(keys[-1]) is not None:
             yield keys, f"`{'.'.join(keys)}` and `data.folds` exclude each other: {text}"

@@ -93,9 +93,8 @@ def _examined(data: Dataset, settings: Settings, extractor: Extractor, observer:
     names = _names(data)
     everything = [sample for part in data.splits.values() for sample in part]
     samples = sorted(everything, key=lambda sample: (_ORDER[names.split(sample)], byte_order(names.path(sample))))
-    with FeatureStore(settings.cache.path, settings.cache.writable) as store:
+    with FeatureStore(settings.cache.path, settings.cache.writable, extractor.prove) as store:
         features = extractor.first_views(store, samples)
-        extractor.prove()  # all features may have been in the cache
         linked = near.link([features], extractor.first_request, store, settings, observer)
     for warning in store.warnings:
         observer.warn(warning)

@@ -79,6 +79,14 @@ class HeadData:
         )
 
 
+def views_in_turn(photos: int, views: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """``int64 (photos,)``: the view that each photo takes in `epoch`, the first of which is 0.
+
+    In turn, from a random first one, so that all are seen equally often.
+    """
+    return (np.random.default_rng(seed).integers(0, views, size=photos) + epoch) % views
+
+
 def class_weights(labels: Ints, spec: str | Mapping[str, float], classes: Sequence[str]) -> Floats:
     """A weight for each row of `labels` (N,): `spec` is 'none', 'balanced', or class name -> weight (others have 1).
 

@@ -17,7 +17,7 @@ from finetune_cli import signals
 from finetune_cli.errors import FinetuneError
 from finetune_cli.fields import FieldError, Fields
 from finetune_cli.head.classifier import glorot
-from finetune_cli.head.data import HeadData, Rows
+from finetune_cli.head.data import HeadData, Rows, views_in_turn
 from finetune_cli.head.lbfgs import Head, one_blas_thread
 from finetune_cli.keras_setup import import_keras
 
@@ -257,12 +257,10 @@ def _batches(data: HeadData, settings: KerasSettings) -> Callable[[int], Iterato
     """
     views, photos = data.features.shape[1], np.flatnonzero(data.weights)
     scaled = (data.weights / data.weights[photos].mean()).astype(np.float32)
-    first_views = np.random.default_rng(settings.seed).integers(0, views, size=data.labels.shape)
 
     def batches(epoch: int) -> Iterator[tuple[Rows, Rows, Rows]]:
         order = photos[np.random.default_rng((settings.seed, epoch)).permutation(len(photos))]
-        # Each photo takes its views in turn, from a random first one, so all are seen equally often.
-        turn = (first_views + epoch) % views
+        turn = views_in_turn(len(data.labels), views, settings.seed, epoch)
         for chosen in np.array_split(order, math.ceil(len(photos) / settings.batch_size)):
             targets = np.zeros((len(chosen), data.n_classes), np.float32)
             targets[np.arange(len(chosen)), data.labels[chosen]] = 1

@@ -17,7 +17,7 @@ from finetune_cli.fields import Fields
 from finetune_cli.head.data import HeadData, Ints, Rows
 from finetune_cli.head.keras_fit import EpochState, KerasSettings, fit_epochs, history_row, is_last
 from finetune_cli.head.lbfgs import Head
-from finetune_cli.head.out_of_fold import logits, numbers, without
+from finetune_cli.head.out_of_fold import numbers, without
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +52,9 @@ class FoldsState:
         """The head that learned from all photos, after the best epoch."""
         return self.best[-1]
 
-    def out_of_fold(self, folds: Ints, held_out: Rows) -> Rows:
-        """The out-of-fold `logits` after the best epoch."""
-        return logits(dict(zip(numbers(folds), self.best[:-1], strict=True)), folds, held_out)
+    def heads(self, folds: Ints) -> dict[int, Head]:
+        """By fold, the head that learned without it, after the best epoch."""
+        return dict(zip(numbers(folds), self.best[:-1], strict=True))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The state's arrays by name; with `info`, all that `restore` needs."""
@@ -107,10 +107,10 @@ def fit_folds_by_epochs(
 ) -> Iterator[FoldsState]:
     """Train the folds' heads and the final head, and yield the state after each epoch; the last one has the result.
 
-    data: features ``(n, views, D)`` with folds. held_out: what is answered, ``(n, D)``; see `logits`. Every training is
-    one of `fit_epochs`, from the same `start`, which must not have learned from any of these photos. It stops after
-    `settings.patience` epochs without a lower loss of the out-of-fold answers. Given as `resume`, any state leads to a
-    bit-identical result. Raises what `fit_epochs` raises.
+    data: features ``(n, views, D)`` with folds. held_out: what is answered, ``(n, D)``; see `out_of_fold.logits`. Every
+    training is one of `fit_epochs`, from the same `start`, which must not have learned from these photos. It stops
+    after `settings.patience` epochs without a lower loss of the out-of-fold answers. Given as `resume`, any state leads
+    to a bit-identical result. Raises what `fit_epochs` raises.
     """
     assert data.folds is not None
     folds = numbers(data.folds)

@@ -37,9 +37,9 @@ def logits(heads: dict[int, Head], folds: Ints, held_out: Rows) -> Rows:
 
 
 def fit_folds(
-    data: HeadData, held_out: Rows, l2: float, label_smoothing: float = 0.0, advance: Advance = ignore_progress
-) -> Rows:
-    """The out-of-fold `logits` of heads that L-BFGS fits on `data`, features ``(n, views, D)`` with folds.
+    data: HeadData, l2: float, label_smoothing: float = 0.0, advance: Advance = ignore_progress
+) -> dict[int, Head]:
+    """By fold, the head that L-BFGS fits on the other photos of `data`, features ``(n, views, D)`` with folds.
 
     All heads have the same `l2`, and none starts from another one, which could know the photos that it answers for.
     They are fitted side by side. `advance` gets 1 after every fit. Raises `Interrupted` within a block of rows after a
@@ -56,4 +56,4 @@ def fit_folds(
         for fold, head in zip(folds, ordered_map(fit, folds, cores()), strict=True):
             heads[fold] = head
             advance(1)
-    return logits(heads, data.folds, held_out)
+    return heads

@@ -229,15 +229,22 @@ def of_folds(evaluation: Evaluation, folds: int) -> Evaluation:
 def wilson(right: int, photos: int, folds: int | None = None) -> Proportion:
     """`right` of `photos` (at least one) with Wilson's 95 % score interval (Wilson 1927), which stays inside 0..1.
 
-    `folds`: the photos were predicted out of fold, K of them. Then it is the interval of fewer photos, n / (1 + K /
-    (K - 1)), because the heads share training photos: the correction of the variance by Nadeau and Bengio (2003,
-    Machine Learning 52), 1/K + n_test / n_train in place of 1/K.
+    `folds`: the photos were predicted out of so many folds. Then it is the interval of `independent` photos.
     """
     share, z2 = right / photos, Z95**2
-    n = photos if folds is None else photos / (1 + folds / (folds - 1))
+    n = independent(photos, folds)
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n**2))
     return Proportion(share, min(max(middle - half, 0.0), share), max(min(middle + half, 1.0), share))
+
+
+def independent(photos: int, folds: int | None) -> float:
+    """How many photos that were predicted independently tell as much as `photos` that were predicted out of K `folds`.
+
+    n / (1 + K / (K - 1)), because the models of the folds share training photos: the correction of the variance by
+    Nadeau and Bengio (2003, Machine Learning 52), 1/K + n_test / n_train in place of 1/K. All of them without folds.
+    """
+    return photos if folds is None else photos / (1 + folds / (folds - 1))
 
 
 def coverage_table(

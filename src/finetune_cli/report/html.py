@@ -215,13 +215,14 @@ def _likely_groups(run: Run) -> str | None:
 
 def _refits(judged: Judgement, observer: Observer) -> Refits:
     """The sections that need the training features, or the reason why there are none."""
-    run = judged.run
+    run, out_of_fold = judged.run, judged.photos.part == "folds"
     try:
-        material = refits.with_strength(refit_data.load(run, load_config(run.file("config.yaml"))))
+        config = load_config(run.file("config.yaml"))
+        material = refits.with_strength(refit_data.load(run, config, out_of_fold))
     except FinetuneError as exc:
         return Refits(problem="; ".join(map(shown, filter(None, (exc.problem, exc.remedy)))))
     photos_are_new = judged.seen <= _MOST_SEEN * len(judged.answers.samples)
-    if judged.photos.part == "folds":
+    if out_of_fold:
         judges = Judges.of_folds(material)
     else:
         judges = Judges(judged.answers.features, judged.answers.labels[:: judged.answers.stride])
@@ -229,7 +230,8 @@ def _refits(judged: Judgement, observer: Observer) -> Refits:
     fits = refits.folds(material) + photos_are_new * (refits.fits(sides) + 2 * (material.views > 1))
     with observer.stage("refits for the report", fits, "fits") as advance:
         suspects = refits.suspects(material, advance)
-        found = Refits(suspects=_suspects(judged, suspects[:_MOST_SUSPECTS]), suspect_count=len(suspects))
+        figures = _suspects(judged, suspects[:_MOST_SUSPECTS])
+        found = Refits(suspects=figures, suspect_count=len(suspects), frozen=material.frozen)
         if not photos_are_new:
             problem = "Photos that the run was trained on cannot answer this; evaluate on others."
             return replace(found, curve_problem=problem)

@@ -123,7 +123,7 @@ class Refits:
 
     problem: why there is nothing at all; curve_problem: why there is neither `augmentation` nor `curve`. suspects:
     the clearest of `suspect_count` training photos whose label may be wrong. augmentation: whether it helped; empty
-    without augmentation.
+    without augmentation. frozen: whether the features are those of the frozen backbone, though the run tuned it.
     """
 
     problem: str = ""
@@ -132,6 +132,7 @@ class Refits:
     suspect_count: int = 0
     augmentation: str = ""
     curve: Curve | None = None
+    frozen: bool = False
 
 
 @dataclass(frozen=True)

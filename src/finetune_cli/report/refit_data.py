@@ -36,7 +36,8 @@ class Material:
 
     `photos` is how many training photos the run has; n may be less, then the classes keep their shares. `l2`: the
     strength that the run's head was fitted with. `calibrated`: whether its model got a temperature. `folds` ``(n,)``:
-    in which fold the run held a photo out, from 1, 0 if in none; None if the run was not cross-validated.
+    in which fold the run held a photo out, from 1, 0 if in none; None if the run was not cross-validated. `frozen`:
+    whether the features are those of the backbone before it was fine-tuned, see `load`.
     """
 
     features: NDArray[np.float32]
@@ -51,6 +52,7 @@ class Material:
     seed: int
     calibrated: bool
     folds: NDArray[np.int64] | None = None
+    frozen: bool = False
 
     @property
     def views(self) -> int:
@@ -58,10 +60,13 @@ class Material:
         return int(self.features.shape[1])
 
 
-def load(run: Run, config: Config) -> Material:
+def load(run: Run, config: Config, out_of_fold: bool = False) -> Material:
     """The training features of `run`, whose config is `config`.
 
-    Raises `DataError` when the cache is not there or lacks some: it was cleared, or the run comes from elsewhere.
+    out_of_fold: the training photos are to judge each other. A backbone that was tuned at the end of a cross-validation
+    has learned from all of them, so then the features of the frozen one are taken, without the l2 of the run, which
+    belongs to the tuned ones. Raises `DataError` when the cache is not there or lacks some: it was cleared, or the run
+    comes from elsewhere.
     """
     everything = [row for row in run.split() if row.split == "train"]
     if unknown := {row.label for row in everything} - set(run.classes):
@@ -74,9 +79,11 @@ def load(run: Run, config: Config) -> Material:
     numbers = augmenter.views * width
     most = max(len(run.classes), min(_MOST_NUMBERS // (numbers * len(run.classes)), _MOST_BYTES // (4 * numbers)))
     rows = _some(everything, most)
+    tuning = run.manifest.fine_tuning or {}
+    frozen = out_of_fold and tuning.get("kept", "frozen") != "frozen"
     request = FeatureRequest(
         settings.image_settings(config),
-        run.manifest.backbone.fingerprint,
+        str(tuning.get("frozen_fingerprint")) if frozen else run.manifest.backbone.fingerprint,
         run.manifest.feature_precision,
         augmenter,
     )
@@ -91,11 +98,12 @@ def load(run: Run, config: Config) -> Material:
         tuple(rows),
         run.classes,
         len(everything),
-        run.manifest.solver.l2,
+        0.0 if frozen else run.manifest.solver.l2,
         training.label_smoothing,
         training.seed,
         config.calibration == "temperature",
         np.array([row.fold or 0 for row in rows], np.int64) if any(row.fold for row in rows) else None,
+        frozen,
     )
 
 

@@ -44,10 +44,12 @@ def verdict(judged: Judgement) -> list[str]:
             "Validation photos take part in choosing settings, so expect a slightly lower accuracy on new photos."
         )
     if judged.photos.part == "folds":
+        tuned = (judged.run.manifest.fine_tuning or {}).get("kept", "frozen") != "frozen"
+        model = "backbone and a head that were tuned" if tuned else "head that was fitted"
         sentences.append(
-            "The accuracy is cross-validated: each photo is predicted by a head that was fitted without its fold. The "
-            "final head has learned from all of these photos and may be a little better; the interval is approximate "
-            "and wider than for as many independent photos, because the heads share training photos."
+            f"The accuracy is cross-validated: each photo is predicted by a {model} without its fold. The final model "
+            "has learned from all of these photos and may be a little better; the interval is approximate and wider "
+            "than for as many independent photos, because the models of the folds share training photos."
         )
     if (compared := judged.compared) is not None:
         other = brief(compared.run.name)

@@ -31,6 +31,8 @@ def section(run: Run) -> dict[str, Any] | None:
             "problem": "",
             "kept": brief(facts["kept"]),
             "tuned": facts["kept"] != "frozen",
+            "folds": "folds" in facts,
+            "judges": "out-of-fold predictions" if "folds" in facts else "validation photos",
             "trainings": [_training(run, number, each) for number, each in enumerate(facts["trainings"])],
             "candidates": [_candidate(each, facts["trainings"]) for each in facts["candidates"]],
             "compared": [
@@ -52,6 +54,11 @@ def _training(run: Run, number: int, facts: Mapping[str, Any]) -> dict[str, Any]
         raise RunError(f"{run.folder / HISTORY} lacks training {number}", "restore the run from a copy")
     return {
         "diverged": diverged,
+        "on": "on all photos, "
+        if facts.get("final") is True
+        else "without each fold in turn, "
+        if "folds" in facts
+        else "",
         "above": brief(facts["first_trained"]),
         "below": brief(facts["last_frozen"]),
         "weights": f"{int(facts['weights']):,}",
@@ -80,14 +87,15 @@ def _flipped(run: Run) -> dict[str, Any]:
     """The photos that only one of the two models gets right, of the test photos if there are any."""
     cells = parse_csv(run.read(FLIPPED), FLIPPED_HEADER)
     rows = [dict(zip(FLIPPED_HEADER, row, strict=True)) for row in cells]
-    split = "test" if "test" in run.data_roots() else "val"
+    split = "test" if "test" in run.data_roots() else "folds" if "folds" in run.manifest.metrics else "val"
+    recorded = "train" if split == "folds" else split
     own = [row for row in rows if row["split"] == split]
     won = [row for row in own if row["kept"] == row["true"]]
     lost = [row for row in own if row["frozen"] == row["true"]]
     chosen = [*won[:_MOST_FLIPPED], *lost[:_MOST_FLIPPED]]
     digests = {(row.split, row.path): row.digest for row in run.split()}
-    root = run.data_roots().get(split, run.folder)
-    samples = [Sample(places.join(root, row["path"]), row["path"], 0, digests[split, row["path"]]) for row in chosen]
+    root = run.data_roots().get(recorded, run.folder)
+    samples = [Sample(places.join(root, row["path"]), row["path"], 0, digests[recorded, row["path"]]) for row in chosen]
     made = thumbnails.thumbnails(samples, run.image_settings, cores(), ignore_progress)
     shown = [
         Figure(

@@ -88,6 +88,14 @@ def save(folder: Path, epoch: int, arrays: Mapping[str, NDArray[Any]], state: Ma
     return path
 
 
+def keep_only(path: Path) -> None:
+    """Remove the checkpoints beside `path`, which is that of the last epoch: the training is finished."""
+    for other in _newest_first(path.parent):
+        if other != path:
+            with contextlib.suppress(StorageError):
+                files.remove_folder(other, path.parent.parent)
+
+
 def load(path: Path) -> Checkpoint:
     """The checkpoint in the folder `path`. Raises `CheckpointError` unless every file is as it was written."""
     try:
@@ -143,12 +151,6 @@ def latest_of(folder: Path, training_id: str, observer: Observer) -> Checkpoint 
     if owner != training_id:
         raise RunError(f"{last.path} belongs to another training", f"remove {last.path}")
     return last
-
-
-def load_best(folder: Path) -> Checkpoint | None:
-    """The checkpoint that was saved last as the best, or `None`. Raises `CheckpointError` when it is damaged."""
-    path = next(filter(_is_best, _newest_first(folder)), None)
-    return load(path) if path is not None else None
 
 
 def _pack(arrays: Mapping[str, NDArray[Any]]) -> bytes:

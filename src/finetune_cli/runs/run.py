@@ -170,6 +170,7 @@ def create(directory: Path, name: str | None, stem: str, write: Callable[[Path, 
     ``write(temporary, folder)`` fills it while it has a temporary name, so that a kill leaves no run that cannot be
     resumed. Raises `UsageError` when `name` exists, because a run is never overwritten; `StorageError`.
     """
+    files.remove_abandoned(directory)  # of trainings that were killed right here
     numbers = itertools.count(1)
     while True:
         check_target(directory, name)
@@ -177,7 +178,7 @@ def create(directory: Path, name: str | None, stem: str, write: Callable[[Path, 
         if os.path.lexists(folder):
             continue
         try:
-            with files.atomic_folder(folder) as temporary:
+            with files.atomic_folder(folder) as temporary, files.lock(temporary.parent):
                 write(temporary, folder)
             return folder
         except StorageError:

@@ -141,6 +141,8 @@ class Conversion:
         self._found = Converted.read(backbones.entry(cache.path, key))
         if self._found is None and not cache.writable:
             self._found = Converted.read(self._folder(key))
+        if self._found is not None:
+            backbones.mark_used(self._found.folder)
         if self._found is None and not self._here:
             self._process.start()
             self._process.request(

@@ -105,8 +105,7 @@ class Resources:
 
     make_runtime: called only if the cache lacks something. scratch: the folder of the array. workers: threads that
     decode and infer. batch_size: views that a thread infers at once. first: view 0 of some of the photos, from an
-    earlier pass of the same precision. prove: called before anything is stored, as often as that; raises when what the
-    runtimes give is not to be kept.
+    earlier pass of the same precision.
     """
 
     store: FeatureStore
@@ -115,13 +114,6 @@ class Resources:
     workers: int
     batch_size: int
     first: Features | None = None
-    prove: Callable[[], object] = lambda: None
-
-    def keep(self, rows: list[tuple[bytes, NDArray[np.float32]]]) -> None:
-        """Store (key, features), if they may be kept."""
-        if rows:
-            self.prove()
-            self.store.put(rows)
 
 
 def extract(
@@ -131,7 +123,7 @@ def extract(
 
     What the cache or `resources.first` holds is not computed. A photo that cannot be decoded is left out and listed in
     `bad`. `advance` counts photos. Raises `StorageError` when the scratch folder has no room for the array, and what
-    `prove` raises.
+    `FeatureStore.put` raises.
     """
     scratch, store = resources.scratch, resources.store
     rows = _Rows(samples, request, width, scratch)
@@ -156,11 +148,11 @@ def extract(
                 bad |= refused
                 advance(len({i for i, _view in computed} | refused.keys()))
                 if len(waiting) >= _STORE_ROWS:
-                    resources.keep(waiting)
+                    store.put(waiting)
                     waiting = []
                     release(rows.array)
         finally:  # an interrupted pass resumes where it stopped
-            resources.keep(waiting)
+            store.put(waiting)
     unusable = sum(view != THUMBNAIL for i in bad for view in missing[i])
     _fill_copies(samples, originals, rows, bad)
     advance(len(samples) - len(originals))

@@ -26,8 +26,8 @@ from finetune_cli.training.start_from import AnyBackbone
 class Extractor:
     """Computes the features of one split after another with one backbone.
 
-    Training photos get all views, in `precision`; the others are float32 and as they are. `prove`: see
-    `extract.Resources`. `looked`: how many views `look` has computed.
+    Training photos get all views, in `precision`; the others are float32 and as they are. `prove`: what a
+    `FeatureStore` asks before it keeps any of them. `looked`: how many views `look` has computed.
     """
 
     settings: Settings
@@ -97,7 +97,7 @@ class Extractor:
 
     def _resources(self, store: FeatureStore, first: Features | None = None) -> Resources:
         scratch = self.settings.cache.scratch
-        return Resources(store, self.runtime, scratch, self.workers, self.batch_size, first, self.prove)
+        return Resources(store, self.runtime, scratch, self.workers, self.batch_size, first)
 
     def runtime(self, precision: Precision) -> Runtime:
         """The backbone, converted once and compiled once per precision."""

@@ -5,7 +5,7 @@ this module gives the data and the settings, and `pipeline.py` goes through the 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,13 +29,14 @@ class Fitted:
     """A head, the `l2` that it was fitted with, and a row of numbers per epoch (empty for L-BFGS).
 
     out_of_fold: with `data.folds`, the out-of-fold logits ``float32 (n, C)`` of the training photos, NaN for those
-    that are never held out.
+    that are never held out; fold_heads: by fold, the heads that they come from.
     """
 
     head: Head
     l2: float
     history: Sequence[dict[str, float]]
     out_of_fold: Rows | None = None
+    fold_heads: Mapping[int, Head] = field(default_factory=dict)
 
 
 def labels_of(samples: Sequence[Sample]) -> NDArray[np.int64]:

@@ -72,6 +72,16 @@ class Linked:
         )
 
 
+def may_split_otherwise(data: Dataset, near_duplicates: str) -> str | None:
+    """That the split of `data` was made before near-duplicates are known; None if that makes no difference.
+
+    near_duplicates: as the config has it.
+    """
+    if data.val_split is None or near_duplicates == "ignore":
+        return None
+    return "train may split the photos a little differently: it looks for near-duplicates and keeps them on one side"
+
+
 def link(
     parts: Sequence[Features], request: FeatureRequest, store: FeatureStore, settings: Settings, observer: Observer
 ) -> Linked:

@@ -21,12 +21,11 @@ from finetune_cli.config.schema import Config
 from finetune_cli.drawing import figures
 from finetune_cli.errors import Interrupted
 from finetune_cli.fields import Fields
-from finetune_cli.head import classifier, finished
+from finetune_cli.head import classifier, finished, out_of_fold
 from finetune_cli.head.data import Rows
 from finetune_cli.head.keras_fit import EpochState, fit_epochs
 from finetune_cli.head.keras_folds import FoldsState, fit_folds_by_epochs
 from finetune_cli.head.lbfgs import Head
-from finetune_cli.head.out_of_fold import fit_folds
 from finetune_cli.inference import runtimes
 from finetune_cli.metrics.calibration import cross_fitted_calibration, fit_temperature, softmax32
 from finetune_cli.metrics.folds import group_numbers
@@ -49,7 +48,7 @@ from finetune_cli.training.keras_process import KerasProcess
 from finetune_cli.training.prepare import Prepared, evenly_spread, prepare
 from finetune_cli.training.requirements import check_settings
 from finetune_cli.training.settings import Settings
-from finetune_cli.training.tuning import budget, comparison, stage
+from finetune_cli.training.tuning import budget, comparison, folds, plan, stage
 
 # Fewer views say nothing about how long others would take: most of their seconds are the start.
 _TIMED_VIEWS = 32
@@ -74,7 +73,8 @@ def train(config: Config, observer: Observer) -> Run:
     settings = check_settings(config)
     with KerasProcess("openvino") as keras:
         _start_keras(keras, settings)
-        prepared = prepare(settings, observer, stage.checked(settings), unknown.checked(config))
+        checks = stage.checked(settings), unknown.checked(config), budget.announced(settings, observer)
+        prepared = prepare(settings, observer, *checks)
         start = _start(prepared, observer)
         folder = run.create(
             config.output.directory,
@@ -130,16 +130,18 @@ def _fit_and_finish(
     names = ["config.yaml", "environment.json", "split.csv", *([near.LEAKS] if prepared.leaks else [])]
     names += [run.FIXES] if prepared.data.fixes is not None else []
     tuning: dict[str, Any] | None = None
+    fold_features: tuple[unknown.FoldFeatures, ...] = ()
     if prepared.config.fine_tuning is not None:
-        tuned = stage.run(prepared, fitted, folder / "checkpoints", start_record.read(folder).training_id, observer)
-        before = judged
-        prepared = replace(prepared, backbone=tuned.backbone, parts=tuned.parts)
+        run_stage = stage.run if prepared.config.data.folds is None else folds.run
+        tuned = run_stage(prepared, fitted, folder / "checkpoints", start_record.read(folder).training_id, observer)
+        before, fold_features = judged, tuned.folds
+        prepared = replace(prepared, backbone=tuned.backbone, parts=tuned.parts, held_out=tuned.held_out)
         fitted = tuned.fitted
         temperature, judged = _judge(prepared, fitted)
         tuning = {**tuned.facts, "compared": comparison.compared(before, judged)}
         names += comparison.write_history(folder, tuned.history, tuned.training)
         names += comparison.write_flipped(folder, classes, before, judged)
-    learnt = unknown.learn(folder, prepared, fitted, observer)
+    learnt = unknown.learn(folder, prepared, fitted, observer, fold_features)
     names += learnt.files
     if text := _below_baseline(prepared.config, judged[-1]):
         observer.warn(text)
@@ -156,8 +158,10 @@ def _fit_and_finish(
     outcome = replace(outcome, parity=parity)
     manifest = replace(_manifest(folder, prepared, outcome), fine_tuning=tuning, unknown=learnt.facts)
     if tuning is None and manifest.views.computed >= _TIMED_VIEWS:
-        photos, a_view = len(prepared.parts["train"].samples), prepared.seconds["features"] / manifest.views.computed
-        seconds = budget.rough_seconds(prepared.backbone, photos, prepared.settings.augmenter.views, a_view)
+        a_view = prepared.seconds["features"] / manifest.views.computed
+        photos, validating = len(prepared.parts["train"].samples), len(prepared.validating.samples)
+        counts = plan.Counts(photos, prepared.settings.augmenter.views, validating)
+        seconds = budget.rough_seconds(prepared.backbone, prepared.config, counts, a_view)
         manifest = replace(manifest, fine_tuning_seconds=math.ceil(seconds))
     finished = run.finish(folder, manifest, names)
     if os.path.lexists(folder / "checkpoints"):
@@ -235,8 +239,8 @@ def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observe
         if data.folds is None:
             return fitted
         with observer.stage("cross-validation", config.data.folds, "folds") as advance:
-            logits = fit_folds(data, held_out, fitted.l2, config.training.label_smoothing, advance)
-        return replace(fitted, out_of_fold=logits)
+            heads = out_of_fold.fit_folds(data, fitted.l2, config.training.label_smoothing, advance)
+        return replace(fitted, out_of_fold=out_of_fold.logits(heads, data.folds, held_out), fold_heads=heads)
     training_id = start_record.read(folder).training_id
     state: EpochState | FoldsState | None
     epochs: Iterator[EpochState | FoldsState]
@@ -264,7 +268,8 @@ def _fit(folder: Path, prepared: Prepared, start: Head | None, observer: Observe
         observer.warn(text)
     if isinstance(state, FoldsState):
         assert data.folds is not None
-        return Fitted(state.final, l2, state.history, state.out_of_fold(data.folds, held_out))
+        heads = state.heads(data.folds)
+        return Fitted(state.final, l2, state.history, out_of_fold.logits(heads, data.folds, held_out), heads)
     return Fitted(state.best, l2, state.history)
 
 

@@ -307,7 +307,7 @@ def _split_and_extract(
 ) -> _Split:
     """Split the photos of `data` as near-duplicates or `recorded` want it, with the features of every split."""
     observer, folder = extractor.observer, extractor.settings.cache
-    with FeatureStore(folder.path, folder.writable) as store:
+    with FeatureStore(folder.path, folder.writable, extractor.prove) as store:
         try:
             if recorded is not None:
                 data = dataset.split_as_recorded(data, near.recorded(recorded))
@@ -317,7 +317,8 @@ def _split_and_extract(
             else:
                 split = _with_near_duplicates(extractor, store, data, seconds)
             if extractor.settings.config.data.folds is not None:
-                split.held_out = _held_out(extractor, store, split.parts["train"], seconds)
+                with timed(seconds, "features"):
+                    split.held_out = as_held_out(extractor, store, split.parts["train"])
             for part in split.parts.values():
                 _check_unchanged(part.samples)
             split.cache_bytes = store.size()
@@ -360,7 +361,6 @@ def _with_near_duplicates(
         dataset.refuse_empty(data.classes, data.splits, data.bad)
         parts = first
     with timed(seconds, "near-duplicates"):
-        extractor.prove()  # what is linked is stored, too
         linked = near.link(list(parts.values()), extractor.first_request, store, settings, observer)
     data = near.keep_together(linked, data, settings.photos.trained_on, observer)
     if first:
@@ -382,12 +382,11 @@ def _with_near_duplicates(
     return _Split(data, parts, leaks)
 
 
-def _held_out(extractor: Extractor, store: FeatureStore, train: Features, seconds: dict[str, float]) -> Features:
+def as_held_out(extractor: Extractor, store: FeatureStore, train: Features) -> Features:
     """View 0 of the training photos in float32, as a prediction sees them."""
     if extractor.precision == "float32":
         return replace(train, array=train.array[:, :1], computed=0, cached=0)
-    with timed(seconds, "features"):
-        found = extractor(store, "train in float32", train.samples)
+    found = extractor(store, "train in float32", train.samples)
     scan.refuse_bad(found.bad, len(train.samples), "error")
     return found
 

@@ -20,7 +20,7 @@ from finetune_cli.photos.scan import Sample, refuse_bad
 from finetune_cli.places import Address, Place
 from finetune_cli.progress import Observer, Silent
 from finetune_cli.text import shown
-from finetune_cli.training import prepare, settings
+from finetune_cli.training import near, prepare, settings
 
 _MAX_CLASSES, _MAX_HEADERS = 30, 300
 # Below this many photos, what a fifth of them tells is off by two points and more; measured in docs/training.md.
@@ -107,6 +107,8 @@ def _description(data: Place, found: Dataset, max_pixels: int) -> Iterator[str]:
     total = sum(map(len, splits.values()))
     yield f"Found {total} photos of {len(found.classes)} classes: {', '.join(counts)}.{_sizes(found.train, max_pixels)}"
     per_class = Counter(sample.label for samples in splits.values() for sample in samples)
+    if line := near.may_split_otherwise(found, "together"):
+        yield line[0].upper() + line[1:] + "."
     width = max(len(shown(name)) for name in found.classes[:_MAX_CLASSES])
     for label, name in enumerate(found.classes[:_MAX_CLASSES]):
         yield f"  {shown(name):{width}}  {per_class[label]:>6}"

@@ -158,11 +158,13 @@ class Learnt:
     files: tuple[str, ...] = ()
 
 
-def learn(folder: Path, prepared: Prepared, fitted: Fitted, observer: Observer) -> Learnt:
+def learn(
+    folder: Path, prepared: Prepared, fitted: Fitted, observer: Observer, folds: "Sequence[FoldFeatures]" = ()
+) -> Learnt:
     """Choose a score, set its threshold, and write what the run needs into `folder`; nothing without `unknown`.
 
-    fitted: the head on the features of `prepared`. Raises `DataError` when too few photos can set the threshold, and
-    `StorageError`.
+    fitted: the head on the features of `prepared`. folds: see `of_folds`. Raises `DataError` when
+    too few photos can set the threshold, and `StorageError`.
     """
     config, classes = prepared.config, prepared.data.classes
     if config.unknown is None:
@@ -173,7 +175,7 @@ def learn(folder: Path, prepared: Prepared, fitted: Fitted, observer: Observer) 
         observer.stage("score for unknown photos", None, "classes") as advance,
         one_blas_thread(),
     ):
-        known = of_validation(prepared, fitted) if config.data.folds is None else of_folds(prepared, fitted)
+        known = of_validation(prepared, fitted) if config.data.folds is None else of_folds(prepared, fitted, folds)
         found = choose(known.materials, len(classes), rate, advance)
         energy_weight = known.choosing.energy_weight() if found.score == BOTH else 0.0
         scores = known.held_out.scores(energy_weight)
@@ -239,7 +241,9 @@ def of_validation(prepared: Prepared, fitted: Fitted) -> Known:
     mask = sets_threshold(val.samples, config)
     choosing = _part(val, ~mask)
     rows = references(prepared.parts["train"].samples)
-    material = _material(prepared, fitted.l2, rows, np.asarray(choosing.array[:, 0]), labels_of(choosing.samples))
+    features = np.asarray(prepared.parts["train"].array[rows, 0])
+    judges = np.asarray(choosing.array[:, 0]), labels_of(choosing.samples)
+    material = _material(prepared, fitted.l2, (rows, features), judges)
     return Known(
         [material],
         material.references,
@@ -248,27 +252,48 @@ def of_validation(prepared: Prepared, fitted: Fitted) -> Known:
     )
 
 
-def of_folds(prepared: Prepared, fitted: Fitted) -> Known:
+@dataclass(frozen=True, eq=False)
+class FoldFeatures:
+    """A fold, and references outside it, as the backbone sees both that has not learned from the fold.
+
+    rows, outside: which training photos these are ``(m,)``, ``(r,)``; features ``(m, D)`` and references ``(r, D)``.
+    """
+
+    rows: NDArray[np.intp]
+    outside: NDArray[np.intp]
+    features: NDArray[np.float32]
+    references: NDArray[np.float32]
+
+
+def of_folds(prepared: Prepared, fitted: Fitted, folds: Sequence[FoldFeatures] = ()) -> Known:
     """What is known from the photos that are held out once: `fitted` has their out-of-fold logits.
 
-    The score is chosen by the photos of the first folds, `_CHOOSING` or a few more, because every fold takes a head for
-    each class that is left out. Raises `DataError` when too few photos are held out.
+    folds: of a backbone that was tuned without each of them; by default they have the features of `prepared`, whose
+    backbone has learned from none of these photos. The score is chosen by the photos of the first folds, `_CHOOSING` or
+    a few more, because every fold takes a head for each class that is left out. Raises `DataError` when too few photos
+    are held out.
     """
     train, config, logits = prepared.parts["train"], prepared.config, fitted.out_of_fold
     assert logits is not None
     _refuse_too_few(train.samples, config)
-    held_out = prepared.validating.array
     labels = labels_of(train.samples)
     materials: list[Material] = []
     terms = []
-    for rows, outside in by_fold(train.samples):
-        features = np.asarray(held_out[rows, 0])
-        others = as_stored(np.asarray(train.array[outside, 0]))
-        terms.append(Terms(novelty.distances(features, others), novelty.energies(logits[rows])))
+    for fold in folds or _by_one_backbone(prepared):
+        distances = novelty.distances(fold.features, as_stored(fold.references))
+        terms.append(Terms(distances, novelty.energies(logits[fold.rows])))
         if sum(len(material.val_labels) for material in materials) < _CHOOSING:
-            materials.append(_material(prepared, fitted.l2, outside, features, labels[rows]))
+            judges = fold.features, labels[fold.rows]
+            materials.append(_material(prepared, fitted.l2, (fold.outside, fold.references), judges))
     own = Terms.joined(terms)
     return Known(materials, as_stored(np.asarray(train.array[references(train.samples), 0])), own, own)
+
+
+def _by_one_backbone(prepared: Prepared) -> Iterator[FoldFeatures]:
+    """The folds with the features of `prepared`."""
+    train, held_out = prepared.parts["train"], prepared.validating.array
+    for rows, outside in by_fold(train.samples):
+        yield FoldFeatures(rows, outside, np.asarray(held_out[rows, 0]), np.asarray(train.array[outside, 0]))
 
 
 def by_fold(samples: Sequence[Sample]) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
@@ -282,15 +307,19 @@ def by_fold(samples: Sequence[Sample]) -> Iterator[tuple[NDArray[np.intp], NDArr
 def _material(
     prepared: Prepared,
     l2: float,
-    rows: NDArray[np.intp],
-    val_features: NDArray[np.float32],
-    val_labels: NDArray[np.int64],
+    known: tuple[NDArray[np.intp], NDArray[np.float32]],
+    judges: tuple[NDArray[np.float32], NDArray[np.int64]],
 ) -> "Material":
-    """What the score is chosen by, with the training photos `rows` as references."""
+    """What the score is chosen by.
+
+    known: which training photos are references, and their features; judges: the features of the photos that choose,
+    and their labels.
+    """
+    rows, features = known
+    val_features, val_labels = judges
     config, train = prepared.config, prepared.parts["train"]
     labels = labels_of(train.samples)
     weights = class_weights(labels, config.training.class_weights, prepared.data.classes)
-    features = np.asarray(train.array[rows, 0])
     return Material(
         features=features,
         labels=labels[rows],

@@ -157,6 +157,18 @@ class Recomputed:
         return rows
 
 
+class Part:
+    """Some `photos` of another source, which are numbered from 0 here."""
+
+    def __init__(self, whole: Source, photos: NDArray[np.intp]) -> None:
+        self._whole, self._photos = whole, photos
+        self.shape = (len(photos), *whole.shape[1:])
+
+    def batch(self, photos: NDArray[np.intp], views: NDArray[np.intp]) -> Rows:
+        """``float32 (n, H, W, C)``."""
+        return self._whole.batch(self._photos[photos], views)
+
+
 def stored(samples: Sequence[Sample], lower: Lower, scratch: Scratch, advance: Advance) -> ScratchFile:
     """The activations of `samples` in a scratch file.
 

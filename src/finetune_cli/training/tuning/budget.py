@@ -5,7 +5,7 @@ Seconds are measured here on a few of the photos; nothing is trained, and nothin
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,15 +22,17 @@ from finetune_cli.photos.dataset import Dataset
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.scan import Sample, decode_sample
 from finetune_cli.progress import Observer, ignore_progress
+from finetune_cli.text import duration
 from finetune_cli.training.converted import Converted
 from finetune_cli.training.extract import FeatureRequest
 from finetune_cli.training.extractor import Extractor
 from finetune_cli.training.prepare import index, make_extractor
 from finetune_cli.training.requirements import check_room, check_settings
+from finetune_cli.training.settings import Settings
 from finetune_cli.training.start_from import AnyBackbone
 from finetune_cli.training.tuning import activations, inputs, plan, stage
 from finetune_cli.training.tuning.activations import Lower, Scratch
-from finetune_cli.training.tuning.cuts import LAST_STAGE, Cut, cut, share_above
+from finetune_cli.training.tuning.cuts import Cut, cut, share_above
 from finetune_cli.training.tuning.plan import Counts, Store, Trial
 from finetune_cli.training.tuning.upper import Labelled, UpperSettings
 
@@ -80,7 +82,7 @@ def budget(config: Config, observer: Observer) -> Budget:
     views = settings.augmenter
     check_room(settings, data, backbone)
     stage.checked(settings)(data, backbone)
-    few = list(itertools.islice(filter(lambda sample: _can_be_decoded(sample, settings.image), data.train), _MEASURED))
+    few = _few(settings, data)
     if not few:
         raise DataError("no training photo can be decoded", "list what is wrong with: finetune check CONFIG")
     meter = _Meter(backbone, extractor, few)
@@ -101,7 +103,7 @@ def budget(config: Config, observer: Observer) -> Budget:
         trials: tuple[Trial, ...] = ()
         if config.fine_tuning is not None:
             trials = plan.trials(config.fine_tuning, len(data.train))
-            rows += meter.trials(config.fine_tuning, trials, data)
+            rows += meter.trials(config.fine_tuning, trials, data, config.data.folds)
             rows.append(
                 Row("tuned features", photos, everything, everything * a_view, 4 * backbone.width * 2 * everything)
             )
@@ -163,33 +165,75 @@ class _Meter:
             self._measured[part.below] = _Measured(a_row, a_photo, sum(array.size for array in before))
         return self._measured[part.below]
 
-    def trials(self, section: FineTuningConfig, trials: Sequence[Trial], data: Dataset) -> Iterator[Row]:
-        """The stages of all trainings of the upper part."""
-        counts = Counts(len(data.train), self.extractor.settings.augmenter.views, len(data.val))
+    def trials(
+        self, section: FineTuningConfig, trials: Sequence[Trial], data: Dataset, folds: int | None
+    ) -> Iterator[Row]:
+        """The stages of all trainings of the upper part: with folds, each photo is learned from in all but one."""
+        val = len(data.val) if folds is None else len(data.train)
+        counts = Counts(len(data.train), self.extractor.settings.augmenter.views, val)
+        times, of_folds = (1, "") if folds is None else (folds - 1, f", without each of {folds} folds")
         kept: tuple[str, Store] | None = None
+        longest = max(trials, key=lambda trial: trial.epochs)
         for trial in trials:
             part = cut(self.backbone.model, trial.unfreeze)
             store = plan.store(part, trial.epochs, self.extractor.device, counts, plan.limit(section))
             found = self._of_cut(part, section, len(data.classes))
             # In what was measured, each photo was also validated.
-            trained = _FORWARD_AND_BACK * counts.photos + counts.val_photos
+            trained = _FORWARD_AND_BACK * counts.photos * times + counts.val_photos
             epoch = found.a_photo * trained / (_FORWARD_AND_BACK + 1)
             both = counts.photos + counts.val_photos
             if store.storage in {"recomputed", "none"}:
-                epoch += found.a_row * both
+                epoch += found.a_row * (counts.photos * times + counts.val_photos)
             elif kept != (part.below, store):
                 kept = part.below, store
                 stored = counts.photos * store.views + counts.val_photos
                 yield Row("activations", both, stored, stored * found.a_row, store.bytes)
             yield Row(
-                f"fine-tuning, {trial.epochs} epochs of {trial.unfreeze} at {trial.learning_rate:g}",
+                f"fine-tuning, {trial.epochs} epochs of {trial.unfreeze} at {trial.learning_rate:g}{of_folds}",
                 counts.photos,
-                trial.epochs * counts.photos,
+                trial.epochs * counts.photos * times,
                 trial.epochs * epoch,
-                3 * 3 * 4 * found.weights,  # weights and both moments of AdamW in up to three checkpoints
+                # Weights and both moments of AdamW in up to three checkpoints; the weights of finished trainings.
+                (3 * 3 + (folds or 0)) * 4 * found.weights,
             )
-            again = counts.photos * plan.views_again(store, counts)
-            yield Row("head again", counts.photos, again, again * found.a_photo / (_FORWARD_AND_BACK + 1), 0)
+            again = counts.photos * plan.views_again(store, counts) * times
+            a_pass = found.a_photo / (_FORWARD_AND_BACK + 1)
+            yield Row(f"head again{of_folds}", counts.photos, again, again * a_pass, 0)
+            if folds is not None and trial == longest:
+                final = Row(
+                    f"fine-tuning on all photos, {trial.epochs} epochs at most",
+                    counts.photos,
+                    trial.epochs * counts.photos,
+                    trial.epochs * counts.photos * _FORWARD_AND_BACK * a_pass,
+                    4 * found.weights,
+                )
+        if folds is not None:
+            yield final
+
+
+def announced(settings: Settings, observer: Observer) -> Callable[[Dataset, AnyBackbone], None]:
+    """A check for `prepare` that tells what fine-tuning in folds is going to take, measured on a few photos."""
+
+    def check(data: Dataset, backbone: AnyBackbone) -> None:
+        config, folds = settings.config, settings.config.data.folds
+        if config.fine_tuning is None or folds is None or not (few := _few(settings, data)):
+            return
+        assert isinstance(backbone, Backbone)  # as `changes_backbone` says
+        precision = runtimes.training_precision(settings.device, config.runtime.feature_precision)
+        extractor = Extractor(settings, backbone, settings.device, precision, observer)
+        a_view = _Meter(backbone, extractor, few).a_view()
+        counts = Counts(len(data.train), settings.augmenter.views, len(data.train))
+        seconds = rough_seconds(backbone, config, counts, a_view)
+        trainings = folds * len(plan.trials(config.fine_tuning, len(data.train))) + 1
+        observer.note(f"cross-validation of the fine-tuning: {trainings} trainings, about {duration(seconds)}")
+
+    return check
+
+
+def _few(settings: Settings, data: Dataset) -> list[Sample]:
+    """A few training photos that can be decoded."""
+    readable = filter(lambda sample: _can_be_decoded(sample, settings.image), data.train)
+    return list(itertools.islice(readable, _MEASURED))
 
 
 def _can_be_decoded(sample: Sample, image: ImageSettings) -> bool:
@@ -211,13 +255,26 @@ def _missing(folder: CacheFolder, request: FeatureRequest, samples: Sequence[Sam
         )
 
 
-def rough_seconds(backbone: AnyBackbone, photos: int, views: int, a_view: float) -> float:
-    """About how much longer than the head alone ``fine_tuning=auto`` would take, without measuring anything.
+def rough_seconds(backbone: AnyBackbone, config: Config, counts: Counts, a_view: float) -> float:
+    """About how much longer than the head alone the fine-tuning of `config` takes, by default that of ``auto``.
 
-    photos: training photos, of `views` views each; a_view: seconds that the feature pass took for a view.
+    Nothing is measured but `a_view`, seconds that the feature pass takes for a view.
     """
-    share = backbone.last_stage_share if isinstance(backbone, Converted) else share_above(backbone.model, LAST_STAGE)
-    epochs = sum(trial.epochs for trial in plan.trials(FineTuningConfig(), photos))
+    section, folds = config.fine_tuning or FineTuningConfig(), config.data.folds
     # Once through the network for the activations and for the head's second fit, which share it between them, and once
     # for the features of the tuned backbone.
-    return photos * a_view * (2 * views + epochs * _FORWARD_AND_BACK * share)
+    passes = 2.0 * counts.views
+    on_all_photos = []
+    for number, trial in enumerate(plan.trials(section, counts.photos)):
+        share = (
+            backbone.last_stage_share
+            if isinstance(backbone, Converted)
+            else share_above(backbone.model, trial.unfreeze)
+        )
+        on_all_photos.append(trial.epochs * _FORWARD_AND_BACK * share)
+        if folds is not None:
+            # Every photo is learned from in all folds but its own, where it validates once an epoch.
+            steps = trial.epochs * (_FORWARD_AND_BACK * (folds - 1) + 1)
+            passes += share * (steps + (counts.views * (folds - 1) if number == 0 else 0))
+    passes += sum(on_all_photos) if folds is None else max(on_all_photos)
+    return counts.photos * a_view * passes

@@ -1,10 +1,11 @@
 """Which model is kept: the frozen one, a tuned one, or one between them, by the validation photos alone.
 
-Logits (n, C) of every candidate and labels (n,) go in, the number of the one to keep comes out. The log loss is that
+Logits (n, C) of every candidate and labels (n,) go in, the one to keep comes out. The log loss is that
 after a temperature, because every model gets one at the end; no photo takes part in fitting the temperature that scales
 it. The frozen model wins all ties: a candidate must be better by more than chance would make it (a paired test over
 the photos, one-sided, 95 %), and by at least a hundredth. Of tuned models that tie, the one whose head was fitted once
-more is kept: it was the better one on the test photos in nearly all trainings that were measured.
+more is kept: it was the better one on the test photos in nearly all trainings that were measured. With `data.folds`,
+all photos validate, by out-of-fold logits.
 """
 
 import math
@@ -13,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from finetune_cli.head.data import Floats, Ints
-from finetune_cli.head.lbfgs import Head
+from finetune_cli.head.data import Floats, Ints, Rows
 from finetune_cli.metrics.calibration import cross_fitted, fit_temperature, softmax
+from finetune_cli.metrics.scores import independent
 
 # Points on the line from the frozen to the tuned weights, beside its end (Wortsman et al. 2022, arXiv 2109.01903).
 SHARES = (0.25, 0.5, 0.75)
@@ -31,16 +31,18 @@ class Candidate:
     """A model that may be kept. `training` is the number of its training, None for the frozen model.
 
     share: how far its weights are from the frozen (0) to the tuned ones (1); refitted: whether its head was fitted
-    once more, on the tuned features, and did not learn along with them.
+    once more, on the tuned features, and did not learn along with them. logits: ``float32 (n, C)`` of the validation
+    photos; losses: theirs. folds: how many there are, if the logits are out of fold.
     """
 
     training: int | None
     share: float
     refitted: bool
-    head: Head
+    logits: Rows
     losses: Floats
     accuracy: float
     temperature: float
+    folds: int | None = None
 
     @property
     def log_loss(self) -> float:
@@ -77,32 +79,29 @@ class Candidate:
 class Validation:
     """What candidates are scored on: the labels and groups (n,) of the validation photos.
 
-    calibrated: whether the finished model gets a temperature.
+    calibrated: whether the finished model gets a temperature. folds: see `Candidate`.
     """
 
     labels: Ints
     groups: Ints
     calibrated: bool
+    folds: int | None = None
 
     def candidate(
-        self,
-        head: Head,
-        features: NDArray[np.float32],
-        training: int | None = None,
-        share: float = 0.0,
-        refitted: bool = False,
+        self, logits: Rows, training: int | None = None, share: float = 0.0, refitted: bool = False
     ) -> Candidate:
-        """Score a head on the features (n, D) of the validation photos; the other arguments: see `Candidate`."""
-        logits, labels = head.logits(features), self.labels
+        """Score the logits (n, C) of the validation photos; the other arguments: see `Candidate`."""
+        labels = self.labels
         probabilities = cross_fitted(logits, labels, self.groups) if self.calibrated else softmax(logits)
         return Candidate(
             training,
             share,
             refitted,
-            head,
+            logits,
             -np.log(np.maximum(probabilities[np.arange(len(labels)), labels], _SMALLEST)),
             float((logits.argmax(axis=1) == labels).mean()),
             fit_temperature(logits, labels) if self.calibrated else 1.0,
+            self.folds,
         )
 
 
@@ -125,9 +124,9 @@ def _is_better(one: Candidate, other: Candidate) -> bool:
 def compared(first: Candidate, second: Candidate) -> tuple[float, float]:
     """By how much the log loss of `second` is lower than that of `first`, and the standard error of that, by photo.
 
-    The error of a single photo's difference is unknown, and so infinite.
+    The error of a single photo's difference is unknown, and so infinite. Out of fold, photos count as fewer.
     """
     differences = first.losses - second.losses
     n = len(differences)
-    error = float(differences.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    error = float(differences.std(ddof=1)) / math.sqrt(independent(n, first.folds)) if n > 1 else math.inf
     return float(differences.mean()), error

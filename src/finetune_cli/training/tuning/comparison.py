@@ -58,7 +58,7 @@ def _scores(judged: ScoredSplit) -> dict[str, float]:
     return {"accuracy": judged.evaluation.accuracy.value, "log_loss": judged.evaluation.log_loss}
 
 
-def write_history(folder: Path, history: Sequence[Mapping[str, float]], kept: int | None) -> list[str]:
+def write_history(folder: Path, history: Sequence[Mapping[str, float | None]], kept: int | None) -> list[str]:
     """Write the epochs of all trainings into `folder`, and draw those of the training `kept`, by default the first.
 
     Returns the names of the files: none if every training diverged. Raises `StorageError`.

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from finetune_cli import signals
 from finetune_cli.devices import TrainingPolicy
 from finetune_cli.errors import FinetuneError
-from finetune_cli.head.data import Floats, Ints
+from finetune_cli.head.data import Floats, Ints, views_in_turn
 from finetune_cli.head.lbfgs import Head
 from finetune_cli.inference.runtimes import out_of_memory
 from finetune_cli.keras_setup import import_keras
@@ -60,7 +60,8 @@ class UpperState:
 
     weights: those that learn, the upper part's first, then the head's kernel and bias; optimizer: Keras's variables;
     batch_size: that of the last epoch, less than the one that was asked for if that did not fit in memory. A row of
-    `history` has epoch, loss, accuracy, val_loss, val_accuracy, batch_size and seconds.
+    `history` has epoch, loss, accuracy, val_loss and val_accuracy (if there are validation photos), batch_size and
+    seconds.
     """
 
     epoch: int
@@ -152,7 +153,7 @@ class Upper:
     def train(
         self,
         train: Labelled,
-        val: Labelled,
+        val: Labelled | None,
         settings: UpperSettings,
         resume: UpperState | None = None,
         warn: Callable[[str], None] = lambda _text: None,
@@ -160,9 +161,9 @@ class Upper:
         """Train from the weights as they are, or go on from `resume`; yields the state after every epoch.
 
         An epoch visits each photo in an order drawn from (seed, epoch) and in its next view, once but for the few that
-        fill up the last batch. The validation loss is that of the photos of `val`, all of weight 1, without label
-        smoothing. When a batch does not fit in the memory of a GPU, the epoch begins again with half of it, and `warn`
-        is told.
+        fill up the last batch. The validation loss is that of the photos of `val`, if there are any, all of weight 1,
+        without label smoothing. When a batch does not fit in the memory of a GPU, the epoch begins again with half of
+        it, and `warn` is told.
 
         Raises `Diverged` when the loss is no longer finite, `FinetuneError` when not even one photo fits, `Interrupted`
         after a batch in which a signal came.
@@ -190,7 +191,7 @@ class Upper:
                 self.assign(start if state is None else state.weights)
 
     def _epochs(
-        self, train: Labelled, val: Labelled, settings: UpperSettings, state: UpperState | None
+        self, train: Labelled, val: Labelled | None, settings: UpperSettings, state: UpperState | None
     ) -> Iterator[UpperState]:
         """The rest of a training, in batches of one size."""
         self._at_once = min(_FEATURE_BATCH, settings.batch_size)
@@ -209,11 +210,10 @@ class Upper:
         targets = np.eye(self._dense.units, dtype=np.float32)
         # With weights of mean 1 and batches of one size, the mean of the batches is the loss.
         weights = (train.weights / train.weights.mean()).astype(np.float32)
-        first_views = np.random.default_rng(settings.seed).integers(0, views, size=(photos,), dtype=np.intp)
         for epoch in range(state.epoch if state is not None else 0, settings.epochs):
             began = time.perf_counter()
             order = np.random.default_rng((settings.seed, epoch)).permutation(photos)
-            chosen_views = (first_views + epoch) % views
+            chosen_views = views_in_turn(photos, views, settings.seed, epoch)
 
             def loaded(chosen: Indexes, chosen_views: Indexes = chosen_views) -> tuple[Indexes, Rows]:
                 return chosen, train.source.batch(chosen, chosen_views[chosen])
@@ -227,9 +227,14 @@ class Upper:
                     signals.check()
             with signals.deferred():
                 loss, accuracy = (total / steps).tolist()
-                row = {"epoch": epoch + 1, "loss": loss, "accuracy": accuracy, **self._validate(val)}
+                row = {
+                    "epoch": epoch + 1,
+                    "loss": loss,
+                    "accuracy": accuracy,
+                    **({} if val is None else self._validate(val)),
+                }
                 row |= {"batch_size": settings.batch_size, "seconds": round(time.perf_counter() - began, 3)}
-                if not math.isfinite(row["loss"] + row["val_loss"]):
+                if not math.isfinite(row["loss"] + row.get("val_loss", 0.0)):
                     raise Diverged(
                         f"fine-tuning diverged: the loss is no longer a number after epoch {epoch + 1}",
                         f"choose a smaller fine_tuning.learning_rate than {settings.learning_rate:g}",
@@ -301,6 +306,11 @@ def _classifier(keras: Any, upper: Any, dense: Any) -> Any:
             return self.dense(self.upper(activations, training=False))
 
     return Classifier()
+
+
+def with_head(weights: Weights, head: Head) -> Weights:
+    """`Upper.weights` with another head."""
+    return (*weights[:-2], head.kernel, head.bias)
 
 
 def interpolated(start: Weights, end: Weights, share: float) -> Weights:
