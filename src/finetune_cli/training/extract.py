@@ -198,10 +198,10 @@ def look(
                 waiting += [(request.key(facts.digest, view), row) for view, row in rows]
                 yield facts, version
             if len(waiting) >= _STORE_ROWS:
-                resources.keep(waiting)
+                resources.store.put(waiting)
                 waiting = []
     finally:
-        resources.keep(waiting)
+        resources.store.put(waiting)
 
 
 class _Rows:
