@@ -155,6 +155,11 @@ def _contradictions(values: dict[str, Any]) -> Iterator[tuple[yaml_file.Keys, st
                 ("model", "dropout"),
                 "`model.dropout` has no effect with solver lbfgs; add `solver: adam`",
             )
+    runtime = section("runtime")
+    if runtime.get("ray_address") is not None and runtime.get("engine", "local") == "local":
+        yield ("runtime", "ray_address"), "`runtime.ray_address` has no effect without `engine: ray`"
+    if runtime.get("engine") == "ray" and runtime.get("device") == "gpu":
+        yield ("runtime", "device"), "`runtime.engine: ray` uses the cores of CPUs; delete `device: gpu`"
     if augmentation.get("cval") and augmentation.get("fill_mode", "nearest") != "constant":
         yield ("augmentation", "cval"), "`augmentation.cval` has no effect without `fill_mode: constant`"
 

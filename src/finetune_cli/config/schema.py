@@ -141,6 +141,8 @@ class RuntimeConfig(Section):
     batch_size: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = "auto"
     cache_dir: _Path | None = None
+    engine: Literal["local", "ray"] = "local"
+    ray_address: Annotated[str, Field(pattern=r"^(auto|ray://[^/@\s]+:[0-9]{1,5})$")] | None = None
 
 
 class OutputConfig(Section):

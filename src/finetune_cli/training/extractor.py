@@ -1,13 +1,16 @@
 """One backbone on its runtime, which computes the features of one split after another."""
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from finetune_cli.backbones.build import Backbone
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.devices import Device, Precision
+from finetune_cli.engines.engine import Engine, Local
 from finetune_cli.inference import runtimes
 from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.photos.scan import Sample
@@ -24,7 +27,7 @@ class Extractor:
     """Computes the features of one split after another with one backbone.
 
     Training photos get all views, in `precision`; the others are float32 and as they are. `prove`: see
-    `extract.Resources`.
+    `extract.Resources`. `engine`: None for the threads of this process.
     """
 
     settings: Settings
@@ -33,6 +36,7 @@ class Extractor:
     precision: Precision
     observer: Observer
     prove: Callable[[], object] = field(default=lambda: None)
+    engine: Engine | None = None
     _compiled: dict[Precision, Runtime] = field(default_factory=dict, init=False)
 
     @property
@@ -82,7 +86,10 @@ class Extractor:
         first: Features | None = None,
     ) -> Features:
         scratch = self.settings.cache.scratch
-        resources = Resources(store, self.runtime, scratch, self.workers, self.batch_size, first, self.prove)
+        engine = self.engine or Local(self.workers)
+        resources = Resources(
+            store, self.runtime, scratch, engine, self.batch_size, first, self.prove, self.files
+        )
         return extract.extract(samples, request, self.backbone.width, resources, advance)
 
     def runtime(self, precision: Precision) -> Runtime:
@@ -93,6 +100,13 @@ class Extractor:
             else:
                 self._compiled[precision] = runtimes.OpenVinoRuntime(self._converted.clone(), precision, self.workers)
         return self._compiled[precision]
+
+    def files(self) -> tuple[bytes, bytes]:
+        """The two files of the converted backbone, as it is compiled here."""
+        with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
+            graph = Path(folder, "backbone.xml")
+            runtimes.save_ir(self._converted.clone(), graph, Path(folder), 4 * self.backbone.parameters)
+            return graph.read_bytes(), graph.with_suffix(".bin").read_bytes()
 
     @cached_property
     def _keras_model(self) -> Any:

@@ -343,4 +343,5 @@ def _manifest(folder: Path, prepared: Prepared, outcome: Outcome) -> Manifest:
         seconds=prepared.seconds,
         metrics={part.split: SplitMetrics.from_json(Fields(part.evaluation.to_json())) for part in outcome.judged},
         files={},
+        retries=prepared.retries,
     )

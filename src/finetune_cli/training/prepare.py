@@ -19,6 +19,7 @@ from finetune_cli.cache.features import FeatureStore
 from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.config.schema import Config
 from finetune_cli.devices import Device, Precision
+from finetune_cli.engines.opening import opened
 from finetune_cli.errors import BadImage, ChangedPhoto, Interrupted
 from finetune_cli.head.data import class_weights
 from finetune_cli.inference import runtimes
@@ -54,7 +55,7 @@ class Prepared:
 
     `leaks`: val and test photos that show the same picture as a training photo. `start_from`: SHA-256 of the model of
     `model.start_from`, if there is one. With `data.folds`, `held_out` has view 0 of the training photos in float32, as
-    they are answered when their fold is held out.
+    they are answered when their fold is held out. `retries`: blocks of photos that were done again, see `engines/`.
     """
 
     settings: Settings
@@ -68,6 +69,7 @@ class Prepared:
     start_from: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     held_out: Features | None = None
+    retries: int = 0
 
     @property
     def validating(self) -> Features:
@@ -114,6 +116,7 @@ def prepare(
             _note_augmentation(settings, observer)
             with timed(seconds, "backbone"):
                 extractor = make_extractor(settings, observer, conversion)
+            extractor.engine = engine
         check_room(settings, data, extractor.backbone)
         if config.data.folds is not None:
             start_from.check_held_out(settings.start, data.train, config.training.solver)
@@ -139,9 +142,14 @@ def prepare(
             start_from=start_digest,
             seconds=seconds,
             held_out=split.held_out,
+            retries=engine.retries,
         )
 
-    with contextlib.nullcontext() if settings.builds_backbone else conversion_of(settings) as conversion:
+    runtime = config.runtime
+    with (
+        contextlib.nullcontext() if settings.builds_backbone else conversion_of(settings) as conversion,
+        opened(runtime.engine, runtime.ray_address, runtime.workers, observer) as engine,
+    ):
         if conversion is not None and not conversion.downloads:  # a download waits for photos that can be used
             conversion.begin()
         return with_photos(settings, observer, work, seconds)
