@@ -2,15 +2,24 @@
 
 import contextlib
 import importlib.util
+import re
 from collections.abc import Iterator
 from typing import Literal
 
 from finetune_cli.engines.engine import Engine, Local
-from finetune_cli.errors import MissingExtra
+from finetune_cli.errors import MissingExtra, UsageError
 from finetune_cli.parallel import worker_count
 from finetune_cli.progress import Observer
+from finetune_cli.text import shown
 
 Name = Literal["local", "ray"]
+ADDRESS = r"^(auto|ray://[^/@\s]+:[0-9]{1,5})$"
+
+
+def check_address(address: str) -> None:
+    """Raise `UsageError` for what is no address of a Ray cluster."""
+    if not re.match(ADDRESS, address):
+        raise UsageError(f"{shown(address)} is no address of a Ray cluster", "write auto or ray://HOST:10001")
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 from finetune_cli import files
 from finetune_cli.cache.digests import DigestCache
+from finetune_cli.engines.engine import Engine, Local
 from finetune_cli.errors import GateError, StorageError, UsageError
 from finetune_cli.evaluation import compare, judge
 from finetune_cli.evaluation.answers import seen_in_training
@@ -80,6 +81,7 @@ def evaluate(
     request: EvaluationRequest = EvaluationRequest(),
     target: Target = Target(),
     write_report: ReportWriter | None = None,
+    engine: Engine | None = None,
 ) -> Result:
     """`judge_photos`, and write the results.
 
@@ -89,18 +91,24 @@ def evaluate(
     written there, and what `judge_photos` raises.
     """
     _check_target(run, target)
-    found = judge_photos(run, observer, request)
+    found = judge_photos(run, observer, request, engine)
     stem = found.photos.part if request.data is None else request.data.stem
     return Result(found, _write(found, target, stem, write_report))
 
 
-def judge_photos(run: Run, observer: Observer, request: EvaluationRequest = EvaluationRequest()) -> Judgement:
-    """Judge `run` by the photos that `request` names. Writes nothing.
+def judge_photos(
+    run: Run,
+    observer: Observer,
+    request: EvaluationRequest = EvaluationRequest(),
+    engine: Engine | None = None,
+) -> Judgement:
+    """Judge `run` by the photos that `request` names, on `engine`, by default the threads here. Writes nothing.
 
     Photos that cannot be used are left out and listed in the result. Raises `DataError` when there is nothing to
     judge, `UsageError` when `request` does not fit together.
     """
     workers, other = cores(), request.other
+    engine = engine or Local(workers)
     photos = _photos(run, request, workers, observer)
     if other is not None:
         compare.check_comparable(run, other, photos.samples)
@@ -108,11 +116,11 @@ def judge_photos(run: Run, observer: Observer, request: EvaluationRequest = Eval
     for note in photos.notes:
         observer.note(note)
     with observer.stage("evaluating", len(photos.samples)) as advance:
-        found = judge.judge(run, photos, workers, advance)
+        found = judge.judge(run, photos, engine, advance)
     _warn_of_seen(run, found.seen, observer)
     if other is not None:
         with observer.stage(f"evaluating {other.name}", len(found.answers.samples)) as advance:
-            compared = compare.compare(run, found.answers, other, workers, advance)
+            compared = compare.compare(run, found.answers, other, engine, advance)
         found = replace(found, compared=compared)
         if not compared.out_of_fold:
             _warn_of_seen(other, seen_in_training(other, found.answers.samples), observer)

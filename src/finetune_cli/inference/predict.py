@@ -1,21 +1,25 @@
 """`predict`: photos in, one `PredictionRow` per photo out, streaming; neither TensorFlow nor Keras is imported."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_cli.engines.engine import Engine, Local
 from finetune_cli.errors import BadImage, UsageError
 from finetune_cli.inference.predictor import (
     PHOTOS_A_CALL,
     UNKNOWN,
     UNSURE,
     Answer,
+    AnswerWork,
+    Finished,
     Predictor,
     RunPredictor,
-    answers,
+    Source,
     best,
     chunks,
     unknown_rate,
@@ -69,16 +73,71 @@ class PredictionRow:
         }
 
 
+_Answered = list[tuple[Place, Answer | BadImage]]
+
+
+@dataclass(frozen=True)
+class _PredictTask:
+    """Photos answered by a model, for any engine; see `engine.Task`."""
+
+    predictor: Predictor
+    source: Source | None
+
+    def work(self) -> AnswerWork[Place]:
+        """For this process."""
+        return _work(self.predictor)
+
+    def recipe(self) -> "_PredictRecipe":
+        """For other processes."""
+        assert self.source is not None
+        return _PredictRecipe(self.source.finished)
+
+    def files(self) -> Mapping[str, bytes]:
+        """Those of the model."""
+        assert self.source is not None
+        return self.source.files
+
+    def names(self, item: tuple[Place, ...]) -> list[str]:
+        """The paths of photos."""
+        return [str(path) for path in item]
+
+
+@dataclass(frozen=True)
+class _PredictRecipe:
+    """Makes the work of a `_PredictTask` of the model's files, on one core."""
+
+    finished: Finished
+    tolerated: tuple[str, ...] = ()
+
+    def work(self, files: Mapping[str, bytes]) -> AnswerWork[Place]:
+        """See `engine.Recipe.work`."""
+        return _work(RunPredictor(Source(self.finished, files), 1))
+
+
+def _work(predictor: Predictor) -> AnswerWork[Place]:
+    def decode(path: Place) -> NDArray[np.uint8]:
+        try:
+            return images.decode(path, predictor.settings)
+        except UsageError as exc:  # an address on standard input that cannot be used
+            raise BadImage(masked(str(path)), exc.problem, exc.remedy) from exc
+
+    return AnswerWork(predictor, decode)
+
+
 def predict(
     predictor: Predictor,
     paths: Iterable[Place],
     top_k: int,
     limits: Limits = Limits(),
     at_once: bool = False,
+    engine: Engine | None = None,
+    source: Source | None = None,
 ) -> Iterator[PredictionRow]:
     """One `PredictionRow` per path, in order, on all cores; memory does not grow with the number of paths.
 
     at_once: every path is answered before the next one is waited for, as a program that writes one at a time expects.
+    engine: by default the threads of this process. source: what `predictor` was made of, for an engine that uses other
+    processes.
     Raises `UsageError` when `limits` asks for an answer that is also the name of a class, or that `predictor` cannot
     give.
     """
@@ -90,30 +149,21 @@ def predict(
             "or train again with another name for that class",
         )
     groups = groups_available(paths, PHOTOS_A_CALL) if at_once else chunks(paths)
-    return _predict(predictor, groups, top_k, Limits(limits.min_confidence, rate))
+    answered = (engine or Local(cores())).map(_PredictTask(predictor, source), groups)
+    limits = Limits(limits.min_confidence, rate)
+    return _rows(answered, predictor.classes, min(top_k, len(predictor.classes)), limits)
 
 
-def _predict(
-    predictor: Predictor,
-    groups: Iterable[tuple[Place, ...] | None],
-    top_k: int,
-    limits: Limits,
+def _rows(
+    answered: Iterable[_Answered], classes: Sequence[str], top_k: int, limits: Limits
 ) -> Iterator[PredictionRow]:
-    top_k = min(top_k, len(predictor.classes))
-
-    def decode(path: Place) -> NDArray[np.uint8]:
-        try:
-            return images.decode(path, predictor.settings)
-        except UsageError as exc:  # an address on standard input that cannot be used
-            raise BadImage(masked(str(path)), exc.problem, exc.remedy) from exc
-
-    for path, answer in answers(predictor, groups, decode, cores()):
+    for path, answer in itertools.chain.from_iterable(answered):
         if isinstance(answer, BadImage):
             typed = address(path) if isinstance(path, Path) else None
             reason = answer.reason if typed is None else "this is an address; download the photo and name the file"
             yield PredictionRow(typed or masked(str(path)), None, None, (), reason)
         else:
-            top = best(answer.probabilities, predictor.classes, top_k)
+            top = best(answer.probabilities, classes, top_k)
             yield PredictionRow(str(path), labelled(answer, top, limits), top[0][1], top, None, answer.p_value)
 
 
