@@ -14,7 +14,7 @@ from photo_files import write_photo
 from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.cli import predict as command
 from finetune_cli.errors import Interrupted, MissingExtra, UsageError
-from finetune_cli.inference.predict import Limits, predict
+from finetune_cli.inference.predict import Flow, Limits, predict
 from finetune_cli.photos import dataset
 from finetune_cli.photos.dataset import DataSettings
 from finetune_cli.photos.decode import ImageSettings
@@ -70,7 +70,7 @@ def rows_of(folder, names="a.png bad.png c.png"):
 def test_answers_come_in_order(tmp_path, at_once):
     paths = list(rows_of(tmp_path, "a.png bad.png c.png d.png e.png f.png"))
     guess = Guess()
-    answers = list(predict(guess, paths, top_k=2, at_once=at_once))
+    answers = list(predict(guess, paths, top_k=2, flow=Flow(at_once)))
     assert [answer.path for answer in answers] == list(map(str, paths))
     assert [answer.error is None for answer in answers] == [True, False, True, True, True, True]
     assert sum(guess.calls) == 5

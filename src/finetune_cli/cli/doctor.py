@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune_cli.cli.options import DebugOption, EngineOption, OverridesArgument, QuietOption, RayAddressOption, engine_overrides, load_config, nearby, new_console
+from finetune_cli.cli.options import (
+    DebugOption,
+    EngineOption,
+    OverridesArgument,
+    QuietOption,
+    RayAddressOption,
+    engine_overrides,
+    load_config,
+    nearby,
+    new_console,
+)
 from finetune_cli.errors import GateError, UsageError
 from finetune_cli.text import counted
 

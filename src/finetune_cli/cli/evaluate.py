@@ -78,9 +78,10 @@ def evaluate(
 
         write_report = functools.partial(html.report, observer=console)
     where, moved_to = (None if text is None else place(text) for text in (data, root))
-    request, target = evaluation.EvaluationRequest(where, moved_to, other), evaluation.Target(name, output)
+    target = evaluation.Target(name, output)
     with opened_engine(engine, ray_address, console) as opened:
-        result = evaluation.evaluate(loaded, console, request, target, write_report, opened)
+        request = evaluation.EvaluationRequest(where, moved_to, other, opened)
+        result = evaluation.evaluate(loaded, console, request, target, write_report)
     if format == ResultFormat.json:
         console.print(json.dumps(result.to_json(), indent=2))
     else:

@@ -105,7 +105,10 @@ class Cluster:
         assert self._session is not None
         ray, waiting = self._session.ray, team.waiting()
         try:
-            answers, _ = ray.wait(list(waiting), timeout=1.0) if waiting else ((), time.sleep(0.2))
+            if not waiting:
+                time.sleep(0.2)
+                return
+            answers, _ = ray.wait(list(waiting), timeout=1.0)
             if answers:  # all that have come by now
                 answers, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
         except (ray.exceptions.RayError, ConnectionError) as exc:
@@ -129,13 +132,12 @@ class Cluster:
                 "this is a bug; run again with --debug and report it",
             ) from exc
         except ray.exceptions.RayError as exc:
-            return exc
+            lost: BaseException = exc
+            return lost
         member.blocks.popleft()
         return None
 
-    def _lose(
-        self, member: Member, queue: "_Queue", team: Team, task: Task[Any, Any], why: BaseException
-    ) -> None:
+    def _lose(self, member: Member, queue: "_Queue", team: Team, task: Task[Any, Any], why: BaseException) -> None:
         """Let others do what `member` had. Raises `FinetuneError` for a block that took too many workers with it."""
         assert self._session is not None
         ray = self._session.ray

@@ -23,9 +23,7 @@ def check_address(address: str) -> None:
 
 
 @contextlib.contextmanager
-def opened(
-    name: Name, address: str | None, workers: int | Literal["auto"], observer: Observer
-) -> Iterator[Engine]:
+def opened(name: Name, address: str | None, workers: int | Literal["auto"], observer: Observer) -> Iterator[Engine]:
     """The engine of `runtime.engine`; `address`, `workers`: as in the section `runtime` of a config.
 
     Nothing is started before there is something to do. Raises `MissingExtra` when Ray is asked for and not installed.

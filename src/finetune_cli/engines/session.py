@@ -79,7 +79,7 @@ class Session:
     def __init__(self, address: str | None, cores: int, room: int) -> None:
         self.ray = import_ray(own=address is None)
         self._folder: Path | None = None
-        # It must outlive the session: what Ray starts is killed when the thread ends that started it (PR_SET_PDEATHSIG).
+        # For the life of the session: what Ray starts dies with the thread that started it (PR_SET_PDEATHSIG).
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="finetune-ray")
         self.own = address is None
         self._started = not (address is None and self.ray.is_initialized())  # a program may have connected before
@@ -116,9 +116,13 @@ class Session:
             self._call(self.ray.init, **options, log_to_driver=False, configure_logging=False)
         except Exception as exc:  # of gRPC, of sockets, and of Ray itself
             self.__exit__()
-            remedy = "see docs/scaling.md" if address is None else "start one with: ray start --head; see docs/scaling.md"
+            remedy = (
+                "see docs/scaling.md" if address is None else "start one with: ray start --head; see docs/scaling.md"
+            )
             if "token" in str(exc).lower() and address is not None:
-                remedy = "set RAY_AUTH_MODE=token and the cluster's token: RAY_AUTH_TOKEN_PATH=FILE; see docs/scaling.md"
+                remedy = (
+                    "set RAY_AUTH_MODE=token and the cluster's token: RAY_AUTH_TOKEN_PATH=FILE; see docs/scaling.md"
+                )
             raise FinetuneError(f"{problem}: {brief(first_line(exc), 200)}", remedy) from exc
         except BaseException:
             self.__exit__()
@@ -140,7 +144,7 @@ def _folder() -> Path:
     if len(folder) <= _LONGEST_FOLDER:
         return Path(folder)
     Path(folder).rmdir()
-    return Path(tempfile.mkdtemp(prefix="finetune-ray-", dir="/tmp"))  # noqa: S108 - a folder with a random name in it
+    return Path(tempfile.mkdtemp(prefix="finetune-ray-", dir="/tmp"))
 
 
 @contextlib.contextmanager

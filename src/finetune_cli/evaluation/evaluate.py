@@ -59,12 +59,14 @@ class Result:
 class EvaluationRequest:
     """What to evaluate on. data: labelled photos; by default the run's own test photos, else those that validated it.
 
-    root: where the run's own photos are now, if they were moved. other: a second run to compare with.
+    root: where the run's own photos are now, if they were moved. other: a second run to compare with. engine: what the
+    photos go through, by default the threads of this process.
     """
 
     data: Place | None = None
     root: Place | None = None
     other: Run | None = None
+    engine: Engine | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,6 @@ def evaluate(
     request: EvaluationRequest = EvaluationRequest(),
     target: Target = Target(),
     write_report: ReportWriter | None = None,
-    engine: Engine | None = None,
 ) -> Result:
     """`judge_photos`, and write the results.
 
@@ -91,24 +92,19 @@ def evaluate(
     written there, and what `judge_photos` raises.
     """
     _check_target(run, target)
-    found = judge_photos(run, observer, request, engine)
+    found = judge_photos(run, observer, request)
     stem = found.photos.part if request.data is None else request.data.stem
     return Result(found, _write(found, target, stem, write_report))
 
 
-def judge_photos(
-    run: Run,
-    observer: Observer,
-    request: EvaluationRequest = EvaluationRequest(),
-    engine: Engine | None = None,
-) -> Judgement:
-    """Judge `run` by the photos that `request` names, on `engine`, by default the threads here. Writes nothing.
+def judge_photos(run: Run, observer: Observer, request: EvaluationRequest = EvaluationRequest()) -> Judgement:
+    """Judge `run` by the photos that `request` names. Writes nothing.
 
     Photos that cannot be used are left out and listed in the result. Raises `DataError` when there is nothing to
     judge, `UsageError` when `request` does not fit together.
     """
     workers, other = cores(), request.other
-    engine = engine or Local(workers)
+    engine = request.engine or Local(workers)
     photos = _photos(run, request, workers, observer)
     if other is not None:
         compare.check_comparable(run, other, photos.samples)

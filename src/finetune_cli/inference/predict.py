@@ -46,6 +46,18 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Flow:
+    """How photos go through.
+
+    at_once: every path is answered before the next one is waited for, as a program that writes one at a time expects.
+    engine: by default the threads of this process; one that uses others needs a predictor that has its `Source`.
+    """
+
+    at_once: bool = False
+    engine: Engine | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PredictionRow:
     """The answer for one photo, or the reason why there is none.
 
@@ -81,7 +93,6 @@ class _PredictTask:
     """Photos answered by a model, for any engine; see `engine.Task`."""
 
     predictor: Predictor
-    source: Source | None
 
     def work(self) -> AnswerWork[Place]:
         """For this process."""
@@ -89,17 +100,21 @@ class _PredictTask:
 
     def recipe(self) -> "_PredictRecipe":
         """For other processes."""
-        assert self.source is not None
-        return _PredictRecipe(self.source.finished)
+        return _PredictRecipe(self._source.finished)
 
     def files(self) -> Mapping[str, bytes]:
         """Those of the model."""
-        assert self.source is not None
-        return self.source.files
+        return self._source.files
 
     def names(self, item: tuple[Place, ...]) -> list[str]:
         """The paths of photos."""
-        return [str(path) for path in item]
+        return [masked(str(path)) for path in item]
+
+    @property
+    def _source(self) -> Source:
+        assert isinstance(self.predictor, RunPredictor)
+        assert self.predictor.source is not None
+        return self.predictor.source
 
 
 @dataclass(frozen=True)
@@ -129,15 +144,10 @@ def predict(
     paths: Iterable[Place],
     top_k: int,
     limits: Limits = Limits(),
-    at_once: bool = False,
-    engine: Engine | None = None,
-    source: Source | None = None,
+    flow: Flow = Flow(),
 ) -> Iterator[PredictionRow]:
     """One `PredictionRow` per path, in order, on all cores; memory does not grow with the number of paths.
 
-    at_once: every path is answered before the next one is waited for, as a program that writes one at a time expects.
-    engine: by default the threads of this process. source: what `predictor` was made of, for an engine that uses other
-    processes.
     Raises `UsageError` when `limits` asks for an answer that is also the name of a class, or that `predictor` cannot
     give.
     """
@@ -148,15 +158,13 @@ def predict(
             "drop --min-confidence and compare the probability that --format csv or jsonl gives; "
             "or train again with another name for that class",
         )
-    groups = groups_available(paths, PHOTOS_A_CALL) if at_once else chunks(paths)
-    answered = (engine or Local(cores())).map(_PredictTask(predictor, source), groups)
+    groups = groups_available(paths, PHOTOS_A_CALL) if flow.at_once else chunks(paths)
+    answered = (flow.engine or Local(cores())).map(_PredictTask(predictor), groups)
     limits = Limits(limits.min_confidence, rate)
     return _rows(answered, predictor.classes, min(top_k, len(predictor.classes)), limits)
 
 
-def _rows(
-    answered: Iterable[_Answered], classes: Sequence[str], top_k: int, limits: Limits
-) -> Iterator[PredictionRow]:
+def _rows(answered: Iterable[_Answered], classes: Sequence[str], top_k: int, limits: Limits) -> Iterator[PredictionRow]:
     for path, answer in itertools.chain.from_iterable(answered):
         if isinstance(answer, BadImage):
             typed = address(path) if isinstance(path, Path) else None

@@ -115,10 +115,11 @@ class RunPredictor:
     """A finished run, through its OpenVINO form, in float32 on the CPU.
 
     `latency`: all cores work on one photo; otherwise photos are shared out among `workers` threads. `novelty`: what
-    p-values need, None if the run was trained without.
+    p-values need, None if the run was trained without. `source`: what it was made of, if that was a `Source`.
     """
 
     def __init__(self, run: Run | Source, workers: int, latency: bool = False) -> None:
+        self.source = run if isinstance(run, Source) else None
         source = run if isinstance(run, Source) else Source.of(run, stored.read(run))
         self.classes = source.finished.classes
         self.settings = source.finished.settings

@@ -25,4 +25,6 @@ def photo() -> bytes:
 
 def digest(array: NDArray[Any]) -> str:
     """SHA-256, in hexadecimal, of an array's type, shape and bytes."""
-    return hashlib.sha256(f"{array.dtype.str} {array.shape}".encode() + np.ascontiguousarray(array).tobytes()).hexdigest()
+    return hashlib.sha256(
+        f"{array.dtype.str} {array.shape}".encode() + np.ascontiguousarray(array).tobytes()
+    ).hexdigest()

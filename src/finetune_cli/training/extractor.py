@@ -87,9 +87,7 @@ class Extractor:
     ) -> Features:
         scratch = self.settings.cache.scratch
         engine = self.engine or Local(self.workers)
-        resources = Resources(
-            store, self.runtime, scratch, engine, self.batch_size, first, self.prove, self.files
-        )
+        resources = Resources(store, self.runtime, scratch, engine, self.batch_size, first, self.prove, self.files)
         return extract.extract(samples, request, self.backbone.width, resources, advance)
 
     def runtime(self, precision: Precision) -> Runtime:
