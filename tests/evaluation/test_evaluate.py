@@ -24,8 +24,8 @@ from finetune_cli import files
 from finetune_cli.cli.app import app
 from finetune_cli.cli.console import Console
 from finetune_cli.cli.evaluate import print_result
-from finetune_cli.errors import DataError, GateError, StorageError, UsageError
 from finetune_cli.engines.engine import Local
+from finetune_cli.errors import DataError, GateError, StorageError, UsageError
 from finetune_cli.evaluation import answers, compare, judge
 from finetune_cli.evaluation import evaluate as command
 from finetune_cli.evaluation.answers import Answers

@@ -2,9 +2,9 @@
 
     items -> blocks -> at most two with each worker -> results, kept until it is their turn
 
-A worker that dies loses nothing: the blocks that it had are given to others. Results are taken once, from the worker
-that has the block, so nothing is counted twice. The driver holds a few blocks for each worker, however many items there
-are.
+A worker that dies loses nothing: the items that it had are given to others, one at a time, so that one which ends
+workers is found. Results are taken once, from the worker that has the block, so nothing is counted twice. The driver
+holds a few blocks for each worker, however many items there are.
 """
 
 import time
@@ -92,11 +92,14 @@ class Cluster:
     def _hand_out(self, queue: "_Queue", team: Team) -> None:
         """Give blocks to the workers that have the fewest, until each has enough."""
         while True:
-            free = [member for member in team.ready if len(member.blocks) < _IN_FLIGHT]
+            free = [member for member in team.ready if _room(member)]
             block = queue.take(_AHEAD * len(team.ready)) if free else None
             if block is None:
                 return
             member = min(free, key=lambda member: len(member.blocks))
+            if block.deaths and member.blocks:  # it goes alone, so that it is known which block a worker dies of
+                queue.give_back([block])
+                return
             member.blocks.append(block)
             block.answer = member.actor.run.remote(block.items)
 
@@ -148,17 +151,24 @@ class Cluster:
         if not member.blocks:
             return
         self.retries += 1
-        block = member.blocks[0]  # the others had not begun
-        block.deaths += 1
-        if block.deaths >= _DEATHS:
-            names = [name for item in block.items for name in task.names(item)]
+        names: list[str] = []
+        for block in member.blocks:
+            block.deaths += 1
+            if block.deaths >= _DEATHS:
+                names += [name for item in block.items for name in task.names(item)]
+        if names:
             raise FinetuneError(
                 f"{_DEATHS} workers were lost with the same {counted(len(names), 'photo')}: {listed(names, _NAMED)}",
                 "one of them may need more memory than a worker has, or end the program that decodes it: "
                 "leave them out one by one, or give workers more memory",
             )
         self._observer.note(f"a worker on {shown(member.host)} was lost; another one continues ({last_line(why)})")
-        queue.give_back(member.blocks)
+        queue.split(member.blocks)
+
+
+def _room(member: Member) -> bool:
+    """Whether a worker can get another block."""
+    return len(member.blocks) < _IN_FLIGHT and not any(block.deaths for block in member.blocks)
 
 
 class _Queue:
@@ -194,6 +204,18 @@ class _Queue:
     def give_back(self, blocks: Iterable[Block]) -> None:
         """They are the next to be taken, in this order."""
         self._waiting.extendleft(reversed(list(blocks)))
+
+    def split(self, blocks: Iterable[Block]) -> None:
+        """Give back single items in place of `blocks`, so that one which ends a worker is found."""
+        pieces: list[Block] = []
+        for block in blocks:
+            parts = [Block([item], block.deaths) for item in block.items]
+            where = self._unfinished.index(block)
+            del self._unfinished[where]
+            for part in reversed(parts):
+                self._unfinished.insert(where, part)
+            pieces += parts
+        self.give_back(pieces)
 
     def finished(self) -> Iterator[Ended]:
         """The results whose turn it is."""

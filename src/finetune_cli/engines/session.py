@@ -26,7 +26,7 @@ from finetune_cli.text import brief, first_line, shown
 Result = TypeVar("Result")
 # Before that, the extension types that Ray registers for Arrow ran a pickle out of a Parquet file (CVE-2026-41486).
 _OLDEST = (2, 55)
-_LONGEST_FOLDER = 40  # the path of a socket in it has about 65 characters more, and at most 107 of all are possible
+_LONGEST_FOLDER = 36  # the path of a socket in it has about 70 characters more, of at most 107
 _BESIDES_FILES = 300_000_000  # bytes of the object store for results on their way
 _LOST = "what was finished is kept; when the cluster runs again, run the same command again"
 
@@ -53,6 +53,8 @@ def import_ray(own: bool) -> Any:
             f"Ray {ray.__version__} is too old", "pip install 'finetune-cli[ray]', here and on all machines"
         )
     logging.getLogger("ray").setLevel(logging.CRITICAL + 1)
+    # There is no option for the thread that prints on standard output which workers died: `Cluster` says so itself.
+    ray._private.worker.print_to_stdstream = lambda *_data, **_options: None
     return ray
 
 
@@ -95,7 +97,7 @@ class Session:
             "num_gpus": 0,
             "include_dashboard": False,
             "object_store_memory": 2 * room + _BESIDES_FILES,
-            "_temp_dir": str(self._folder),
+            "_temp_dir": str(self._folder / "ray"),  # Ray opens this folder to everybody, but not the one around it
         }
         self._connect(options, "Ray cannot be started here", None)
 

@@ -31,7 +31,7 @@ _MACHINES = 5  # that are named in an error
 
 @dataclass(eq=False)
 class Block:
-    """Items that a worker gets at once. `deaths`: workers that were lost while they had it."""
+    """Items that a worker gets at once. `deaths`: workers that were lost with it; after the first, it goes alone."""
 
     items: list[Any]
     deaths: int = 0
@@ -77,7 +77,7 @@ class Team:
             member.blocks.clear()
             if member.step != "hired":
                 self._prepare(member)
-        self._joined = time.monotonic()
+        self._joined, self._looked = time.monotonic(), float("-inf")
         self.look()
         self._expected: Mapping[str, str] = task.work().probe()  # while the workers start
 
@@ -204,7 +204,7 @@ class Team:
     def remove(self, member: Member) -> None:
         """Forget a worker that was lost; `look` replaces it."""
         self._members.remove(member)
-        self._looked = min(self._looked, time.monotonic() - _LOOK)
+        self._looked = float("-inf")
         with contextlib.suppress(Exception):  # it is dead, or will be when its machine is heard of again
             self._ray.kill(member.actor)
 
