@@ -14,7 +14,7 @@ from photo_files import write_photo
 from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.cli import predict as command
 from finetune_cli.errors import Interrupted, MissingExtra, UsageError
-from finetune_cli.inference import parquet as table
+from finetune_cli.inference import parquet as written_table
 from finetune_cli.inference.predict import Flow, Limits, predict
 from finetune_cli.photos import dataset
 from finetune_cli.photos.dataset import DataSettings
@@ -108,7 +108,7 @@ def test_json_is_one_array(tmp_path):
 def test_parquet_is_read_by_others(tmp_path, monkeypatch):
     from pyarrow import parquet
 
-    monkeypatch.setattr(table, "_ROW_GROUP", 2)
+    monkeypatch.setattr(written_table, "_ROW_GROUP", 2)
     output, counts = written(tmp_path, "parquet")
     assert counts == (3, 1)
     assert parquet.ParquetFile(output).metadata.num_row_groups == 2
@@ -139,7 +139,7 @@ def test_parquet_shows_a_name_that_is_not_utf8(tmp_path):
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtra) as caught:
-        table.import_pyarrow()
+        written_table.import_pyarrow()
     assert "finetune-cli[parquet]" in caught.value.remedy
 
 

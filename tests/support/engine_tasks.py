@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_cli.errors import DataError
+from finetune_cli.errors import ChangedPhoto, DataError
 
 FILES = {"factor": b"3"}
 
@@ -17,7 +17,7 @@ class Times:
     """Task, recipe and work at once: multiplies a number with the one in the file.
 
     An item may be ("kill", path): SIGKILL, unless the file exists, which is made first; ("always", name): SIGKILL;
-    ("refuse", name): an error of ours; ("bug", name): any other; ("sleep", seconds).
+    ("refuse", name), ("changed", path): errors of ours; ("bug", name): any other; ("sleep", seconds).
     here: what the probe gives in the process that asks. there: in others.
     """
 
@@ -55,6 +55,8 @@ class Times:
             Path(argument).touch()
         if what == "refuse":
             raise DataError(f"refused {argument}", "try another")
+        if what == "changed":
+            raise ChangedPhoto(Path(argument))
         if what == "bug":
             raise ValueError(f"a bug with {argument}")
         os.kill(os.getpid(), signal.SIGKILL)
