@@ -13,7 +13,7 @@ PACKAGE = SOURCE / "finetune_cli"
 # From the ground up: a package or module may import those before it, and modules of its own package.
 FLOORS = [
     *("errors", "devices", "text", "fields", "streams", "signals", "progress", "parallel"),
-    *("safe_open", "files", "storage", "places", "tables", "keras_setup"),
+    *("safe_open", "files", "storage", "places", "tables", "keras_setup", "engines"),
     *("metrics", "config", "untrusted", "cache", "photos", "practice"),
     "duplicates",
     *("runs", "backbones", "inference", "head", "drawing", "inspection"),

@@ -115,6 +115,11 @@ def read(where: Place) -> bytes:
     return storage.read(where.text) if isinstance(where, Address) else files.read_regular(where)
 
 
+def stored(photos: Iterable[Place]) -> bool:
+    """Whether `photos` are in a store, by the first of them."""
+    return isinstance(next(iter(photos), None), Address)
+
+
 def threads(workers: int, photos: Iterable[Place]) -> int:
-    """How many threads process `photos` on `workers` cores: more of them where the first photo is in a store."""
-    return storage.readers(workers) if isinstance(next(iter(photos), None), Address) else workers
+    """How many threads read `photos` on `workers` cores: more of them where the photos are in a store."""
+    return storage.readers(workers) if stored(photos) else workers

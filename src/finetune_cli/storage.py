@@ -189,8 +189,13 @@ def entries(folder: str, deep: bool = False) -> Iterator[Stored]:
 
 
 def retries() -> int:
-    """How often this process has tried an operation again."""
+    """How often an operation was tried again, by this process and by the workers that reported it."""
     return _counter.count
+
+
+def add_retries(number: int) -> None:
+    """Count what a worker has tried again."""
+    _counter.add(number)
 
 
 class _Counter:
@@ -200,9 +205,9 @@ class _Counter:
         self.count = 0
         self._lock = threading.Lock()
 
-    def add(self) -> None:
+    def add(self, number: int = 1) -> None:
         with self._lock:
-            self.count += 1
+            self.count += number
 
 
 _counter = _Counter()

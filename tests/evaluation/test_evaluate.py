@@ -24,6 +24,7 @@ from finetune_cli import files
 from finetune_cli.cli.app import app
 from finetune_cli.cli.console import Console
 from finetune_cli.cli.evaluate import print_result
+from finetune_cli.engines.engine import Local
 from finetune_cli.errors import DataError, GateError, StorageError, UsageError
 from finetune_cli.evaluation import answers, compare, judge
 from finetune_cli.evaluation import evaluate as command
@@ -339,7 +340,7 @@ def test_comparing_matches_classes_by_name(tiny, monkeypatch):
     ours = [(sample, tiny.run.classes[sample.label]) for sample in first.answers.samples]
     spoilt = {ours[i][0].name: "ant" if ours[i][1] != "ant" else "bee" for i in np.flatnonzero(right)[:2]}
     other = second_run(tiny, ("wasp", "bee", "ant"), spoilt, monkeypatch)
-    compared = compare.compare(tiny.run, first.answers, other, 1, lambda _n: None)
+    compared = compare.compare(tiny.run, first.answers, other, Local(1), lambda _n: None)
     wrong = int((~right).sum())
     assert (compared.comparison.only_first, compared.comparison.only_second) == (2, wrong)
     assert (compared.classes, compared.left_out) == (("ant", "bee", "wasp"), ())
@@ -353,7 +354,7 @@ def test_runs_with_other_classes_are_compared_on_the_shared_ones(tiny, monkeypat
     """The second run knows no wasp and knows hornets: photos of wasps do not count, and neither do those answers."""
     found = command.evaluate(tiny.run, Silent()).judged
     other = second_run(tiny, ("hornet", "bee", "ant"), {}, monkeypatch)
-    compared = compare.compare(tiny.run, found.answers, other, 1, lambda _n: None)
+    compared = compare.compare(tiny.run, found.answers, other, Local(1), lambda _n: None)
     assert compared.classes == ("ant", "bee")
     assert compared.left_out == ("wasp", "hornet")
     ant, bee, wasp = range(3)

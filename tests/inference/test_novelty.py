@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import unknown_run
 
-from finetune_cli.inference.predictor import InsightfulPredictor, RunPredictor
+from finetune_cli.inference.predictor import InsightfulPredictor, RunPredictor, Source
 from finetune_cli.photos.decode import decode
 from finetune_cli.runs import novelty as stored
 
@@ -14,7 +14,7 @@ def test_openvino_gives_the_score_of_numpy(tiny_run, tmp_path, energy_weight):
     run = unknown_run.build(tiny_run, tmp_path / "run", energy_weight)
     known = stored.read(run)
     pixels = np.stack([decode(path, run.image_settings) for path in sorted((tiny_run.photos / "test").rglob("*.png"))])
-    predictor = InsightfulPredictor(run, 1, known=known)
+    predictor = InsightfulPredictor(Source.of(run, known), 1)
     insight = predictor.insight(pixels)
     logits = insight.features @ predictor.end.kernel + predictor.end.bias
     np.testing.assert_allclose(

@@ -14,7 +14,8 @@ from photo_files import write_photo
 from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.cli import predict as command
 from finetune_cli.errors import Interrupted, MissingExtra, UsageError
-from finetune_cli.inference.predict import Limits, predict
+from finetune_cli.inference import parquet as written_table
+from finetune_cli.inference.predict import Flow, Limits, predict
 from finetune_cli.photos import dataset
 from finetune_cli.photos.dataset import DataSettings
 from finetune_cli.photos.decode import ImageSettings
@@ -70,7 +71,7 @@ def rows_of(folder, names="a.png bad.png c.png"):
 def test_answers_come_in_order(tmp_path, at_once):
     paths = list(rows_of(tmp_path, "a.png bad.png c.png d.png e.png f.png"))
     guess = Guess()
-    answers = list(predict(guess, paths, top_k=2, at_once=at_once))
+    answers = list(predict(guess, paths, top_k=2, flow=Flow(at_once)))
     assert [answer.path for answer in answers] == list(map(str, paths))
     assert [answer.error is None for answer in answers] == [True, False, True, True, True, True]
     assert sum(guess.calls) == 5
@@ -107,7 +108,7 @@ def test_json_is_one_array(tmp_path):
 def test_parquet_is_read_by_others(tmp_path, monkeypatch):
     from pyarrow import parquet
 
-    monkeypatch.setattr(command, "_ROW_GROUP", 2)
+    monkeypatch.setattr(written_table, "_ROW_GROUP", 2)
     output, counts = written(tmp_path, "parquet")
     assert counts == (3, 1)
     assert parquet.ParquetFile(output).metadata.num_row_groups == 2
@@ -138,7 +139,7 @@ def test_parquet_shows_a_name_that_is_not_utf8(tmp_path):
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(MissingExtra) as caught:
-        command.import_pyarrow()
+        written_table.import_pyarrow()
     assert "finetune-cli[parquet]" in caught.value.remedy
 
 

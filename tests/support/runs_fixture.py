@@ -20,6 +20,7 @@ from PIL import Image
 
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.config.load import load_config
+from finetune_cli.engines.engine import Local
 from finetune_cli.fields import Fields
 from finetune_cli.head import lbfgs
 from finetune_cli.head.data import HeadData
@@ -131,7 +132,7 @@ def build(folder: Path, classes: tuple[str, ...] = ("ant", "bee", "wasp")) -> Ti
             augmenter = training_settings.augmenter(settings) if split == "train" else None
             request = extract.FeatureRequest(training_settings.image_settings(settings), "tiny", "float32", augmenter)
             runtime = runtimes.OpenVinoRuntime(runtimes.convert(backbone), "float32", 1)
-            resources = extract.Resources(store, lambda _p, runtime=runtime: runtime, cache, 1, 4)
+            resources = extract.Resources(store, lambda _p, runtime=runtime: runtime, cache, Local(1), 4)
             arrays[split] = extract.extract(samples, request, 24, resources, lambda _n: None).array
     data = HeadData.of(arrays["train"], np.array([s.label for s in splits["train"]]), len(classes))
     head = lbfgs.fit_lbfgs(data.rows(), 1e-4)

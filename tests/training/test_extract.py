@@ -12,6 +12,7 @@ from PIL import Image
 
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.duplicates.thumbnails import SIDE
+from finetune_cli.engines.engine import Local
 from finetune_cli.errors import DataError, GateError, StorageError
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.scan import Sample
@@ -85,7 +86,7 @@ def run(tmp_path):
             ImageSettings(size=32), fingerprint, precision, FakeAugmenter(views) if views > 1 else None, thumbnails
         )
         with FeatureStore(tmp_path / "cache", prove=prove) as store:
-            resources = features.Resources(store, lambda _p: runtime, tmp_path, 3, batch_size, first)
+            resources = features.Resources(store, lambda _p: runtime, tmp_path, Local(3), batch_size, first)
             return features.extract(samples, request, WIDTH, resources, advanced.append)
 
     extract.runtime, extract.advanced = runtime, advanced

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune_cli.cli.options import DebugOption, OverridesArgument, QuietOption, load_config, nearby, new_console
+from finetune_cli.cli.options import (
+    DebugOption,
+    EngineOption,
+    OverridesArgument,
+    QuietOption,
+    RayAddressOption,
+    engine_overrides,
+    load_config,
+    nearby,
+    new_console,
+)
 from finetune_cli.errors import GateError, UsageError
 from finetune_cli.text import counted
 
@@ -40,12 +50,14 @@ def doctor(
             help="Exit with code 4 if a photo has this problem; label: high ones only. Can be repeated.",
         ),
     ] = None,
+    engine: EngineOption = None,
+    ray_address: RayAddressOption = None,
     quiet: QuietOption = False,
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Look for copies, wrong labels, outliers and bad photos; nothing is changed."""
     console = new_console(quiet)
-    path, config = _config(source, overrides)
+    path, config = _config(source, [*(overrides or []), *engine_overrides(engine, ray_address)])
     from finetune_cli import files
     from finetune_cli.doctor import examine, page, table
 

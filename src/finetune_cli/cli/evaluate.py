@@ -10,11 +10,14 @@ import typer
 from finetune_cli.cli.options import (
     DataOption,
     DebugOption,
+    EngineOption,
     QuietOption,
+    RayAddressOption,
     ResultFormat,
     RunOption,
     find_run,
     new_console,
+    opened_engine,
 )
 from finetune_cli.errors import DataError
 from finetune_cli.text import counted, listed, shown
@@ -56,6 +59,8 @@ def evaluate(
         ),
     ] = None,
     format: Annotated[ResultFormat, typer.Option(help="How to write the result.")] = ResultFormat.table,  # noqa: A002
+    engine: EngineOption = None,
+    ray_address: RayAddressOption = None,
     quiet: QuietOption = False,
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
@@ -73,8 +78,10 @@ def evaluate(
 
         write_report = functools.partial(html.report, observer=console)
     where, moved_to = (None if text is None else place(text) for text in (data, root))
-    request, target = evaluation.EvaluationRequest(where, moved_to, other), evaluation.Target(name, output)
-    result = evaluation.evaluate(loaded, console, request, target, write_report)
+    target = evaluation.Target(name, output)
+    with opened_engine(engine, ray_address, console) as opened:
+        request = evaluation.EvaluationRequest(where, moved_to, other, opened)
+        result = evaluation.evaluate(loaded, console, request, target, write_report)
     if format == ResultFormat.json:
         console.print(json.dumps(result.to_json(), indent=2))
     else:

@@ -18,6 +18,7 @@ from finetune_cli.text import listed
 if TYPE_CHECKING:
     from finetune_cli.cli.console import Console
     from finetune_cli.config.schema import Config
+    from finetune_cli.engines.engine import Engine
     from finetune_cli.runs.run import Run
 
 _MOST_CLASSES = 8  # that are named when a run is chosen
@@ -28,6 +29,13 @@ class ResultFormat(StrEnum):
 
     table = "table"
     json = "json"
+
+
+class EngineName(StrEnum):
+    """Where photos are processed."""
+
+    local = "local"
+    ray = "ray"
 
 
 ConfigArgument = Annotated[Path, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)]
@@ -46,6 +54,19 @@ RunOption = Annotated[
 ]
 DataOption = Annotated[
     str | None, typer.Option("--data", metavar="ROOT", help="The folder that holds the run's own photos now.")
+]
+EngineOption = Annotated[
+    EngineName | None,
+    typer.Option("--engine", help="Where photos are processed: local threads or a Ray cluster. [default: local]"),
+]
+RayAddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray-address",
+        metavar="ADDRESS",
+        help="The Ray cluster: auto or ray://HOST:10001. [default: start one on this machine]",
+        show_default=False,
+    ),
 ]
 OptionalConfigArgument = Annotated[
     str | None, typer.Argument(metavar="CONFIG", help="The YAML file.", show_default=False)
@@ -66,6 +87,28 @@ def load_config(path: Path | None, overrides: list[str] | None, own: bool = Fals
     from finetune_cli.config import load
 
     return load.load_config(path, overrides or (), own)
+
+
+def engine_overrides(engine: EngineName | None, ray_address: str | None) -> list[str]:
+    """`--engine` and `--ray-address` as changes to a config."""
+    named = {"runtime.engine": engine, "runtime.ray_address": ray_address}
+    return [f"{key}={value}" for key, value in named.items() if value is not None]
+
+
+@contextlib.contextmanager
+def opened_engine(
+    engine: EngineName | None, ray_address: str | None, console: "Console", single: bool = False
+) -> "Iterator[Engine]":
+    """The engine for a command without a config; `single`: one thread, for one photo. Raises `UsageError`."""
+    from finetune_cli.engines import opening
+
+    if ray_address is not None:
+        opening.check_address(ray_address)
+        if engine is not EngineName.ray:
+            raise UsageError("--ray-address has no effect without --engine ray", "add --engine ray")
+    name: opening.Name = "ray" if engine is EngineName.ray else "local"
+    with opening.opened(name, ray_address, 1 if single else "auto", console) as opened:
+        yield opened
 
 
 @contextlib.contextmanager

@@ -14,18 +14,28 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
-from finetune_cli.cli.options import DebugOption, QuietOption, RunOption, find_run, new_console
-from finetune_cli.errors import DataError, MissingExtra, UsageError
+from finetune_cli.cli.options import (
+    DebugOption,
+    EngineName,
+    EngineOption,
+    QuietOption,
+    RayAddressOption,
+    RunOption,
+    find_run,
+    new_console,
+    opened_engine,
+)
+from finetune_cli.errors import DataError, UsageError
 from finetune_cli.text import counted, shown
 
 if TYPE_CHECKING:
     from finetune_cli.cli.console import Console
-    from finetune_cli.inference.predict import PredictionRow, Predictor
+    from finetune_cli.inference.predict import Limits, PredictionRow, Predictor
     from finetune_cli.places import Place
+    from finetune_cli.runs.run import Run
 
 Write = Callable[["PredictionRow"], None]
 Writer = Callable[[IO[Any], int], contextlib.AbstractContextManager[Write]]
-_ROW_GROUP = 10_000  # rows of a Parquet file that are held in memory
 
 
 class OutputFormat(StrEnum):
@@ -70,45 +80,59 @@ def predict(
         typer.Option(help="How to write the predictions. [default: by FILE's suffix, else table]"),
     ] = None,
     output: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="FILE",
-            help="Write the predictions to FILE: .csv, .json, .jsonl or .parquet, or any name with --format.",
+            metavar="FILE|FOLDER/",
+            help="Write the predictions to FILE: .csv, .json, .jsonl or .parquet, or any name with --format. Into "
+            "FOLDER/, a path or an address, it writes Parquet files of 10,000 photos; a repeated command continues.",
             show_default=False,
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace FILE if it already exists.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace FILE if it already exists; begin FOLDER/ anew.")
+    ] = False,
+    engine: EngineOption = None,
+    ray_address: RayAddressOption = None,
     quiet: QuietOption = False,
     debug: DebugOption = False,  # noqa: ARG001
 ) -> None:
     """Classify photos. Exits with 3 when some could not be read; the others are classified."""
-    form = _output_format(format, output, force)
-    from finetune_cli.inference.predict import Limits, RunPredictor
+    folder = _output_folder(output, format)
+    file = Path(output) if output is not None and folder is None else None
+    form = "parquet" if folder is not None else _output_format(format, file, force)
+    from finetune_cli.inference.predict import Flow, Limits
     from finetune_cli.inference.predict import predict as predict_photos
-    from finetune_cli.parallel import cores
     from finetune_cli.photos.dataset import iter_photos
 
     console = new_console(quiet)
-    single = len(paths) == 1 and os.path.isfile(paths[0])  # noqa: PTH113 - Path.is_file raises for a name too long
-    predictor: Predictor
-    if model is None:
-        predictor = RunPredictor(find_run(console, run), workers=1 if single else cores(), latency=single)
-    elif run is None:
-        from finetune_cli.exports import opening
-
-        predictor = opening.open_model(model, cores())
-    else:
-        raise UsageError("--run and --model cannot be combined", "drop one of them")
+    on_ray = engine is EngineName.ray
+    # Path.is_file raises for a name that is too long.
+    single = not on_ray and len(paths) == 1 and os.path.isfile(paths[0])  # noqa: PTH113
+    if model is not None and (run is not None or on_ray or folder is not None):
+        other = "--run" if run is not None else "--engine ray" if on_ray else "--output FOLDER/"
+        raise UsageError(f"{other} and --model cannot be combined", "drop one of them")
+    chosen = find_run(console, run) if model is None else None
+    predictor = _predictor(chosen, model, on_ray, single)
+    limits = Limits(min_confidence, unknown)
     ignored: Counter[str] = Counter()
-    photos = iter_photos(_paths(paths), ignored)
-    predictions = predict_photos(predictor, photos, top_k, Limits(min_confidence, unknown), at_once="-" in paths)
-    first = next(predictions, None)
-    if first is None:
-        _note_ignored(console, ignored)
-        raise DataError("no photo was found in the given paths", "name photos, or folders with photos in them")
-    rows = itertools.chain([first], predictions)
-    written, failed = write_predictions(rows, form, output, min(top_k, len(predictor.classes)))
+    with opened_engine(engine, ray_address, console, single) as opened:
+        flow = Flow("-" in paths and folder is None, opened)
+
+        def predictions(photos: "Iterable[Place]") -> "Iterator[PredictionRow]":
+            return predict_photos(predictor, photos, top_k, limits, flow)
+
+        photos = iter_photos(_paths(paths), ignored)
+        if folder is not None:
+            assert chosen is not None
+            written, failed = _fill(folder, chosen, predictions, photos, top_k, limits, force, console)
+        elif (first := next(rows := predictions(photos), None)) is not None:
+            rows = itertools.chain([first], rows)
+            written, failed = write_predictions(rows, form, file, min(top_k, len(predictor.classes)))
+        else:
+            written = failed = 0
     _note_ignored(console, ignored)
+    if not written:
+        raise DataError("no photo was found in the given paths", "name photos, or folders with photos in them")
     if output is not None:
         console.print(f"wrote {counted(written, 'row')} to {output}")
     if failed:
@@ -118,12 +142,74 @@ def predict(
         )
 
 
+def _predictor(run: "Run | None", model: Path | None, on_ray: bool, single: bool) -> "Predictor":
+    """What answers: a run, or the export `model`."""
+    from finetune_cli.parallel import cores
+
+    if run is None:
+        from finetune_cli.exports import opening
+
+        assert model is not None
+        return opening.open_model(model, cores())
+    from finetune_cli.inference.predictor import RunPredictor, Source
+
+    if on_ray:  # its workers get the files of the model
+        from finetune_cli.runs import novelty
+
+        return RunPredictor(Source.of(run, novelty.read(run)), cores())
+    return RunPredictor(run, workers=1 if single else cores(), latency=single)
+
+
+def _fill(
+    folder: "Place",
+    run: "Run",
+    predictions: "Callable[[Iterable[Place]], Iterator[PredictionRow]]",
+    photos: "Iterable[Place]",
+    top_k: int,
+    limits: "Limits",
+    force: bool,
+    console: "Console",
+) -> tuple[int, int]:
+    """Write partitions into `folder`; how many rows it has then, and how many of them are errors."""
+    from finetune_cli.inference import partitions
+
+    asked = partitions.question(run, min(top_k, len(run.classes)), limits)
+    partitions.begin(folder, asked, force)
+    with console.stage("photos", None) as advance:
+        found = partitions.write(folder, asked, photos, predictions, advance)
+    if found.kept:
+        console.note(f"{counted(found.kept, 'row')} of these were there already")
+    return found.rows, found.failed
+
+
 def _note_ignored(console: "Console", ignored: Counter[str]) -> None:
     """Report which files in the folders were ignored."""
     from finetune_cli.photos.folders import describe_ignored
 
     for note in describe_ignored(ignored, "the folders"):
         console.note(note)
+
+
+def _output_folder(output: str | None, wanted: OutputFormat | None) -> "Place | None":
+    """The folder for partitions, if `output` names one: it ends with a slash, or is an address, or is a folder."""
+    from finetune_cli.places import Address, place
+
+    if output is None:
+        return None
+    where = place(output)
+    if isinstance(where, Path) and not output.endswith(("/", os.sep)):
+        if wanted is not OutputFormat.parquet or not where.is_dir():
+            return None
+    elif wanted not in (None, OutputFormat.parquet):
+        raise UsageError(f"a folder of partitions is written as parquet, not as {wanted}", "use --format parquet")
+    if isinstance(where, Address) and not output.endswith("/"):
+        raise UsageError(
+            f"{shown(output)} is not the address of a folder", "predictions are written below an address that ends in /"
+        )
+    from finetune_cli.inference.parquet import import_pyarrow
+
+    import_pyarrow()
+    return where
 
 
 def _output_format(wanted: OutputFormat | None, output: Path | None, force: bool) -> str:
@@ -153,6 +239,8 @@ def _output_format(wanted: OutputFormat | None, output: Path | None, force: bool
     if output.is_file() or not output.exists():  # not /dev/null, nor a pipe
         files.check_writable(output.parent)
     if form is OutputFormat.parquet:
+        from finetune_cli.inference.parquet import import_pyarrow
+
         import_pyarrow()
     return form.value
 
@@ -242,14 +330,16 @@ def _table(file: IO[str], _top_k: int) -> Iterator[Write]:
 
 @contextlib.contextmanager
 def _csv(file: IO[str], top_k: int) -> Iterator[Write]:
+    from finetune_cli.inference import parquet
     from finetune_cli.tables import TableWriter
 
     writer = TableWriter(file)
-    writer.row(_columns(top_k))
+    writer.row(parquet.columns(top_k))
 
     def write(row: "PredictionRow") -> None:
         writer.row(
-            "" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else cell for cell in _cells(row, top_k)
+            "" if cell is None else f"{cell:.6g}" if isinstance(cell, float) else cell
+            for cell in parquet.cells(row, top_k)
         )
 
     yield write
@@ -273,54 +363,10 @@ def _json(file: IO[str], _top_k: int) -> Iterator[Write]:
     file.write("[]\n" if before == "[\n" else "\n]\n")
 
 
-@contextlib.contextmanager
-def _parquet(file: IO[bytes], top_k: int) -> Iterator[Write]:
-    arrow, parquet = import_pyarrow()
-    names = _columns(top_k)
-    types = [arrow.float64() if name.startswith(("probability", "p_value")) else arrow.string() for name in names]
-    schema = arrow.schema(list(zip(names, types, strict=True)))
-    rows: list[dict[str, object]] = []
-    with parquet.ParquetWriter(file, schema) as writer:
+def _parquet(file: IO[bytes], top_k: int) -> contextlib.AbstractContextManager[Write]:
+    from finetune_cli.inference import parquet
 
-        def flush() -> None:
-            writer.write_table(arrow.Table.from_pylist(rows, schema))
-            rows.clear()
-
-        def write(row: "PredictionRow") -> None:
-            rows.append({name: _utf8(cell) for name, cell in zip(names, _cells(row, top_k), strict=True)})
-            if len(rows) == _ROW_GROUP:
-                flush()
-
-        yield write
-        if rows:
-            flush()
-
-
-def import_pyarrow() -> tuple[Any, Any]:
-    """The modules `pyarrow` and `pyarrow.parquet`. Raises `MissingExtra`."""
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as exc:
-        raise MissingExtra("the format parquet", "parquet") from exc
-    return pa, parquet
-
-
-def _columns(top_k: int) -> list[str]:
-    others = [f"{what}_{i}" for i in range(2, top_k + 1) for what in ("label", "probability")]
-    return ["path", "label", "probability", *others, "error", "p_value"]
-
-
-def _cells(row: "PredictionRow", top_k: int) -> list[str | float | None]:
-    """What belongs in the columns; the second class and those after it are there whatever the label is."""
-    others = [cell for pair in row.top[1:] for cell in pair]
-    empty = [None] * (2 * (top_k - 1) - len(others))
-    return [row.path, row.label, row.probability, *others, *empty, row.error, row.p_value]
-
-
-def _utf8(cell: str | float | None) -> str | float | None:
-    """Parquet's text is UTF-8: bytes of a file name that are not become visible escapes."""
-    return cell.encode("utf-8", "backslashreplace").decode() if isinstance(cell, str) else cell
+    return parquet.writer(file, top_k)
 
 
 WRITERS: dict[str, Writer] = {

@@ -9,10 +9,13 @@ import typer
 
 from finetune_cli.cli.options import (
     DebugOption,
+    EngineOption,
     OptionalConfigArgument,
     OverridesArgument,
     QuietOption,
+    RayAddressOption,
     config_or_override,
+    engine_overrides,
     load_config,
     nearby,
     new_console,
@@ -46,6 +49,8 @@ def train(
             metavar="NAME", help="The run's name. [default: the photo folder's name and a number]", show_default=False
         ),
     ] = None,
+    engine: EngineOption = None,
+    ray_address: RayAddressOption = None,
     print_run: Annotated[
         bool, typer.Option("--print-run", help="Print the path of the finished run, and nothing else, on stdout.")
     ] = False,
@@ -57,6 +62,7 @@ def train(
     if print_run:
         console.results_to_stderr()
     path, overrides = config_or_override(config, overrides)
+    overrides = [*(overrides or []), *engine_overrides(engine, ray_address)]
     if resume and dry_run:
         raise UsageError("--dry-run and --resume cannot be combined", "plan a new run: leave out --resume")
     if dry_run:

@@ -155,6 +155,7 @@ def _contradictions(values: dict[str, Any]) -> Iterator[tuple[yaml_file.Keys, st
                 ("model", "dropout"),
                 "`model.dropout` has no effect with solver lbfgs; add `solver: adam`",
             )
+    yield from _contradicting_engine(section("runtime"))
     if augmentation.get("cval") and augmentation.get("fill_mode", "nearest") != "constant":
         yield ("augmentation", "cval"), "`augmentation.cval` has no effect without `fill_mode: constant`"
 
@@ -170,3 +171,11 @@ def _contradicting_folds(data: Mapping[str, Any]) -> Iterator[tuple[yaml_file.Ke
     for keys, text in why.items():
         if data.get(keys[-1]) is not None:
             yield keys, f"`{'.'.join(keys)}` and `data.folds` exclude each other: {text}"
+
+
+def _contradicting_engine(runtime: Mapping[str, Any]) -> Iterator[tuple[yaml_file.Keys, str]]:
+    """What cannot be together with `runtime.engine`."""
+    if runtime.get("ray_address") is not None and runtime.get("engine", "local") == "local":
+        yield ("runtime", "ray_address"), "`runtime.ray_address` has no effect without `engine: ray`"
+    if runtime.get("engine") == "ray" and runtime.get("device") == "gpu":
+        yield ("runtime", "device"), "`runtime.engine: ray` uses the cores of CPUs; delete `device: gpu`"

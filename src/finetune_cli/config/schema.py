@@ -21,6 +21,7 @@ from pydantic import (
 
 from finetune_cli.config import image
 from finetune_cli.config.paths import is_backbone_file, path_keys
+from finetune_cli.engines.opening import ADDRESS
 from finetune_cli.places import Address, Place
 from finetune_cli.storage import is_address
 
@@ -141,6 +142,8 @@ class RuntimeConfig(Section):
     batch_size: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
     workers: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = "auto"
     cache_dir: _Path | None = None
+    engine: Literal["local", "ray"] = "local"
+    ray_address: Annotated[str, Field(pattern=ADDRESS)] | None = None
 
 
 class OutputConfig(Section):

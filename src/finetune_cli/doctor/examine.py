@@ -13,6 +13,7 @@ from finetune_cli.cache.features import FeatureStore
 from finetune_cli.config.schema import Config
 from finetune_cli.doctor import labels, outliers, quality
 from finetune_cli.doctor.quality import Measured
+from finetune_cli.engines.opening import opened
 from finetune_cli.errors import BadImage
 from finetune_cli.head.data import HeadData
 from finetune_cli.metrics.folds import group_numbers
@@ -72,11 +73,14 @@ def examine(config: Config, observer: Observer) -> Examination:
     # Which photos may validate does not matter here, and must not stop the examination.
     settings = replace(settings, photos=replace(settings.photos, trained_on=frozenset()))
     context = contextlib.nullcontext() if settings.builds_backbone else prepare.conversion_of(settings)
-    with context as conversion:
+    runtime = config.runtime
+    with context as conversion, opened(runtime.engine, runtime.ray_address, runtime.workers, observer) as engine:
         made: list[Extractor] = []
 
         def extractor() -> Extractor:
-            made[:] = made or [prepare.make_extractor(settings, observer, conversion)]
+            if not made:
+                made.append(prepare.make_extractor(settings, observer, conversion))
+                made[0].engine = engine
             return made[0]
 
         def work(data: Dataset) -> Examination:

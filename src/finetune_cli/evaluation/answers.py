@@ -6,7 +6,7 @@ Neither TensorFlow nor SciPy is imported.
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,10 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune_cli import places
+from finetune_cli.engines.engine import Engine
 from finetune_cli.errors import BadImage, RunError
 from finetune_cli.evaluation.photos import pixels
-from finetune_cli.inference.predictor import InsightfulPredictor, chunks
-from finetune_cli.parallel import ordered_map
+from finetune_cli.inference.predictor import Finished, InsightfulPredictor, Source, chunks
+from finetune_cli.parallel import cores
+from finetune_cli.photos import decode, probe
 from finetune_cli.photos.scan import BadPhoto, Sample
 from finetune_cli.progress import Advance
 from finetune_cli.runs import novelty as stored
@@ -54,17 +56,75 @@ class Answers:
         return np.asarray(self.probabilities.argmax(axis=1), np.int64)
 
 
-def answer(run: Run, samples: Sequence[Sample], workers: int, advance: Advance) -> Answers:
+@dataclass(frozen=True)
+class _AnswerWork:
+    """The answers for a few photos, with the features of all of them."""
+
+    predictor: InsightfulPredictor
+
+    def __call__(self, chunk: Sequence[Sample]) -> Answers:
+        """See `answer`."""
+        return _answer_chunk(self.predictor, chunk)
+
+    def probe(self) -> dict[str, str]:
+        """See `engine.Work.probe`."""
+        photo = decode.decode(probe.photo(), self.predictor.settings)
+        insight = self.predictor.insight(photo[None])
+        return {
+            "pixels": probe.digest(photo),
+            "features": probe.digest(insight.features),
+            "probabilities": probe.digest(insight.probabilities),
+        }
+
+
+@dataclass(frozen=True)
+class _AnswerTask:
+    """Photos answered by a run, for any engine; see `engine.Task`."""
+
+    source: Source
+    predictor: InsightfulPredictor
+
+    def work(self) -> _AnswerWork:
+        """For this process."""
+        return _AnswerWork(self.predictor)
+
+    def recipe(self) -> "_AnswerRecipe":
+        """For other processes."""
+        return _AnswerRecipe(self.source.finished)
+
+    def files(self) -> Mapping[str, bytes]:
+        """Those of the model."""
+        return self.source.files
+
+    def names(self, item: Sequence[Sample]) -> list[str]:
+        """The paths of photos."""
+        return [str(sample.path) for sample in item]
+
+
+@dataclass(frozen=True)
+class _AnswerRecipe:
+    """Makes the work of an `_AnswerTask` of the model's files, on one core."""
+
+    finished: Finished
+    tolerated: tuple[str, ...] = ()
+
+    def work(self, files: Mapping[str, bytes]) -> _AnswerWork:
+        """See `engine.Recipe.work`."""
+        return _AnswerWork(InsightfulPredictor(Source(self.finished, files), 1))
+
+
+def answer(run: Run, samples: Sequence[Sample], engine: Engine, advance: Advance) -> Answers:
     """What `run` answers for `samples`; calls `advance` with the number of photos after each few of them."""
-    predictor = InsightfulPredictor(run, workers, known=stored.read(run))
+    source = Source.of(run, stored.read(run))
+    predictor = InsightfulPredictor(source, cores())
     stride = math.ceil(len(samples) / _FEATURE_ROWS) or 1
     answered: list[Sample] = []
     bad: list[BadPhoto] = []
     probabilities = [np.zeros((0, len(run.classes)), np.float32)]
     features = [np.zeros((0, len(predictor.end.kernel)), np.float32)]
     p = [np.zeros(0)]
-    threads = places.threads(workers, (sample.path for sample in samples))
-    for part in ordered_map(lambda chunk: _answer_chunk(predictor, chunk), chunks(samples), threads):
+    in_store = places.stored(sample.path for sample in samples)
+    for part in engine.map(_AnswerTask(source, predictor), chunks(samples), in_store):
         advance(len(part.samples) + len(part.bad))
         bad += part.bad
         features.append(part.features[-len(answered) % stride :: stride])

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune_cli.engines.engine import Engine
 from finetune_cli.errors import DataError, UsageError
 from finetune_cli.evaluation.answers import Answers, answer, out_of_fold
 from finetune_cli.metrics import scores
@@ -50,7 +51,7 @@ def check_comparable(run: Run, other: Run, samples: Iterable[Sample]) -> None:
         raise UsageError(f"no photo shows a class that {other.folder} has, too", remedy)
 
 
-def compare(run: Run, answers: Answers, other: Run, workers: int, advance: Advance) -> Compared:
+def compare(run: Run, answers: Answers, other: Run, engine: Engine, advance: Advance) -> Compared:
     """Compare the `answers` of `run` with those of `other` on the photos of the classes that both have.
 
     Each run chooses among these classes only, which are matched by name: a run is not worse for a class that the other
@@ -62,7 +63,7 @@ def compare(run: Run, answers: Answers, other: Run, workers: int, advance: Advan
     position = {id(sample): i for i, sample in enumerate(answers.samples)}
     samples = [sample for sample in answers.samples if run.classes[sample.label] in number]
     recorded = out_of_fold(other, samples)
-    others = answer(other, samples, workers, advance) if recorded is None else recorded
+    others = answer(other, samples, engine, advance) if recorded is None else recorded
     if not others.samples:
         raise DataError(f"no photo is left to compare with {other.folder}", "compare on photos that both runs can use")
     rows = np.array([position[id(sample)] for sample in others.samples], np.intp)

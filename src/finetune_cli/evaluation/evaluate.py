@@ -14,6 +14,7 @@ from typing import Any
 
 from finetune_cli import files
 from finetune_cli.cache.digests import DigestCache
+from finetune_cli.engines.engine import Engine, Local
 from finetune_cli.errors import GateError, StorageError, UsageError
 from finetune_cli.evaluation import compare, judge
 from finetune_cli.evaluation.answers import seen_in_training
@@ -58,12 +59,14 @@ class Result:
 class EvaluationRequest:
     """What to evaluate on. data: labelled photos; by default the run's own test photos, else those that validated it.
 
-    root: where the run's own photos are now, if they were moved. other: a second run to compare with.
+    root: where the run's own photos are now, if they were moved. other: a second run to compare with. engine: what the
+    photos go through, by default the threads of this process.
     """
 
     data: Place | None = None
     root: Place | None = None
     other: Run | None = None
+    engine: Engine | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,7 @@ def judge_photos(run: Run, observer: Observer, request: EvaluationRequest = Eval
     judge, `UsageError` when `request` does not fit together.
     """
     workers, other = cores(), request.other
+    engine = request.engine or Local(workers)
     photos = _photos(run, request, workers, observer)
     if other is not None:
         compare.check_comparable(run, other, photos.samples)
@@ -108,11 +112,11 @@ def judge_photos(run: Run, observer: Observer, request: EvaluationRequest = Eval
     for note in photos.notes:
         observer.note(note)
     with observer.stage("evaluating", len(photos.samples)) as advance:
-        found = judge.judge(run, photos, workers, advance)
+        found = judge.judge(run, photos, engine, advance)
     _warn_of_seen(run, found.seen, observer)
     if other is not None:
         with observer.stage(f"evaluating {other.name}", len(found.answers.samples)) as advance:
-            compared = compare.compare(run, found.answers, other, workers, advance)
+            compared = compare.compare(run, found.answers, other, engine, advance)
         found = replace(found, compared=compared)
         if not compared.out_of_fold:
             _warn_of_seen(other, seen_in_training(other, found.answers.samples), observer)

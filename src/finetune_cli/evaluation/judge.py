@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from finetune_cli.engines.engine import Engine
 from finetune_cli.errors import DataError
 from finetune_cli.evaluation.answers import Answers, answer, out_of_fold, seen_in_training
 from finetune_cli.evaluation.compare import Compared
@@ -65,13 +66,13 @@ class Judgement:
         return (*self.photos.bad, *self.answers.bad)
 
 
-def judge(run: Run, photos: LabelledPhotos, workers: int, advance: Advance) -> Judgement:
+def judge(run: Run, photos: LabelledPhotos, engine: Engine, advance: Advance) -> Judgement:
     """Judge `run` by `photos`. Raises `DataError` when not one of them can be used.
 
     Photos that were cross-validated, the part `folds`, have their recorded answers: the model has learned from them.
     """
     recorded = out_of_fold(run, photos.samples) if photos.part == "folds" else None
-    answers = answer(run, photos.samples, workers, advance) if recorded is None else recorded
+    answers = answer(run, photos.samples, engine, advance) if recorded is None else recorded
     if not answers.samples:
         bad = (*photos.bad, *answers.bad)
         first = f"; the first is {bad[0].path}: {bad[0].reason}" if bad else ""

@@ -1,9 +1,10 @@
 """A finished run that answers for photos; neither TensorFlow nor Keras is imported."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,8 @@ from finetune_cli.inference.novelty import add_score
 from finetune_cli.inference.runtimes import OpenVinoRuntime, parse_ir
 from finetune_cli.metrics import novelty
 from finetune_cli.parallel import ordered_map
+from finetune_cli.photos import decode as images
+from finetune_cli.photos import probe
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.runs import novelty as stored
 from finetune_cli.runs.novelty import Novelty
@@ -55,20 +58,75 @@ class Answer:
     p_value: float | None
 
 
+@dataclass(frozen=True, eq=False)
+class Finished:
+    """What a predictor takes from a finished run: small and picklable, and without the files of the model.
+
+    name: of the run, for errors. width: of a feature. novelty: what p-values need, or None.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    settings: ImageSettings
+    temperature: float
+    width: int
+    novelty: Novelty | None
+
+
+_GRAPH, _WEIGHTS = "inference/model.xml", "inference/model.bin"
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A finished run, read once: what predictors are made of, in this process or in another one.
+
+    files: name -> content of the model's two files, whose SHA-256 was compared with that in run.json.
+    """
+
+    finished: Finished
+    files: Mapping[str, bytes]
+
+    @classmethod
+    def of(cls, run: Run, novelty: Novelty | None = None) -> Self:
+        """novelty: what p-values need, for a caller who wants them. Raises `RunError` when a file is damaged."""
+        width = run.manifest.backbone.width
+        finished = Finished(str(run.folder), run.classes, run.image_settings, run.temperature, width, novelty)
+        return cls(finished, {name: run.read(name) for name in (_WEIGHTS, _GRAPH)})
+
+    def model(self) -> "openvino.Model":
+        """The OpenVINO form of the run. Raises `RunError`."""
+        return parse_ir(self.files[_GRAPH], self.files[_WEIGHTS], Path(self.finished.name, _GRAPH))
+
+    def end(self, model: "openvino.Model") -> ModelEnd:
+        """The linear end of `model`. Raises `RunError` when it does not fit the run."""
+        finished = self.finished
+        end = linear_end.read_end(model, finished.temperature)
+        if end.kernel.shape != (finished.width, len(finished.classes)):
+            width, outputs = end.kernel.shape
+            problem = (
+                f"{finished.name}: the model has {outputs} outputs of {width} features for "
+                f"{len(finished.classes)} classes"
+            )
+            raise RunError(problem, "restore the run from a copy, or train again")
+        return end
+
+
 class RunPredictor:
     """A finished run, through its OpenVINO form, in float32 on the CPU.
 
     `latency`: all cores work on one photo; otherwise photos are shared out among `workers` threads. `novelty`: what
-    p-values need, None if the run was trained without.
+    p-values need, None if the run was trained without. `source`: what it was made of, if that was a `Source`.
     """
 
-    def __init__(self, run: Run, workers: int, latency: bool = False) -> None:
-        self.classes = run.classes
-        self.settings = run.image_settings
-        self.novelty = stored.read(run)
-        model = read_model(run)
+    def __init__(self, run: Run | Source, workers: int, latency: bool = False) -> None:
+        self.source = run if isinstance(run, Source) else None
+        source = run if isinstance(run, Source) else Source.of(run, stored.read(run))
+        self.classes = source.finished.classes
+        self.settings = source.finished.settings
+        self.novelty = source.finished.novelty
+        model = source.model()
         if self.novelty is not None:
-            add_score(model, _end_of(run, model), self.novelty.score)
+            add_score(model, source.end(model), self.novelty.score)
         self._runtime = OpenVinoRuntime(model, "float32", workers, latency)
 
     def probabilities(self, photos: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -116,6 +174,35 @@ def unknown_rate(predictor: Predictor, wanted: float | None) -> float:
     return rate
 
 
+@dataclass(frozen=True)
+class AnswerWork(Generic[Photo]):
+    """What is done with a few photos: decode them, and answer. decode: see `answers`."""
+
+    predictor: Predictor
+    decode: Callable[[Photo], NDArray[np.uint8]]
+
+    def __call__(self, chunk: tuple[Photo, ...]) -> list[tuple[Photo, Answer | BadImage]]:
+        """Each photo with its `Answer`, or with the reason why it has none."""
+        found: list[NDArray[np.uint8] | BadImage] = []
+        for photo in chunk:
+            try:
+                found.append(self.decode(photo))
+            except BadImage as exc:
+                found.append(exc)
+        pixels = [item for item in found if not isinstance(item, BadImage)]
+        rows = iter(_answers(self.predictor, np.stack(pixels)) if pixels else ())
+        return [
+            (photo, item if isinstance(item, BadImage) else next(rows))
+            for photo, item in zip(chunk, found, strict=True)
+        ]
+
+    def probe(self) -> dict[str, str]:
+        """See `engine.Work.probe`."""
+        photo = images.decode(probe.photo(), self.predictor.settings)
+        (answer,) = _answers(self.predictor, photo[None])
+        return {"pixels": probe.digest(photo), "probabilities": probe.digest(answer.probabilities)}
+
+
 def answers(
     predictor: Predictor,
     groups: Iterable[tuple[Photo, ...] | None],
@@ -127,22 +214,7 @@ def answers(
     groups: the photos that a thread processes together, see `chunks`; `None` before a long wait. decode: photo ->
     ``uint8 (size, size, 3)``, or it raises `BadImage`. Memory does not grow with the number of photos.
     """
-
-    def work(chunk: tuple[Photo, ...]) -> list[tuple[Photo, Answer | BadImage]]:
-        found: list[NDArray[np.uint8] | BadImage] = []
-        for photo in chunk:
-            try:
-                found.append(decode(photo))
-            except BadImage as exc:
-                found.append(exc)
-        pixels = [item for item in found if not isinstance(item, BadImage)]
-        rows = iter(_answers(predictor, np.stack(pixels)) if pixels else ())
-        return [
-            (photo, item if isinstance(item, BadImage) else next(rows))
-            for photo, item in zip(chunk, found, strict=True)
-        ]
-
-    for answered in ordered_map(work, groups, workers):
+    for answered in ordered_map(AnswerWork(predictor, decode), groups, workers):
         yield from answered
 
 
@@ -182,21 +254,22 @@ class Insight:
 class InsightfulPredictor:
     """A finished run whose features and feature map can be seen, at the cost of `RunPredictor`.
 
-    `known`: what p-values need, for a run that has them and a caller who wants them.
+    It has p-values if `run` is a `Source` with them.
 
     Raises `RunError` when the run's model does not end in a linear head.
     """
 
-    def __init__(self, run: Run, workers: int, latency: bool = False, known: Novelty | None = None) -> None:
-        model = read_model(run)
-        end = _end_of(run, model)
+    def __init__(self, run: Run | Source, workers: int, latency: bool = False) -> None:
+        source = run if isinstance(run, Source) else Source.of(run)
+        model = source.model()
+        end = source.end(model)
         model.add_outputs([output for output in (end.features, end.feature_map) if output is not None])
-        self.classes = run.classes
-        self.settings = run.image_settings
+        self.classes = source.finished.classes
+        self.settings = source.finished.settings
         self.end = end
-        self.novelty = known
-        if known is not None:
-            add_score(model, end, known.score)
+        self.novelty = source.finished.novelty
+        if self.novelty is not None:
+            add_score(model, end, self.novelty.score)
         self._runtime = OpenVinoRuntime(model, "float32", workers, latency)
 
     def insight(self, photos: NDArray[np.uint8]) -> Insight:
@@ -209,18 +282,6 @@ class InsightfulPredictor:
         return Insight(probabilities, features.reshape(len(photos), -1), feature_map, p)
 
 
-def _end_of(run: Run, model: "openvino.Model") -> ModelEnd:
-    """The linear end of a run's model. Raises `RunError` when it does not fit the run."""
-    end = linear_end.read_end(model, run.temperature)
-    if end.kernel.shape != (run.manifest.backbone.width, len(run.classes)):
-        width, outputs = end.kernel.shape
-        problem = f"{run.folder}: the model has {outputs} outputs of {width} features for {len(run.classes)} classes"
-        raise RunError(problem, "restore the run from a copy, or train again")
-    return end
-
-
 def read_model(run: Run) -> "openvino.Model":
     """The OpenVINO form of `run`, from the same bytes whose SHA-256 was checked. Raises `RunError`."""
-    name = "inference/model.xml"
-    weights = run.read("inference/model.bin")
-    return parse_ir(run.read(name), weights, run.folder / name)
+    return Source.of(run).model()

@@ -193,7 +193,8 @@ class Manifest:
     compared. files: name -> SHA-256 of every other file of the run. fine_tuning: what was tried and kept, None without
     it. fine_tuning_seconds: what it would take here, as estimated by a run without it. unknown: how photos that show
     none of the classes are refused, None if the run cannot tell. storage_retries: how many requests to a store had to
-    be made again.
+    be made again. retries: blocks of photos that were done again because a worker of a cluster was lost; the file has
+    the key only if some were.
     """
 
     created: str
@@ -218,6 +219,7 @@ class Manifest:
     fine_tuning_seconds: int | None = None
     unknown: Unknown | None = None
     storage_retries: int = 0
+    retries: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The whole of `run.json`, sealed."""
@@ -260,6 +262,7 @@ class Manifest:
                 "fine_tuning_seconds": self.fine_tuning_seconds,
                 "fine_tuning": None if self.fine_tuning is None else dict(self.fine_tuning),
                 "unknown": None if self.unknown is None else self.unknown.to_json(),
+                **({"retries": self.retries} if self.retries else {}),
             }
         )
 
@@ -301,6 +304,7 @@ class Manifest:
             fine_tuning_seconds=_fine_tuning_seconds(fields),
             unknown=_unknown(fields),
             storage_retries=fields.integer("storage_retries") if "storage_retries" in fields.document else 0,
+            retries=fields.integer("retries") if "retries" in fields.document else 0,
         )
         for key, allowed in (("photos", SPLITS), ("roots", SPLITS), ("metrics", MEASURED)):
             if unknown := set(getattr(manifest, key)) - set(allowed):

@@ -18,21 +18,20 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune_cli import storage
+from finetune_cli import places
 from finetune_cli.cache.digests import Facts
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.devices import Precision
 from finetune_cli.duplicates import thumbnails
+from finetune_cli.engines.engine import Engine
 from finetune_cli.errors import BadImage, StorageError
+from finetune_cli.inference import runtimes
 from finetune_cli.inference.runtimes import Runtime
-from finetune_cli.parallel import ordered_map
-from finetune_cli.photos import decode, scan
+from finetune_cli.photos import decode, probe, scan
 from finetune_cli.photos.augment import Augmenter
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.listing import ListedPhoto
 from finetune_cli.photos.scan import BadPhoto, Sample
-from finetune_cli.places import place
-from finetune_cli.places import threads as threads_for
 from finetune_cli.progress import Advance
 from finetune_cli.training import first_look
 
@@ -46,6 +45,14 @@ class RuntimeFactory(Protocol):
 
     def __call__(self, precision: Precision) -> Runtime:
         """The backbone as a runtime of that precision."""
+        ...
+
+
+class BackboneFiles(Protocol):
+    """The backbone for other processes; called only if the cache lacks something."""
+
+    def __call__(self) -> tuple[bytes, bytes]:
+        """The two files of its OpenVINO form: the graph and the weights."""
         ...
 
 
@@ -103,17 +110,18 @@ class Features:
 class Resources:
     """What a feature pass works with; none of it changes a value.
 
-    make_runtime: called only if the cache lacks something. scratch: the folder of the array. workers: threads that
-    decode and infer. batch_size: views that a thread infers at once. first: view 0 of some of the photos, from an
-    earlier pass of the same precision.
+    make_runtime: called only if the cache lacks something. scratch: the folder of the array. engine: what decodes and
+    infers. batch_size: views that a thread infers at once. first: view 0 of some of the photos, from an earlier pass of
+    the same precision. files: the backbone for an engine that uses other processes.
     """
 
     store: FeatureStore
     make_runtime: RuntimeFactory
     scratch: Path
-    workers: int
+    engine: Engine
     batch_size: int
     first: Features | None = None
+    files: BackboneFiles | None = None
 
 
 def extract(
@@ -136,9 +144,9 @@ def extract(
     wanted = sum(view != THUMBNAIL for views in missing.values() for view in views)
     bad: dict[int, BadPhoto] = {}
     if missing:
-        runtime = resources.make_runtime(request.precision)
-        threads = threads_for(resources.workers, (sample.path for sample in samples))
-        work = ordered_map(worker(samples, request, runtime), chunks(missing, resources.batch_size), threads)
+        task = FeatureTask(request, resources.make_runtime, resources.files)
+        stored = places.stored(sample.path for sample in samples)
+        work = resources.engine.map(task, chunks(samples, missing, resources.batch_size), stored)
         waiting: list[tuple[bytes, NDArray[np.float32]]] = []
         try:
             for computed, refused in work:
@@ -179,16 +187,13 @@ def look(
     Yields the facts of each photo, or the reason why it is bad, and the version that was read; in order. What was
     yielded is stored even when the caller stops early. Raises `StorageError`, and what `prove` raises.
     """
-    samples = [Sample(place(photo.path), photo.name, 0, "") for photo in photos]
+    samples = [Sample(places.place(photo.path), photo.name, 0, "") for photo in photos]
     views = [FACTS, *range(THUMBNAIL if request.thumbnails else 0, request.views)]
     wanted = dict.fromkeys(range(len(samples)), views)
-    threads = storage.readers(resources.workers)
-    runtime = resources.make_runtime(request.precision)
+    task = FeatureTask(request, resources.make_runtime, resources.files)
     waiting: list[tuple[bytes, NDArray[np.float32]]] = []
     try:
-        for computed, refused in ordered_map(
-            worker(samples, request, runtime), chunks(wanted, resources.batch_size), threads
-        ):
+        for computed, refused in resources.engine.map(task, chunks(samples, wanted, resources.batch_size), stored=True):
             for i in sorted({i for i, _view in computed} | refused.keys()):
                 if i in refused:
                     yield refused[i].reason, None
@@ -316,13 +321,20 @@ def _without(array: NDArray[np.float32], kept: list[int], folder: Path) -> NDArr
     return smaller
 
 
-def chunks(missing: Mapping[int, Sequence[int]], batch_size: int) -> Iterator[list[tuple[int, Sequence[int]]]]:
+# Some photos that are processed together: each with its number and the views that are wanted of it.
+Chunk = list[tuple[int, Sample, Sequence[int]]]
+_Computed = dict[tuple[int, int], NDArray[np.float32]]
+# What the runtime gives for each (number, view), and the photos that cannot be decoded.
+Computed = tuple[_Computed, dict[int, BadPhoto]]
+
+
+def chunks(samples: Sequence[Sample], missing: Mapping[int, Sequence[int]], batch_size: int) -> Iterator[Chunk]:
     """Whole photos, each with its views in `missing`, as many as make up about `batch_size` views."""
-    chunk: list[tuple[int, Sequence[int]]] = []
+    chunk: Chunk = []
     size = 0
-    for item in missing.items():
-        chunk.append(item)
-        size += len(item[1])
+    for i, views in missing.items():
+        chunk.append((i, samples[i], views))
+        size += len(views)
         if size >= batch_size:
             yield chunk
             chunk, size = [], 0
@@ -330,24 +342,26 @@ def chunks(missing: Mapping[int, Sequence[int]], batch_size: int) -> Iterator[li
         yield chunk
 
 
-_Computed = dict[tuple[int, int], NDArray[np.float32]]
+@dataclass(frozen=True)
+class FeatureWork:
+    """What is done with some photos: read, decode, warp, infer; in every thread and every worker.
 
-
-def worker(
-    samples: Sequence[Sample], request: FeatureRequest, runtime: Runtime
-) -> Callable[[list[tuple[int, Sequence[int]]]], tuple[_Computed, dict[int, BadPhoto]]]:
-    """What a thread does with some photos, of which it gets (index, views): read, decode, warp, infer.
-
-    It returns what the runtime gives for each (index, view), and the photos that cannot be decoded.
+    exact: the backbone in float32, for the probe.
     """
 
-    def work(chunk: list[tuple[int, Sequence[int]]]) -> tuple[_Computed, dict[int, BadPhoto]]:
+    request: FeatureRequest
+    runtime: Runtime
+    exact: Callable[[], Runtime]
+
+    def __call__(self, chunk: Chunk) -> Computed:
+        """What the runtime gives for each (number, view) in `chunk`, and the photos that cannot be decoded."""
+        request = self.request
         photos: list[NDArray[np.uint8]] = []
         positions: list[tuple[int, int]] = []
         computed: _Computed = {}
         bad: dict[int, BadPhoto] = {}
-        for i, views in chunk:
-            sample = samples[i]
+        for i, listed, views in chunk:
+            sample = listed
             try:
                 if FACTS in views:
                     sample, photo, computed[i, FACTS] = first_look.read(sample, request.settings)
@@ -368,7 +382,69 @@ def worker(
                 photos.append(changed)
                 positions.append((i, view))
         if photos:
-            computed.update(zip(positions, runtime.infer(np.stack(photos)), strict=True))
+            computed.update(zip(positions, self.runtime.infer(np.stack(photos)), strict=True))
         return computed, bad
 
-    return work
+    def probe(self) -> dict[str, str]:
+        """See `engine.Work.probe`."""
+        photo = decode.decode(probe.photo(), self.request.settings)
+        views = [photo]
+        if self.request.augmenter is not None:
+            views += [self.request.augmenter.view(photo, "probe", view) for view in range(1, self.request.views)]
+        found = {"pixels": probe.digest(photo), "augmented pixels": probe.digest(np.stack(views))}
+        if self.request.thumbnails:
+            found["thumbnails"] = probe.digest(thumbnails.packed(thumbnails.thumbnail(photo)))
+        for runtime in (self.exact(), self.runtime):
+            found[f"{runtime.precision} features"] = probe.digest(runtime.infer(np.stack(views[:4])))
+        return found
+
+
+_GRAPH, _WEIGHTS = "backbone.xml", "backbone.bin"
+
+
+@dataclass(frozen=True)
+class FeatureTask:
+    """The features of photos, for any engine; see `engine.Task`."""
+
+    request: FeatureRequest
+    make_runtime: RuntimeFactory
+    backbone: BackboneFiles | None = None
+
+    def work(self) -> FeatureWork:
+        """For this process."""
+        make = self.make_runtime
+        return FeatureWork(self.request, make(self.request.precision), lambda: make("float32"))
+
+    def recipe(self) -> "FeatureRecipe":
+        """For other processes."""
+        return FeatureRecipe(self.request)
+
+    def files(self) -> dict[str, bytes]:
+        """The backbone."""
+        assert self.backbone is not None
+        return dict(zip((_GRAPH, _WEIGHTS), self.backbone(), strict=True))
+
+    def names(self, item: Chunk) -> list[str]:
+        """The paths of photos."""
+        return [str(sample.path) for _i, sample, _views in item]
+
+
+@dataclass(frozen=True)
+class FeatureRecipe:
+    """Makes the work of a `FeatureTask` of the backbone's files, on one core."""
+
+    request: FeatureRequest
+    # Two processors with bfloat16 may round otherwise, as a second training on another machine would.
+    tolerated: tuple[str, ...] = ("bfloat16 features",)
+
+    def work(self, files: Mapping[str, bytes]) -> FeatureWork:
+        """See `engine.Recipe.work`."""
+        precision = self.request.precision
+        if precision == "bfloat16":
+            runtimes.training_precision("cpu", precision)
+        model = runtimes.parse_ir(files[_GRAPH], files[_WEIGHTS], Path(_GRAPH))
+
+        def compiled(wanted: Precision) -> Runtime:
+            return runtimes.OpenVinoRuntime(model.clone(), wanted, 1)
+
+        return FeatureWork(self.request, compiled(precision), lambda: compiled("float32"))

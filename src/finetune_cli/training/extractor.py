@@ -1,14 +1,17 @@
 """One backbone on its runtime, which computes the features of one split after another."""
 
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from finetune_cli.backbones.build import Backbone
 from finetune_cli.cache.digests import Facts
 from finetune_cli.cache.features import FeatureStore
 from finetune_cli.devices import Device, Precision
+from finetune_cli.engines.engine import Engine, Local
 from finetune_cli.inference import runtimes
 from finetune_cli.inference.runtimes import Runtime
 from finetune_cli.photos.listing import ListedPhoto
@@ -27,7 +30,8 @@ class Extractor:
     """Computes the features of one split after another with one backbone.
 
     Training photos get all views, in `precision`; the others are float32 and as they are. `prove`: what a
-    `FeatureStore` asks before it keeps any of them. `looked`: how many views `look` has computed.
+    `FeatureStore` asks before it keeps any of them. `engine`: None for the threads of this process. `looked`: how many
+    views `look` has computed.
     """
 
     settings: Settings
@@ -36,6 +40,7 @@ class Extractor:
     precision: Precision
     observer: Observer
     prove: Callable[[], object] = field(default=lambda: None)
+    engine: Engine | None = None
     looked: int = field(default=0, init=False)
     _compiled: dict[Precision, Runtime] = field(default_factory=dict, init=False)
 
@@ -97,7 +102,8 @@ class Extractor:
 
     def _resources(self, store: FeatureStore, first: Features | None = None) -> Resources:
         scratch = self.settings.cache.scratch
-        return Resources(store, self.runtime, scratch, self.workers, self.batch_size, first)
+        engine = self.engine or Local(self.workers)
+        return Resources(store, self.runtime, scratch, engine, self.batch_size, first, self.files)
 
     def runtime(self, precision: Precision) -> Runtime:
         """The backbone, converted once and compiled once per precision."""
@@ -107,6 +113,13 @@ class Extractor:
             else:
                 self._compiled[precision] = runtimes.OpenVinoRuntime(self._converted.clone(), precision, self.workers)
         return self._compiled[precision]
+
+    def files(self) -> tuple[bytes, bytes]:
+        """The two files of the converted backbone, as it is compiled here."""
+        with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
+            graph = Path(folder, "backbone.xml")
+            runtimes.save_ir(self._converted.clone(), graph, Path(folder), 4 * self.backbone.parameters)
+            return graph.read_bytes(), graph.with_suffix(".bin").read_bytes()
 
     @cached_property
     def _keras_model(self) -> Any:

@@ -345,8 +345,9 @@ def _manifest(folder: Path, prepared: Prepared, outcome: Outcome) -> Manifest:
             for split, root in prepared.data.roots.items()
         },
         parity=outcome.parity,
-        storage_retries=storage.retries() - prepared.retries_before,
+        storage_retries=storage.retries() - prepared.storage_retries_before,
         seconds=prepared.seconds,
         metrics={part.split: SplitMetrics.from_json(Fields(part.evaluation.to_json())) for part in outcome.judged},
         files={},
+        retries=prepared.retries,
     )

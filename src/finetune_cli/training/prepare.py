@@ -21,6 +21,7 @@ from finetune_cli.cache.features import FeatureStore
 from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.config.schema import Config
 from finetune_cli.devices import Device, Precision
+from finetune_cli.engines.opening import opened
 from finetune_cli.errors import BadImage, ChangedPhoto, Interrupted
 from finetune_cli.head.data import class_weights
 from finetune_cli.inference import runtimes
@@ -58,7 +59,8 @@ class Prepared:
 
     `leaks`: val and test photos that show the same picture as a training photo. `start_from`: SHA-256 of the model of
     `model.start_from`, if there is one. With `data.folds`, `held_out` has view 0 of the training photos in float32, as
-    they are answered when their fold is held out. `retries_before`: `storage.retries()` when the command began.
+    they are answered when their fold is held out. `storage_retries_before`: `storage.retries()` when the command began.
+    `retries`: blocks of photos that were done again, see `engines/`.
     """
 
     settings: Settings
@@ -72,7 +74,8 @@ class Prepared:
     start_from: str | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     held_out: Features | None = None
-    retries_before: int = 0
+    storage_retries_before: int = 0
+    retries: int = 0
 
     @property
     def validating(self) -> Features:
@@ -111,19 +114,20 @@ def prepare(
     extractor: Extractor | None = None
     conversion: Conversion | None
 
-    def opened() -> Extractor:
+    def made() -> Extractor:
         nonlocal extractor
         if extractor is None:
             _note_augmentation(settings, observer)
             with timed(seconds, "backbone"):
                 extractor = make_extractor(settings, observer, conversion)
+            extractor.engine = engine
         return extractor
 
     def work(data: Dataset) -> Prepared:
         class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
         with timed(seconds, "preflight"):
             _refuse_bad_headers(settings, data, observer)
-        extractor = opened()
+        extractor = made()
         check_room(settings, data, extractor.backbone)
         if config.data.folds is not None:
             start_from.check_held_out(settings.start, data.train, config.training.solver)
@@ -150,13 +154,18 @@ def prepare(
             start_from=start_digest,
             seconds=seconds,
             held_out=split.held_out,
-            retries_before=retries_before,
+            storage_retries_before=retries_before,
+            retries=engine.retries,
         )
 
-    with contextlib.nullcontext() if settings.builds_backbone else conversion_of(settings) as conversion:
+    runtime = config.runtime
+    with (
+        contextlib.nullcontext() if settings.builds_backbone else conversion_of(settings) as conversion,
+        opened(runtime.engine, runtime.ray_address, runtime.workers, observer) as engine,
+    ):
         if conversion is not None and not conversion.downloads:  # a download waits for photos that can be used
             conversion.begin()
-        first = _first_look(opened(), seconds) if dataset.in_store(settings.photos) else None
+        first = _first_look(made(), seconds) if dataset.in_store(settings.photos) else None
         return with_photos(settings, observer, work, seconds, Indexing(first=first))
 
 
@@ -215,7 +224,7 @@ class FirstLook:
     def __enter__(self) -> Look:
         """What `dataset.load` takes."""
         folder = self._extractor.settings.cache
-        self._store = FeatureStore(folder.path, folder.writable)
+        self._store = FeatureStore(folder.path, folder.writable, self._extractor.prove)
         return self._look
 
     def __exit__(self, *_exception: object) -> None:

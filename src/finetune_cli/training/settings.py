@@ -41,6 +41,8 @@ class Settings:
     @cached_property
     def device(self) -> Device:
         """Where the backbone runs. Raises `UsageError` when a GPU is demanded and there is none."""
+        if self.config.runtime.engine == "ray":
+            return "cpu"  # the cores of all machines, in place of a GPU of this one
         return runtimes.choose_device(self.config.runtime.device)
 
     @property

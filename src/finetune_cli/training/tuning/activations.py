@@ -188,8 +188,8 @@ def _computed(
     samples: Sequence[Sample], wanted: Mapping[int, Sequence[int]], lower: Lower
 ) -> Iterator[tuple[tuple[int, int], Rows]]:
     """``(H, W, C)`` of each view in `wanted`, by (photo, view), in order."""
-    work = extract.worker(samples, lower.request, lower.runtime)
-    for rows, bad in ordered_map(work, extract.chunks(wanted, lower.batch_size), lower.workers):
+    work = extract.FeatureWork(lower.request, lower.runtime, lambda: lower.runtime)
+    for rows, bad in ordered_map(work, extract.chunks(samples, wanted, lower.batch_size), lower.workers):
         for photo in bad.values():
             raise DataError(f"{photo.path} could be decoded before, and now: {photo.reason}", "run the command again")
         yield from rows.items()
