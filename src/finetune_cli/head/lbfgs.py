@@ -22,11 +22,11 @@ from finetune_cli.progress import Advance, ignore_progress
 
 _Part = tuple[float, Rows, Floats]
 
-_BLOCK_ROWS = 4096
-_BLOCK_NUMBERS = 1 << 22  # a block has no more logits than this: fewer rows of more than 1,024 classes
+_BLOCK_ROWS = 1024  # so few that most of what the forward pass has read is still in a core's cache on the way back
+_SERIAL_ROWS, _SERIAL_LOGITS = 4096, 1 << 16  # threads would cost a problem of no more than both more than they gain
 _ITERATIONS = 1000
-_CORRECTIONS = 10  # SciPy's default: L-BFGS keeps this many pairs of vectors as long as the unknowns ...
-_HISTORY_BYTES = 512_000_000  # ... and fewer pairs where they would take more than this
+_CORRECTIONS = 30  # L-BFGS keeps this many pairs of vectors as long as the unknowns ...
+_HISTORY_BYTES = 256_000_000  # ... and fewer pairs where they would take more than this
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,13 +51,14 @@ def fit_lbfgs(
     """The head that minimises the objective on `data`, whose features are rows ``(N, D)``.
 
     Memory does not grow with N: the features may be a memory map and are read in blocks. It grows with the unknowns, U
-    = (D + 1) * C: about 20 arrays of U float64, of which the history of L-BFGS takes 512 MB at most (or three pairs),
-    and for each core a few arrays of D * C and of 4 million float32. The result is the same, bit for bit, for any
+    = (D + 1) * C: about 70 arrays of U float64, of which the history of L-BFGS takes 256 MB at most (or three pairs),
+    and for each core a few arrays of D * C and of 1024 * C float32. The result is the same, bit for bit, for any
     number of threads. `start` only saves iterations, because the objective has one minimum (with l2 > 0). `progress`
     gets 1 after every iteration. Raises `Interrupted` within a block of rows after a signal.
     """
     with one_blas_thread():
-        return Problem(data, label_smoothing).minimise(l2, start, progress, tolerance=1e-10)
+        problem = Problem(data, label_smoothing)
+        return problem.minimise(l2, start, progress, tolerance=problem.resolution)
 
 
 class Problem:
@@ -74,8 +75,10 @@ class Problem:
         self.n_classes, self.smoothing = n_classes, label_smoothing
         exact = features.dtype == np.float64
         self.dtype: np.dtype[np.floating[Any]] = np.dtype(np.float64 if exact else np.float32)
-        step = min(_BLOCK_ROWS, max(1, _BLOCK_NUMBERS // n_classes))
-        self.blocks = [slice(i, i + step) for i in range(0, len(features), step)]
+        # Rounding moves the loss by about this much. A search that asks for smaller gains takes noise for progress, and
+        # up to half of its evaluations are those of line searches that find none.
+        self.resolution = 1e-10 if exact else 3e-9
+        self.blocks = [slice(i, i + _BLOCK_ROWS) for i in range(0, len(features), _BLOCK_ROWS)]
         self.mean = np.zeros(features.shape[1])
         for block in self.blocks:
             self.mean += self.weights[block].astype(self.dtype) @ self._rows(block)
@@ -111,36 +114,47 @@ class Problem:
     def _loss_and_gradient(self, flat: Floats, l2: float) -> tuple[float, Floats]:
         unknowns = flat.reshape(-1, self.n_classes)
         kernel, bias = unknowns[:-1], unknowns[-1] - self.mean @ unknowns[:-1]
-        rounded = kernel.astype(self.dtype), bias.astype(self.dtype)
-        loss, gradient = l2 * float((kernel**2).sum()), np.zeros_like(unknowns)
+        rounded = np.ascontiguousarray(kernel.T, self.dtype), bias[:, None].astype(self.dtype)
+        loss, by_kernel, by_bias = l2 * float((kernel**2).sum()), np.zeros(rounded[0].shape), np.zeros(self.n_classes)
         # The blocks are always the same and are added in order: the number of threads changes no bit.
         for part, kernel_part, bias_part in self._map(lambda block: self._block(block, *rounded)):
             loss += part
-            gradient[:-1] += kernel_part
-            gradient[-1] += bias_part
-        gradient[:-1] += 2 * l2 * kernel - np.outer(self.mean, gradient[-1])
+            by_kernel += kernel_part
+            by_bias += bias_part
+        gradient = np.empty_like(unknowns)
+        gradient[:-1] = by_kernel.T + 2 * l2 * kernel - np.outer(self.mean, by_bias)
+        gradient[-1] = by_bias
         return loss, gradient.ravel()
 
     def _block(self, block: slice, kernel: Rows, bias: Rows) -> _Part:
-        """A block's part of the loss and of its derivatives by W and b."""
+        """A block's part of the loss and of its derivatives by W' ``(C, D)`` and b; `kernel` is W', `bias` ``(C, 1)``.
+
+        Logits are ``(C, n)``: with few classes, sums over them and both products are faster so.
+        """
         signals.check()  # here, because folds and blocks are computed in threads, which no signal reaches
         rows, labels, weights = self._rows(block), self.labels[block], self.weights[block]
-        z = rows @ kernel
+        z = kernel @ rows.T
         z += bias
-        z -= z.max(axis=1, keepdims=True)
-        p = np.exp(z)
-        total = p.sum(axis=1, keepdims=True)
-        p /= total
-        own = np.arange(len(labels)), labels
-        target = np.full_like(z, self.smoothing / self.n_classes)
-        target[own] += 1 - self.smoothing
+        z -= z.max(axis=0)
+        own, smoothed = (labels, np.arange(len(labels))), self.smoothing / self.n_classes
+        target_z = (1 - self.smoothing) * z[own].astype(np.float64)
+        if smoothed:
+            target_z += smoothed * z.sum(axis=0, dtype=np.float64)
+        slope = np.exp(z, out=z)
+        total = slope.sum(axis=0)
         # CE = ln sum exp(z) - sum(target z), because the targets sum to 1.
-        entropy = np.log(total[:, 0], dtype=np.float64) - (target * z).sum(axis=1, dtype=np.float64)
-        slope = (p - target) * weights.astype(self.dtype)[:, None]
-        return float(weights @ entropy), rows.T @ slope, slope.sum(axis=0, dtype=np.float64)
+        entropy = np.log(total, dtype=np.float64) - target_z
+        weight = weights.astype(self.dtype)
+        slope *= weight / total
+        if smoothed:
+            slope -= smoothed * weight
+        slope[own] -= (1 - self.smoothing) * weight
+        return float(weights @ entropy), slope @ rows, slope.sum(axis=1, dtype=np.float64)
 
     def _map(self, function: Callable[[slice], _Part]) -> Iterable[_Part]:
-        return ordered_map(function, self.blocks, cores()) if len(self.blocks) > 1 else map(function, self.blocks)
+        rows = len(self.features)
+        small = len(self.blocks) == 1 or (rows <= _SERIAL_ROWS and rows * self.n_classes <= _SERIAL_LOGITS)
+        return map(function, self.blocks) if small else ordered_map(function, self.blocks, cores())
 
     def _rows(self, block: slice) -> Rows:
         return np.asarray(self.features[block], self.dtype)
