@@ -1,5 +1,6 @@
 """The choice of l2 against scikit-learn, and the bound on its work."""
 
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ from head_examples import blobs, many_classes
 from finetune_cli.head import l2 as l2_module
 from finetune_cli.head.data import HeadData
 from finetune_cli.head.l2 import L2Search, choose_l2
-from finetune_cli.head.lbfgs import fit_lbfgs, one_blas_thread
+from finetune_cli.head.lbfgs import Problem, fit_lbfgs, one_blas_thread
 
 
 def cross_validated(x, y, l2, seed=0):
@@ -161,3 +162,60 @@ def test_choose_l2_does_not_judge_rows_without_a_fold():
     x, y = blobs(photos=30, classes=2)
     _, tried = choose_l2(replace(HeadData.of(x, y, 2), folds=np.zeros(30, np.int64)))
     assert all(loss == 0 for _, loss in tried)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_choose_l2_gives_the_same_with_any_number_of_threads(monkeypatch, threads):
+    x, y = blobs(photos=150)
+    expected = choose_l2(HeadData.of(x, y, 3))
+    monkeypatch.setattr(l2_module, "cores", lambda: threads)
+    assert choose_l2(HeadData.of(x, y, 3)) == expected
+
+
+def test_a_fold_goes_on_while_another_is_still_fitted(monkeypatch):
+    x, y = blobs(photos=150)
+    seen, went_on, waited = set(), threading.Event(), []
+    plain = Problem.minimise
+
+    def minimise(self, l2, *arguments, **options):
+        seen.add(l2)
+        if len(seen) > 1:
+            went_on.set()
+        elif start_of(self) == max(starts):
+            waited.append(went_on.wait(20))
+        return plain(self, l2, *arguments, **options)
+
+    def start_of(problem):
+        return problem.labels.ctypes.data
+
+    made = l2_module._CrossValidation.__init__
+    starts = []
+
+    def record(self, *arguments):
+        made(self, *arguments)
+        starts.extend(start_of(problem) for problem in self.problems)
+
+    monkeypatch.setattr(l2_module._CrossValidation, "__init__", record)
+    monkeypatch.setattr(Problem, "minimise", minimise)
+    monkeypatch.setattr(l2_module, "cores", lambda: 2)
+    choose_l2(HeadData.of(x, y, 3))
+    assert waited == [True]
+
+
+def test_what_was_begun_in_vain_ends_with_the_search(monkeypatch):
+    x, y = blobs(photos=150)
+    plain = Problem.minimise
+    running = []
+
+    def minimise(self, *arguments, **options):
+        running.append(1)
+        try:
+            return plain(self, *arguments, **options)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(Problem, "minimise", minimise)
+    before = threading.active_count()
+    choose_l2(HeadData.of(x, y, 3))
+    assert not running
+    assert threading.active_count() == before

@@ -1,7 +1,10 @@
 """The choice of the penalty `l2` by cross-validation on the training features."""
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +15,7 @@ from finetune_cli.head.data import HeadData, Ints, Rows
 from finetune_cli.head.lbfgs import Head, Problem, one_blas_thread
 from finetune_cli.metrics.calibration import fit_temperature, softmax
 from finetune_cli.metrics.folds import group_folds
-from finetune_cli.parallel import cores, ordered_map
+from finetune_cli.parallel import cores
 from finetune_cli.progress import Advance, ignore_progress
 
 FOLDS = 5
@@ -69,12 +72,16 @@ def choose_l2(
     with one_blas_thread():
         validation = _CrossValidation(reduced, _validation_folds(reduced, search.seed), search.label_smoothing)
         for exponents in (range(first, first - _WEAKER, -1), range(first + 1, first + 1 + _STRONGER)):
-            for exponent in exponents if best == first else ():
-                tried[exponent] = validation.log_loss(10.0 ** (exponent / 2), search.calibrated, progress)
-                if tried[exponent] < tried[best] * (1 - _GAIN):
-                    best = exponent
-                elif abs(exponent - best) >= 2:
-                    break
+            if best != first:
+                break
+            penalties = [10.0 ** (exponent / 2) for exponent in exponents]
+            with closing(validation.log_losses(penalties, search.calibrated, progress)) as losses:
+                for exponent, loss in zip(exponents, losses, strict=False):
+                    tried[exponent] = loss
+                    if loss < tried[best] * (1 - _GAIN):
+                        best = exponent
+                    elif abs(exponent - best) >= 2:
+                        break
     pairs = {exponent: 10.0 ** (exponent / 2) * float(part.mean()) for exponent in sorted(tried)}
     return pairs[best], [(l2, tried[exponent]) for exponent, l2 in pairs.items()]
 
@@ -147,19 +154,54 @@ class _CrossValidation:
         ]
         self.heads: list[Head | None] = [None] * len(self.problems)
 
-    def log_loss(self, l2: float, calibrated: bool, progress: Advance) -> float:
-        """The weighted mean log loss of the held-out rows; 0 if there are none. The folds are fitted side by side."""
+    def log_losses(
+        self, penalties: Iterable[float], calibrated: bool, progress: Advance
+    ) -> Generator[float, None, None]:
+        """The weighted mean log loss of the held-out rows for each of the `penalties`; 0 if there are none.
+
+        The folds are fitted side by side, and none waits for the others: one that is ready goes on with the next
+        penalty, so that no core idles while the last fold is fitted. What was begun in vain is dropped when the
+        generator is closed. Every fit starts from its fold's last one, so the number of threads changes no bit.
+        """
+        closed = threading.Event()
+
+        def fit(k: int, l2: float, before: Future[Head] | None) -> Head:
+            start = self.heads[k] if before is None else before.result()
+            return self.problems[k].minimise(l2, start, stop_if_closed, tolerance=1e-5)
+
+        def stop_if_closed(_done: int, _total: int | None = None) -> None:
+            if closed.is_set():
+                raise StopIteration  # which SciPy takes for the wish to end
+
+        pool = ThreadPoolExecutor(cores(), thread_name_prefix="finetune")
+        begun: list[Future[Head]] | None = None
+        try:
+            for l2 in (*penalties, None):
+                waited = begun
+                if l2 is not None:
+                    # Tasks are begun in order: the one that a task waits for is never behind it.
+                    begun = [
+                        pool.submit(fit, k, l2, None if waited is None else waited[k])
+                        for k in range(len(self.problems))
+                    ]
+                if waited is not None:
+                    for k, future in enumerate(waited):
+                        self.heads[k] = future.result()
+                        progress(1)
+                    yield self._held_out_loss(calibrated)
+        finally:
+            closed.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _held_out_loss(self, calibrated: bool) -> float:
+        """The weighted mean log loss of the held-out rows by the folds' heads."""
         if not self.held_out:
             return 0.0
-
-        def fit(k: int) -> Head:
-            return self.problems[k].minimise(l2, self.heads[k], ignore_progress, tolerance=1e-5)
-
-        logits = []
-        for k, head in enumerate(ordered_map(fit, range(len(self.problems)), cores())):
-            self.heads[k] = head
-            logits.append(head.logits(self.data.features[self.held_out[k]]))
-            progress(1)
+        logits = [
+            head.logits(self.data.features[rows])
+            for head, rows in zip(self.heads, self.held_out, strict=True)
+            if head is not None
+        ]
         rows = slice(self.first, self.held_out[-1].stop)
         z, y, w = np.concatenate(logits), self.data.labels[rows], self.data.weights[rows]
         p = softmax(z, fit_temperature(z, y, w) if calibrated else 1.0)
