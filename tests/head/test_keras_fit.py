@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -302,3 +303,26 @@ def test_a_file_without_a_head_is_refused():
 def test_a_head_that_does_not_fit_is_refused(lite0):
     with pytest.raises(ValueError, match="does not fit"):
         build(lite0, glorot(1280, 3, 0), 1.0, ["a", "b"])
+
+
+def test_the_memory_of_batches_does_not_grow_with_photos_times_classes():
+    photos, classes = 20_000, 500
+    data = HeadData.of(np.zeros((photos, 1, 2), np.float32), np.arange(photos) % classes, classes)
+    tracemalloc.start()
+    try:
+        x, target, weights = next(keras_fit._batches(data, KerasSettings())(0))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(x) == len(target) == len(weights)
+    assert (target.sum(axis=1) == 1).all()
+    assert peak < 4 * photos * classes / 10
+
+
+def test_photos_are_validated_in_blocks_with_the_same_result(monkeypatch):
+    x, y = views()
+    head, data = glorot(x.shape[2], 3, 0), HeadData.of(x[:, 0], y, 3)
+    settings = KerasSettings(l2=0.01, label_smoothing=0.1)
+    whole = keras_fit._validate(head, data, settings)
+    monkeypatch.setattr(keras_fit, "_VALIDATED_ROWS", 7)
+    assert keras_fit._validate(head, data, settings) == pytest.approx(whole, rel=1e-6)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from head_examples import blobs
 
+from finetune_cli.head import out_of_fold
 from finetune_cli.head.data import HeadData
 from finetune_cli.head.lbfgs import fit_lbfgs
 from finetune_cli.head.out_of_fold import fit_folds, numbers
@@ -40,3 +41,15 @@ def test_the_answer_for_a_photo_does_not_depend_on_its_label_or_its_features():
     after = fit_folds(other, whole.features[:, 0], 0.01)
     assert after[own] == pytest.approx(before[own], abs=2e-3)
     assert np.abs(after - before)[folds == 3].max() > 0.1
+
+
+def test_photos_are_answered_in_blocks_and_heads_are_fitted_side_by_side(monkeypatch):
+    whole, folds = data()
+    rows = replace(whole, folds=folds)
+    expected = fit_folds(rows, whole.features[:, 0], 0.01)
+    monkeypatch.setattr(out_of_fold, "_BLOCK_PHOTOS", 4)
+    monkeypatch.setattr(out_of_fold, "cores", lambda: 3)
+    done = []
+    found = fit_folds(rows, whole.features[:, 0], 0.01, advance=done.append)
+    assert found == pytest.approx(expected, abs=1e-5, nan_ok=True)  # a product's bits depend on its number of rows
+    assert done == [1, 1, 1, 1]

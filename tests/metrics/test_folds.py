@@ -39,3 +39,8 @@ def test_photos_of_a_group_and_copies_share_a_number():
     assert numbers[1] == numbers[3]
     assert len(set(numbers)) == 4
     assert group_numbers([]).shape == (0,)
+
+
+def test_numbers_follow_the_order_of_groups_and_contents():
+    photos = [("b", "00"), (None, "ff"), (None, "0a"), ("a", "01"), (None, "0a")]
+    assert group_numbers(photos).tolist() == [3, 1, 0, 2, 0]

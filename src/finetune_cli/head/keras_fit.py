@@ -21,6 +21,8 @@ from finetune_cli.head.data import HeadData, Rows
 from finetune_cli.head.lbfgs import Head, one_blas_thread
 from finetune_cli.keras_setup import import_keras
 
+_VALIDATED_ROWS = 4096  # photos that are validated at once: memory does not grow with their number
+
 
 @dataclass(frozen=True, slots=True)
 class KerasSettings:
@@ -254,7 +256,6 @@ def _batches(data: HeadData, settings: KerasSettings) -> Callable[[int], Iterato
     and weights have the mean 1: then the mean loss of the batches is the objective.
     """
     views, photos = data.features.shape[1], np.flatnonzero(data.weights)
-    targets = np.eye(data.n_classes, dtype=np.float32)[data.labels]
     scaled = (data.weights / data.weights[photos].mean()).astype(np.float32)
     first_views = np.random.default_rng(settings.seed).integers(0, views, size=data.labels.shape)
 
@@ -263,17 +264,24 @@ def _batches(data: HeadData, settings: KerasSettings) -> Callable[[int], Iterato
         # Each photo takes its views in turn, from a random first one, so all are seen equally often.
         turn = (first_views + epoch) % views
         for chosen in np.array_split(order, math.ceil(len(photos) / settings.batch_size)):
-            yield np.asarray(data.features[chosen, turn[chosen]]), targets[chosen], scaled[chosen]
+            targets = np.zeros((len(chosen), data.n_classes), np.float32)
+            targets[np.arange(len(chosen)), data.labels[chosen]] = 1
+            yield np.asarray(data.features[chosen, turn[chosen]]), targets, scaled[chosen]
 
     return batches
 
 
 def _validate(head: Head, data: HeadData, settings: KerasSettings) -> dict[str, float]:
     """Validation loss (the objective) and accuracy."""
-    labels = data.labels
-    z = head.logits(data.features).astype(np.float64)
-    z -= z.max(axis=1, keepdims=True)
-    target = np.eye(z.shape[1])[labels] * (1 - settings.label_smoothing) + settings.label_smoothing / z.shape[1]
-    entropy = np.log(np.exp(z).sum(axis=1)) - (target * z).sum(axis=1)
+    entropy, right = np.empty(len(data.labels)), np.empty(len(data.labels), np.bool_)
+    for start in range(0, len(entropy), _VALIDATED_ROWS):
+        rows = slice(start, start + _VALIDATED_ROWS)
+        labels = data.labels[rows]
+        z = head.logits(data.features[rows]).astype(np.float64)
+        right[rows] = z.argmax(axis=1) == labels
+        z -= z.max(axis=1, keepdims=True)
+        target = np.full_like(z, settings.label_smoothing / z.shape[1])
+        target[np.arange(len(z)), labels] += 1 - settings.label_smoothing
+        entropy[rows] = np.log(np.exp(z).sum(axis=1)) - (target * z).sum(axis=1)
     penalty = settings.l2 * float((head.kernel.astype(np.float64) ** 2).sum())
-    return {"val_loss": float(entropy.mean()) + penalty, "val_accuracy": float((z.argmax(axis=1) == labels).mean())}
+    return {"val_loss": float(entropy.mean()) + penalty, "val_accuracy": float(right.mean())}
