@@ -3,9 +3,9 @@
     python benchmarks/measure.py PHOTOS [part ...]
 
 PHOTOS is a folder with `hymenoptera/{train,val}` and `scenes/{train,test}` (see data/README.md for where such sets
-are). Parts: predict, quickstart, stages, many, extraction, views, textbook, textbook_resnet50, again, growth, memory,
-classes; all of them without a name. The machine should have nothing else to do; compare ratios, not seconds, between
-machines.
+are). Parts: predict, quickstart, stages, stages_many, many, extraction, views, textbook, textbook_resnet50, again,
+growth, memory, classes; all of them without a name. The machine should have nothing else to do; compare ratios, not
+seconds, between machines.
 """
 
 import hashlib
@@ -19,6 +19,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import stages as stage_tables
 
 HERE = Path(__file__).parent
 FINETUNE = [sys.executable, "-m", "finetune_cli"]
@@ -181,51 +183,55 @@ def photo_costs(samples: list, settings: object, augmenter: object, runtime: obj
 
 
 def stages(photos: Path, folder: Path) -> None:
-    """Where the seconds of a first run go, and of one with other head settings, beside what the photos alone take.
+    """The stages of a first run, of one with other head settings, and of a first one with ResNet50.
 
-    The limit: the core-seconds that decoding, warping and the backbone need, divided by the cores.
+    The limit of the features: the core-seconds that decoding, warping and the backbone need, divided by the cores.
     """
-    imported, _ = seconds([sys.executable, "-c", "import tensorflow"], 5)
-    say("import tensorflow", f"{imported:.2f} s")
+    say("import tensorflow", f"{seconds([sys.executable, '-c', 'import tensorflow'], 3)[0]:.2f} s")
+    stage_tables.print_header()
     for backbone, weights in (("efficientnet_lite0", "imagenet"), ("resnet50", "null")):
         data = [*lite0(photos, folder, "hymenoptera"), f"model.backbone={backbone}", f"model.weights={weights}"]
-        first = [
-            timed_stages(folder / f"{backbone}-{i}", "first", [*data, *AUGMENTATION], "training.l2=auto")
-            for i in range(3)
-        ]
-        second = [
-            timed_stages(
-                folder / f"{backbone}-0", f"second-{i}", [*data, *AUGMENTATION], f"training.label_smoothing=0.{i}"
-            )
-            for i in range(1, 6)
-        ]
-        limit = photo_limit(photos, folder / f"{backbone}-0" / "runs" / "first")
-        for name, found in (("first", first), ("other head settings", second)):
-            taken, used, run = sorted(found, key=lambda each: each[0])[len(found) // 2]
-            rest = taken - sum(run["seconds"].values())
-            say(
-                f"stages, {backbone}, {name}",
-                f"{taken:.2f} s",
-                f"{taken / imported:.2f} x import tensorflow",
-                f"{used:.1f} core-seconds",
-                f"{used / taken:.2f} cores in use",
-                *(f"{stage} {value:.2f}" for stage, value in run["seconds"].items()),
-                f"start and end {rest:.2f}",
-                f"limit {limit:.2f} s" if name == "first" else "limit 0 s",
-            )
+        data += AUGMENTATION
+        first = [stage_tables.measured(fresh(folder / f"{backbone}-{i}"), "first", data) for i in range(3)]
+        limit = photo_limit(photos / "hymenoptera" / "train", folder / f"{backbone}-0" / "runs" / "first")
+        found = median_run(first)
+        stage_tables.print_table(f"{backbone}, first", found, {"features": limit})
+        if backbone == "efficientnet_lite0":
+            second = [
+                stage_tables.measured(
+                    folder / f"{backbone}-0", f"second-{i}", [*data, f"training.label_smoothing=0.{i}"]
+                )
+                for i in range(1, 6)
+            ]
+            stage_tables.print_table(f"{backbone}, other head settings", median_run(second), {})
 
 
-def timed_stages(folder: Path, name: str, data: list[str], *overrides: str) -> tuple[float, float, dict]:
-    """Wall-clock seconds and core-seconds, those of its helpers included, of one training, and its run.json."""
-    folder.mkdir(exist_ok=True)
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    taken, run = train(folder, name, data, *overrides)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return taken, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, run
+def stages_many(photos: Path, folder: Path) -> None:
+    """The stages of a first run on many photos with one view each; FINETUNE_MANY says how many, 30,000 by default."""
+    count = int(os.environ.get("FINETUNE_MANY", "30000"))
+    source = copies(photos, folder / "many", count)
+    data = [f"data.train={source}", "model.backbone=efficientnet_lite0", "augmentation=null"]
+    data += ["data.near_duplicates=ignore"]  # nearly all of them are
+    found, _run = stage_tables.measured(fresh(folder / "run"), "first", data)
+    limit = photo_limit(source, folder / "run" / "runs" / "first")
+    stage_tables.print_header()
+    stage_tables.print_table(f"{count} photos", found, {"features": limit})
+
+
+def fresh(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+def median_run(runs: list[tuple[dict, dict]]) -> dict:
+    """The stages of the run whose seconds are the median."""
+    return sorted((found for found, _run in runs), key=lambda found: found["all"][0])[len(runs) // 2]
 
 
 def photo_limit(photos: Path, run: Path) -> float:
-    """Seconds that the photos of `run` would take if all cores worked on nothing else."""
+    """Seconds that the photos of `run`, such as those in the class folders `photos`, would take if all cores worked
+    on nothing else.
+    """
     from finetune_cli.inference import runtimes
     from finetune_cli.parallel import cores
     from finetune_cli.photos.augment import Augmenter
@@ -234,7 +240,7 @@ def photo_limit(photos: Path, run: Path) -> float:
     from finetune_cli.training.converted import Converted
 
     manifest = json.loads((run / "run.json").read_text())
-    paths = sorted((photos / "hymenoptera" / "train").glob("*/*.jpg"))[:64]
+    paths = sorted(photos.glob("*/*.jpg"))[:64]
     samples = [Sample(path, path.name, 0, hashlib.sha256(path.read_bytes()).hexdigest()) for path in paths]
     augmenter = Augmenter({"horizontal_flip": True, "width_shift_range": 0.2, "height_shift_range": 0.2}, 4, 0, 224)
     found = next(path for path in (run.parents[1] / "cache" / "backbones").iterdir() if path.is_dir())
@@ -337,18 +343,23 @@ def again(photos: Path, folder: Path) -> None:
 
 def growth(photos: Path, folder: Path) -> None:
     """Seconds for 500, 1,000 and 2,000 photos."""
-    originals = sorted((photos / "scenes" / "train").glob("*/*.jpg"))
     for count in (500, 1000, 2000):
-        target = folder / f"growth-{count}"
-        for i in range(count):
-            source = originals[i % len(originals)]
-            copy = target / source.parent.name / f"{i}-{source.name}"
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(source.read_bytes() + f"copy {i}".encode())  # another digest, the same picture
+        target = copies(photos, folder / f"growth-{count}", count)
         taken, run = train(
             folder, f"growth-{count}", [f"data.train={target}", "model.backbone=efficientnet_lite0"], *AUGMENTATION
         )
         say(f"{count} photos x {run['views']['per_photo']} views", f"{taken:.1f} s", json.dumps(run["seconds"]))
+
+
+def copies(photos: Path, target: Path, count: int) -> Path:
+    """Write `count` photos of scenes into the class folders `target`: other digests, the same few hundred pictures."""
+    originals = sorted((photos / "scenes" / "train").glob("*/*.jpg"))
+    for i in range(count):
+        source = originals[i % len(originals)]
+        copy = target / source.parent.name / f"{i}-{source.name}"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(source.read_bytes() + f"copy {i}".encode())
+    return target
 
 
 def memory(photos: Path, folder: Path) -> None:  # noqa: ARG001
@@ -469,6 +480,7 @@ PARTS = {
         predict,
         quickstart,
         stages,
+        stages_many,
         many,
         extraction,
         views,
