@@ -462,7 +462,7 @@ def fit_synthetic(folder: Path, solver: str) -> None:
         array = scratch_array(folder, (count, n_views, 1280))
         for i in range(count):
             array[i] = np.abs(rng.normal(size=(n_views, 1280)).astype(np.float32)) + centres[i % 10]
-        parts[split] = Features(array, samples, (), 0, 0)
+        parts[split] = Features(array, samples, (), 0, 0, np.zeros((0, 0, 0), np.uint8))
     config = Config.model_validate({"data": {"train": folder}, "training": {"solver": solver, "l2": 1e-4}})
     classes = tuple("0123456789")
     if solver == "adam":

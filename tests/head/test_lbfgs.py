@@ -114,7 +114,8 @@ def test_a_memory_map_is_read_in_blocks_with_the_same_result(tmp_path, monkeypat
     assert isinstance(rows.features, np.memmap)
     in_memory = replace(rows, features=np.array(rows.features))
     whole = fit_lbfgs(in_memory, 1e-2)
-    monkeypatch.setattr(lbfgs, "_BLOCK_ROWS", 32)  # ten blocks, in threads
+    monkeypatch.setattr(lbfgs, "_BLOCK_ROWS", 32)
+    monkeypatch.setattr(lbfgs, "_SERIAL_ROWS", 0)  # ten blocks, in threads
     blocks, also = fit_lbfgs(rows, 1e-2), fit_lbfgs(in_memory, 1e-2)
     assert blocks.kernel.tobytes() + blocks.bias.tobytes() == also.kernel.tobytes() + also.bias.tobytes()
     assert np.abs(whole.kernel - blocks.kernel).max() < 1e-3
@@ -133,7 +134,7 @@ import hashlib, os, numpy as np
 from finetune_cli.head import lbfgs
 from finetune_cli.head.data import HeadData
 from finetune_cli.head.l2 import choose_l2
-lbfgs._BLOCK_ROWS = 200
+lbfgs._BLOCK_ROWS, lbfgs._SERIAL_ROWS = 200, 0
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: int(os.environ["OMP_NUM_THREADS"])])
 rng = np.random.default_rng(0)
@@ -217,6 +218,17 @@ def test_a_search_ends_where_rounding_hides_further_gains():
     exact = fit_lbfgs(HeadData.of(x.astype(np.float64), y, 3), 1e-4)
     reached, least = (objective(each, x, y, np.ones(3000), 1e-4) for each in (head, exact))
     assert reached - least < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes", "threads"), [(4000, 10, False), (1000, 5000, False), (5000, 2, True), (3000, 100, True)]
+)
+def test_large_problems_are_computed_in_threads(monkeypatch, rows, classes, threads):
+    used = []
+    monkeypatch.setattr(lbfgs, "ordered_map", lambda function, blocks, _cores: used.append(1) or map(function, blocks))
+    problem = lbfgs.Problem(HeadData.of(np.zeros((rows, 2), np.float32), np.arange(rows) % classes, classes), 0.0)
+    problem._loss_and_gradient(np.zeros(3 * classes), 0.1)
+    assert bool(used) == threads
 
 
 def test_a_shorter_history_of_lbfgs_finds_the_same_head(monkeypatch):

@@ -23,7 +23,7 @@ from finetune_cli.progress import Advance, ignore_progress
 _Part = tuple[float, Rows, Floats]
 
 _BLOCK_ROWS = 1024  # so few that most of what the forward pass has read is still in a core's cache on the way back
-_SERIAL_BLOCKS = 4  # threads would cost a problem of no more blocks more than they gain
+_SERIAL_ROWS, _SERIAL_LOGITS = 4096, 1 << 16  # threads would cost a problem of no more than both more than they gain
 _ITERATIONS = 1000
 _CORRECTIONS = 30  # L-BFGS keeps this many pairs of vectors as long as the unknowns ...
 _HISTORY_BYTES = 256_000_000  # ... and fewer pairs where they would take more than this
@@ -152,8 +152,9 @@ class Problem:
         return float(weights @ entropy), slope @ rows, slope.sum(axis=1, dtype=np.float64)
 
     def _map(self, function: Callable[[slice], _Part]) -> Iterable[_Part]:
-        few = len(self.blocks) <= _SERIAL_BLOCKS
-        return map(function, self.blocks) if few else ordered_map(function, self.blocks, cores())
+        rows = len(self.features)
+        small = len(self.blocks) == 1 or (rows <= _SERIAL_ROWS and rows * self.n_classes <= _SERIAL_LOGITS)
+        return map(function, self.blocks) if small else ordered_map(function, self.blocks, cores())
 
     def _rows(self, block: slice) -> Rows:
         return np.asarray(self.features[block], self.dtype)
