@@ -272,8 +272,8 @@ def test_the_report_shows_what_chose_and_what_was_trained(without_test, frozen, 
     text = " ".join(html.report(judged, tmp_path, Silent()).read_text("utf-8").split())
     assert f"Kept: {tuned.manifest.fine_tuning['kept']}." in text
     assert "The out-of-fold predictions chose: each photo was answered by candidates that were tuned without" in text
-    assert "without each fold in turn, on 2 views" in text
-    assert "on all photos, on 2 views" in text
+    assert "without each fold in turn (the curves are means), on 2 views" in text
+    assert "on all photos, which leaves none to validate, on 2 views" in text
     assert "validation photos" not in text
     assert "On the features of the frozen backbone, because the tuned one has learned from all of these" in text
     assert "by a backbone and a head that were tuned without its fold" in text

@@ -15,6 +15,8 @@ from finetune_cli.tables import parse_csv, parse_numbers
 from finetune_cli.text import brief
 from finetune_cli.training.tuning.comparison import FLIPPED, FLIPPED_HEADER, HISTORY
 
+_ON_ALL = "on all photos, which leaves none to validate, "
+_IN_FOLDS = "without each fold in turn (the curves are means), "
 _MOST_FLIPPED = 12  # photos shown of each kind
 
 
@@ -54,11 +56,7 @@ def _training(run: Run, number: int, facts: Mapping[str, Any]) -> dict[str, Any]
         raise RunError(f"{run.folder / HISTORY} lacks training {number}", "restore the run from a copy")
     return {
         "diverged": diverged,
-        "on": "on all photos, "
-        if facts.get("final") is True
-        else "without each fold in turn, "
-        if "folds" in facts
-        else "",
+        "on": _ON_ALL if facts.get("final") is True else _IN_FOLDS if "folds" in facts else "",
         "above": brief(facts["first_trained"]),
         "below": brief(facts["last_frozen"]),
         "weights": f"{int(facts['weights']):,}",
