@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -15,8 +17,8 @@ from command_line import run
 from trainings import ENVIRONMENT, SAME
 
 import stores
-from finetune_cli import storage
-from finetune_cli.errors import StorageError
+from finetune_cli import signals, storage
+from finetune_cli.errors import Interrupted, StorageError
 from finetune_cli.storage import Patience
 
 pytestmark = pytest.mark.machines
@@ -112,6 +114,19 @@ def test_a_server_that_always_fails_is_an_error_in_known_time(s3, hasty, status)
     with pytest.raises(StorageError, match="s3://photos/never/1 cannot be read, though it was tried again"):
         storage.read("s3://photos/never/1")
     assert time.monotonic() - started < 15
+
+
+def test_a_signal_is_not_kept_waiting_by_a_silent_server(s3, monkeypatch):
+    storage.write("s3://photos/never/3", b"x")
+    s3.spoil("hang")
+    threading.Timer(1.0, lambda: signals._received.append(signal.SIGINT)).start()
+    started = time.monotonic()
+    try:
+        with pytest.raises(Interrupted):
+            storage.read("s3://photos/never/3")
+    finally:
+        signals._received.clear()
+    assert time.monotonic() - started < 5
 
 
 def test_a_drop_by_drop_answer_ends_with_the_patience(s3, monkeypatch):

@@ -185,7 +185,8 @@ def _facts(
             if cached is None and isinstance(status, os.stat_result) and isinstance(facts, Facts):
                 cache.put(Path(photo.path), status, facts)
             found.append(facts)
-        advance(sum(facts is not None for facts in answers))
+            if facts is not None:
+                advance(1)
     return found
 
 
