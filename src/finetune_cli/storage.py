@@ -87,7 +87,9 @@ def check(address: str) -> None:
         raise UsageError(
             f"{shown(address)} is an address of the web, not of a store", "download it, and name the file or folder"
         )
-    if not rest.strip("/") and protocol not in ("memory", "file", "local"):
+    if protocol in ("file", "local"):  # fsspec would wait for a pipe forever, and follow every link
+        raise UsageError(f"{shown(address)} is on this machine", "write its path, without what is before it")
+    if not rest.strip("/") and protocol != "memory":
         raise UsageError(f"{shown(address)} names no bucket", f"write {protocol}://bucket/folder")
     if "\0" in address:
         raise UsageError(f"{shown(address)} holds a NUL character", "correct the address")
@@ -148,7 +150,10 @@ def readers(workers: int) -> int:
 
 def write(address: str, data: bytes) -> None:
     """Write an object; what had that address is replaced. Raises `StorageError`."""
-    _tried(address, "written", lambda system, path: _write(system, path, data))
+    try:
+        _tried(address, "written", lambda system, path: _write(system, path, data))
+    except FileNotFoundError as exc:
+        raise StorageError(f"{shown(address)} cannot be written: there is no such bucket", "check the address") from exc
 
 
 def status(address: str) -> Stored:
@@ -208,6 +213,7 @@ class _Counter:
 
 
 _counter = _Counter()
+_making = threading.Lock()  # of the file system of a process, which many threads want at once
 
 
 class OversizedError(OSError):
@@ -234,7 +240,8 @@ def _tried(address: str, done: str, operation: Callable[[Any, str], Result]) -> 
     """
     check(address)
     protocol, rest = _parts(address)
-    system = _file_system(os.getpid(), protocol)
+    with _making:
+        system = _file_system(os.getpid(), protocol)
     path = rest.rstrip("/") if protocol in _EXTRAS else f"{protocol}://{rest}"
     end = time.monotonic() + patience.operation
     for pause in (*patience.pauses, None):
@@ -355,8 +362,7 @@ def _try_once(system: Any) -> None:
 
 def _write(system: Any, path: str, data: bytes) -> None:
     if not system.async_impl:
-        parent = path.rpartition("/")[0]
-        system.makedirs(parent, exist_ok=True)
+        system.makedirs(path.rpartition("/")[0], exist_ok=True)
     _call(system, "pipe_file", path, data)
 
 

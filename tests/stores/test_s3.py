@@ -77,21 +77,22 @@ def test_objects_are_written_read_and_listed(s3):
         storage.read("s3://photos/objects/a/none")
     with pytest.raises(OSError, match="more than 2 bytes"):
         storage.read("s3://photos/objects/a/1", 2)
+    with pytest.raises(StorageError, match="there is no such bucket"):
+        storage.write("s3://no-such-bucket/a", b"x")
     with pytest.raises(StorageError, match="there is no bucket"):
         list(storage.entries("s3://no-such-bucket/a"))
 
 
-@pytest.mark.slow
 def test_many_objects_are_listed_in_pages_and_in_order(s3):
-    names = [f"many/{i % 7}/{i:04}.png" for i in range(2300)]
+    names = [f"many/{i % 7}/{i:04}.png" for i in range(1050)]
     for name in names:
         s3.put_object("photos", name, b"x")
     asked = int(s3.ask("count/list"))
     listing = storage.entries("s3://photos/many", deep=True)
     first = next(listing)
-    assert int(s3.ask("count/list")) == asked + 1
+    assert int(s3.ask("count/list")) == asked + 1  # the second page is not asked for yet
     assert [first.name, *(entry.name for entry in listing)] == sorted(name.removeprefix("many/") for name in names)
-    assert int(s3.ask("count/list")) == asked + 3
+    assert int(s3.ask("count/list")) == asked + 2
 
 
 @pytest.mark.parametrize("status", ["500", "503"])

@@ -197,10 +197,10 @@ _Known = list[tuple[ListedPhoto, os.stat_result | Recorded | None, Facts | None]
 def _look_up(chunk: Sequence[ListedPhoto], cache: DigestCache) -> _Known:
     """Each photo with what is known of it without reading it."""
     statuses: list[os.stat_result | Recorded | None] = []
-    objects = iter(cache.objects([photo.path for photo in chunk if is_address(photo.path)]))
+    recorded = iter(cache.objects([photo.path for photo in chunk if is_address(photo.path)]))
     for photo in chunk:
         try:
-            statuses.append(next(objects) if is_address(photo.path) else os.stat(photo.path))  # noqa: PTH116 - a Path would only be thrown away
+            statuses.append(next(recorded) if is_address(photo.path) else os.stat(photo.path))  # noqa: PTH116 - a Path would only be thrown away
         except (OSError, ValueError):
             statuses.append(None)
     both = list(zip(chunk, statuses, strict=True))
