@@ -33,7 +33,7 @@ def test_credentials_in_an_address_are_refused_and_not_repeated(text):
 
 
 def test_addresses_of_the_web_and_those_without_a_bucket_are_refused():
-    for text in ("https://host/a.jpg", "ftp://host/a.jpg", "s3://", "s3:///", "s3://a\0b"):
+    for text in ("file:///etc/passwd", "https://host/a.jpg", "ftp://host/a.jpg", "s3://", "s3:///", "s3://a\0b"):
         with pytest.raises(UsageError):
             storage.check(text)
 

@@ -12,15 +12,15 @@ import contextlib
 import errno
 import functools
 import importlib.util
-import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from finetune_cli import signals
 from finetune_cli.errors import FinetuneError, MissingExtra, StorageError, UsageError
 from finetune_cli.text import brief, first_line, shown
 
@@ -34,6 +34,8 @@ _NOT_SIGNED_IN = (
 )
 _SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 _LOGGERS = ("fsspec", "s3fs", "gcsfs", "botocore", "aiobotocore", "google")
+
+_GLANCE = 0.5  # seconds between two looks whether a signal came
 
 MOST_BYTES = 1 << 30  # of an object that is read: a photo of 100 megapixels at 16 bits a channel has 600 MB
 
@@ -85,7 +87,9 @@ def check(address: str) -> None:
         raise UsageError(
             f"{shown(address)} is an address of the web, not of a store", "download it, and name the file or folder"
         )
-    if not rest.strip("/") and protocol not in ("memory", "file", "local"):
+    if protocol in ("file", "local"):  # fsspec would wait for a pipe forever, and follow every link
+        raise UsageError(f"{shown(address)} is on this machine", "write its path, without what is before it")
+    if not rest.strip("/") and protocol != "memory":
         raise UsageError(f"{shown(address)} names no bucket", f"write {protocol}://bucket/folder")
     if "\0" in address:
         raise UsageError(f"{shown(address)} holds a NUL character", "correct the address")
@@ -146,7 +150,10 @@ def readers(workers: int) -> int:
 
 def write(address: str, data: bytes) -> None:
     """Write an object; what had that address is replaced. Raises `StorageError`."""
-    _tried(address, "written", lambda system, path: _write(system, path, data))
+    try:
+        _tried(address, "written", lambda system, path: _write(system, path, data))
+    except FileNotFoundError as exc:
+        raise StorageError(f"{shown(address)} cannot be written: there is no such bucket", "check the address") from exc
 
 
 def status(address: str) -> Stored:
@@ -211,6 +218,7 @@ class _Counter:
 
 
 _counter = _Counter()
+_making = threading.Lock()  # of the file system of a process, which many threads want at once
 
 
 class OversizedError(OSError):
@@ -237,10 +245,12 @@ def _tried(address: str, done: str, operation: Callable[[Any, str], Result]) -> 
     """
     check(address)
     protocol, rest = _parts(address)
-    system = _file_system(os.getpid(), protocol)
+    with _making:
+        system = _file_system(os.getpid(), protocol)
     path = rest.rstrip("/") if protocol in _EXTRAS else f"{protocol}://{rest}"
     end = time.monotonic() + patience.operation
     for pause in (*patience.pauses, None):
+        signals.check()
         try:
             with _deadline(end):
                 return operation(system, path)
@@ -285,15 +295,31 @@ def _call(system: Any, method: str, *args: Any, **options: Any) -> Any:
     """Call a method of a file system of fsspec; an asynchronous one is given up at the deadline."""
     if not system.async_impl:
         return getattr(system, method)(*args, **options)
-    from fsspec.asyn import sync
+    return _awaited(system, getattr(system, f"_{method}")(*args, **options))
 
-    left = max(0.1, _end.at - time.monotonic())
-    return sync(system.loop, getattr(system, f"_{method}"), *args, timeout=left, **options)
+
+def _awaited(system: Any, work: Coroutine[Any, Any, Result]) -> Result:
+    """The result of `work` in the thread of a file system; it is given up at the deadline, or when a signal came."""
+    import asyncio
+
+    future = asyncio.run_coroutine_threadsafe(work, system.loop)
+    try:
+        while True:
+            try:
+                return future.result(timeout=_GLANCE)
+            except TimeoutError:
+                if future.done() or time.monotonic() >= _end.at:
+                    raise
+                signals.check()
+    finally:
+        future.cancel()
 
 
 @functools.cache
 def _file_system(_process: int, protocol: str) -> Any:
     """The file system of fsspec for `protocol`; one for each process, because it holds connections and a thread."""
+    import logging
+
     for name in _LOGGERS:  # they log what we report ourselves
         logging.getLogger(name).addHandler(logging.NullHandler())
         logging.getLogger(name).propagate = False
@@ -341,8 +367,7 @@ def _try_once(system: Any) -> None:
 
 def _write(system: Any, path: str, data: bytes) -> None:
     if not system.async_impl:
-        parent = path.rpartition("/")[0]
-        system.makedirs(parent, exist_ok=True)
+        system.makedirs(path.rpartition("/")[0], exist_ok=True)
     _call(system, "pipe_file", path, data)
 
 
@@ -377,15 +402,13 @@ def _s3_pages(folder: str, deep: bool) -> Iterator[Stored]:
 
 
 def _s3_object(bucket: str, key: str, most: int, system: Any, _path: str) -> tuple[bytes, str | None]:
-    from fsspec.asyn import sync
-
     async def whole() -> tuple[bytes, str | None]:
         answer = await system._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes=0-{most}")
         async with answer["Body"] as body:
             data = await body.read()
         return data, _version(answer.get("ETag"), len(data), answer.get("LastModified"))
 
-    data, version = sync(system.loop, whole, timeout=max(0.1, _end.at - time.monotonic()))
+    data, version = _awaited(system, whole())
     if len(data) > most:
         raise OversizedError(most, f"s3://{bucket}/{key}")
     return data, version

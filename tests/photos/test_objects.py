@@ -12,8 +12,10 @@ from finetune_cli.config.load import load_config
 from finetune_cli.errors import ConfigError, DataError
 from finetune_cli.photos import dataset, fixes, folders
 from finetune_cli.photos.dataset import DataSettings
+from finetune_cli.photos.scan import listed
 from finetune_cli.places import Address, place
 from finetune_cli.progress import ignore_progress
+from finetune_cli.runs import run
 from finetune_cli.storage import Stored
 
 
@@ -88,6 +90,19 @@ def test_what_is_no_photo_is_counted(store):
     assert listing.classes == ("c",)  # an empty folder is a class without photos
 
 
+def test_names_of_strangers_stay_text(store, tmp_path):
+    names = ["a/=1+2.png", "a/\x1b[31m.png", 'a/","train,.png', "a/\u202egnp.png"]
+    store.update({f"set/train/{name}": store["set/train/a/1.png"] + name.encode() for name in names})
+    store["set/train/b/\x1b[2J.png"] = b"no photo"
+    found = load("s3://bucket/set")
+    assert set(names) < {sample.name for sample in found.train}
+    rows = [run.SplitRow("train", "a", sample.digest, sample.name) for sample in found.train]
+    run.write_split(tmp_path / "split.csv", rows)
+    assert run.read_split(tmp_path / "split.csv") == rows
+    assert ",=" not in (tmp_path / "split.csv").read_text()
+    assert "\x1b" not in listed(found.bad)
+
+
 def test_a_folder_that_is_not_there(store):
     with pytest.raises(DataError, match="s3://bucket/none does not exist"):
         load("s3://bucket/none")
@@ -141,7 +156,8 @@ def test_a_table_in_a_store_names_objects_of_its_bucket_or_store(store):
 
     for row in ("/etc/passwd", "../../../x.png", "~/x.png"):
         assert "is outside of the bucket" in problem(row)
-    for row in ("file:///etc/passwd", "memory://x.png", "gs://bucket/x.png"):
+    assert "is on this machine" in problem("file:///etc/passwd")
+    for row in ("memory://x.png", "gs://bucket/x.png"):
         assert "another kind of store" in problem(row)
     assert "hush" not in problem("s3://me:hush@bucket/x.png")
     store["set/t.csv"] = b"image_path,label\ntrain/a/1.png,a\ns3://bucket/else/b.png,b\ns3://other/c.png,b\n"

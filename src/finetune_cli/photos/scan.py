@@ -185,7 +185,8 @@ def _facts(
             if cached is None and isinstance(status, os.stat_result) and isinstance(facts, Facts):
                 cache.put(Path(photo.path), status, facts)
             found.append(facts)
-        advance(sum(facts is not None for facts in answers))
+            if facts is not None:
+                advance(1)
     return found
 
 
@@ -196,10 +197,10 @@ _Known = list[tuple[ListedPhoto, os.stat_result | Recorded | None, Facts | None]
 def _look_up(chunk: Sequence[ListedPhoto], cache: DigestCache) -> _Known:
     """Each photo with what is known of it without reading it."""
     statuses: list[os.stat_result | Recorded | None] = []
-    objects = iter(cache.objects([photo.path for photo in chunk if is_address(photo.path)]))
+    recorded = iter(cache.objects([photo.path for photo in chunk if is_address(photo.path)]))
     for photo in chunk:
         try:
-            statuses.append(next(objects) if is_address(photo.path) else os.stat(photo.path))  # noqa: PTH116 - a Path would only be thrown away
+            statuses.append(next(recorded) if is_address(photo.path) else os.stat(photo.path))  # noqa: PTH116 - a Path would only be thrown away
         except (OSError, ValueError):
             statuses.append(None)
     both = list(zip(chunk, statuses, strict=True))

@@ -37,7 +37,7 @@ from finetune_cli.training import first_look
 
 _STORE_ROWS = 1024
 THUMBNAIL = -1  # stands where the number of a view stands
-FACTS = -2  # so does this, for photos in a store that were not read yet, see `look.py`
+FACTS = -2  # so does this, for photos in a store that were not read yet, see `first_look.py`
 
 
 class RuntimeFactory(Protocol):

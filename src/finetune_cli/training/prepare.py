@@ -427,6 +427,8 @@ def _refuse_bad_headers(settings: Settings, data: Dataset, observer: Observer) -
     """Raise `DataError` if the headers alone stop the training: then with what decoding finds, all at once."""
     on_bad_image = settings.config.data.on_bad_image
     if not scan.may_skip(data.bad, data.photos, on_bad_image):
+        if dataset.in_store(settings.photos):  # what could be read was decoded then
+            scan.refuse_bad(data.bad, data.photos, on_bad_image)
         observer.note(f"{counted(len(data.bad), 'photo')} cannot be used; decoding the others, to find all such photos")
         found = decode_all(data, settings.image, settings.workers, observer)
         scan.refuse_bad([*data.bad, *found], data.photos, on_bad_image)
