@@ -46,10 +46,10 @@ def test_the_answer_for_a_photo_does_not_depend_on_its_label_or_its_features():
 def test_photos_are_answered_in_blocks_and_heads_are_fitted_side_by_side(monkeypatch):
     whole, folds = data()
     rows = replace(whole, folds=folds)
-    expected = fit_folds(rows, whole.features[:, 0], 0.01)
+    expected = logits(fit_folds(rows, 0.01), folds, whole.features[:, 0])
     monkeypatch.setattr(out_of_fold, "_BLOCK_PHOTOS", 4)
     monkeypatch.setattr(out_of_fold, "cores", lambda: 3)
     done = []
-    found = fit_folds(rows, whole.features[:, 0], 0.01, advance=done.append)
+    found = logits(fit_folds(rows, 0.01, advance=done.append), folds, whole.features[:, 0])
     assert found == pytest.approx(expected, abs=1e-5, nan_ok=True)  # a product's bits depend on its number of rows
     assert done == [1, 1, 1, 1]

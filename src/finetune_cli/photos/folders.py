@@ -74,7 +74,8 @@ def read(source: Place) -> Listing:
         return table.read(source)
     if isinstance(source, Path) and (typed := address(source)):
         raise DataError(f"{shown(typed)} is an address, not a path", "download the photos, and name their folder")
-    state = "is neither a folder nor a table named .csv, .tsv or .parquet" if source.exists() else "does not exist"
+    is_other = "is neither a folder nor a regular file named .csv, .tsv or .parquet"
+    state = is_other if source.exists() else "does not exist"
     raise DataError(f"{shown(source)} {state}", "name the folder that holds one folder per class, or a table of photos")
 
 
