@@ -97,9 +97,9 @@ class Resources:
     """What a feature pass works with; none of it changes a value.
 
     make_runtime: called only if the cache lacks something. scratch: the folder of the array. workers: threads that
-    decode and infer. batch_size: views that a thread infers at once. first: view 0 of some of the photos, from an
-    earlier pass of the same precision. prove: called before anything is stored, as often as that; raises when what the
-    runtimes give is not to be kept.
+    decode and infer. batch_size: views that a thread infers at once. first: view 0 of some of the photos, from
+    earlier passes of the same precision. prove: called before anything is stored, as often as that; raises when what
+    the runtimes give is not to be kept.
     """
 
     store: FeatureStore
@@ -107,7 +107,7 @@ class Resources:
     scratch: Path
     workers: int
     batch_size: int
-    first: Features | None = None
+    first: Sequence[Features] = ()
     prove: Callable[[], object] = lambda: None
 
     def keep(self, rows: list[tuple[bytes, NDArray[np.float32]]]) -> None:
@@ -131,8 +131,8 @@ def extract(
     originals: dict[str, int] = {}  # copies of a photo share its digest, and so its features
     for i, sample in enumerate(samples):
         originals.setdefault(sample.digest, i)
-    if resources.first is not None:
-        rows.take_first(resources.first)
+    for first in resources.first:
+        rows.take_first(first)
     missing, found = _from_store(list(originals.values()), rows, store, advance)
     wanted = sum(view != THUMBNAIL for views in missing.values() for view in views)
     bad: dict[int, BadPhoto] = {}

@@ -1,7 +1,7 @@
 """One backbone on its runtime, which computes the features of one split after another."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,8 +10,9 @@ from finetune_cli.cache.features import FeatureStore
 from finetune_cli.devices import Device, Precision
 from finetune_cli.inference import runtimes
 from finetune_cli.inference.runtimes import Runtime
+from finetune_cli.photos.dataset import Dataset
 from finetune_cli.photos.scan import Sample
-from finetune_cli.progress import Advance, Observer
+from finetune_cli.progress import Observer
 from finetune_cli.training import extract
 from finetune_cli.training.converted import Converted
 from finetune_cli.training.extract import FeatureRequest, Features, Resources
@@ -46,44 +47,45 @@ class Extractor:
         split: str,
         samples: Sequence[Sample],
         thumbnails: bool = False,
-        first: Features | None = None,
+        first: Sequence[Features] = (),
     ) -> Features:
         """The features of `samples`, `float32 (n, views, D)`, through `store`.
 
         `first`: view 0 of some of them, if it was computed before in the precision of this split.
         """
-        image, fingerprint = self.settings.image, self.backbone.fingerprint
+        request = replace(self.first_request(split), thumbnails=thumbnails)
         if split == "train":
-            request = FeatureRequest(image, fingerprint, self.precision, self.settings.augmenter, thumbnails)
-        else:
-            request = FeatureRequest(image, fingerprint, "float32", thumbnails=thumbnails)
-        with self.observer.stage(f"features of {split}", len(samples)) as advance:
-            return self._extract(store, samples, request, advance, first)
+            request = replace(request, augmenter=self.settings.augmenter)
+        return self._extract(f"features of {split}", store, samples, request, first)
 
-    @property
-    def first_request(self) -> FeatureRequest:
+    def first_request(self, split: str) -> FeatureRequest:
         """What `first_views` computes."""
-        return FeatureRequest(self.settings.image, self.backbone.fingerprint, self.precision, thumbnails=True)
+        precision = self.precision if split == "train" else "float32"
+        return FeatureRequest(self.settings.image, self.backbone.fingerprint, precision, thumbnails=True)
 
-    def first_views(self, store: FeatureStore, samples: Sequence[Sample]) -> Features:
-        """View 0 of `samples` in the precision of training photos, with thumbnails: what near-duplicates are found by.
+    def first_views(self, store: FeatureStore, data: Dataset) -> dict[str, Features]:
+        """View 0 of the photos of each split, with thumbnails: what near-duplicates are found by.
 
-        It is computed before it is known which of them are training photos.
+        Photos of an automatic split are computed in the precision of the split that they are in before near-duplicates
+        are known: most of them stay there.
         """
-        with self.observer.stage("features of all photos", len(samples)) as advance:
-            return self._extract(store, samples, self.first_request, advance)
+        return {
+            split: self._extract(f"view 0 of {split}", store, samples, self.first_request(split))
+            for split, samples in data.splits.items()
+        }
 
     def _extract(
         self,
+        stage: str,
         store: FeatureStore,
         samples: Sequence[Sample],
         request: FeatureRequest,
-        advance: Advance,
-        first: Features | None = None,
+        first: Sequence[Features] = (),
     ) -> Features:
         scratch = self.settings.cache.scratch
         resources = Resources(store, self.runtime, scratch, self.workers, self.batch_size, first, self.prove)
-        return extract.extract(samples, request, self.backbone.width, resources, advance)
+        with self.observer.stage(stage, len(samples)) as advance:
+            return extract.extract(samples, request, self.backbone.width, resources, advance)
 
     def runtime(self, precision: Precision) -> Runtime:
         """The backbone, converted once and compiled once per precision."""
