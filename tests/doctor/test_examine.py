@@ -176,3 +176,18 @@ def test_a_photo_under_two_labels_stops_a_training_and_names_the_doctor(config):
         prepare.prepare(check_settings(load_config(config)), Silent())
     assert "the same photo is" in str(caught.value)
     assert "finetune doctor" in caught.value.remedy
+
+
+def test_overrides_alone_name_the_photos_as_in_a_training(config, faulty, tmp_path):
+    overrides = load_config(config).model_dump(mode="json")
+    words = [f"data.train={faulty}", "data.on_bad_image=skip", "image.size=64"]
+    words += [f"model.backbone={overrides['model']['backbone']}", f"runtime.cache_dir={config.parent / 'cache'}"]
+    answer = CliRunner().invoke(app, ["doctor", *words, "--output", str(tmp_path), "--quiet"])
+    assert answer.exit_code == 0, answer.output
+    assert (tmp_path / "doctor.html").is_file()
+    printed = answer.output.replace("\n", "")
+    assert f"finetune train data.train={faulty}" in printed
+    assert f"data.fixes={tmp_path / 'fixes.csv'}" in printed
+    answer = CliRunner().invoke(app, ["doctor"])
+    assert answer.exit_code == 2
+    assert "there are no photos to examine" in answer.output

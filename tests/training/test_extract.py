@@ -77,7 +77,7 @@ def run(tmp_path):
         precision="float32",
         batch_size=4,
         thumbnails=False,
-        first=None,
+        first=(),
         prove=lambda: None,
     ):
         runtime.photos = 0
@@ -163,7 +163,7 @@ def test_view_0_of_an_earlier_pass_is_not_computed_again(run, tmp_path):
     samples = photos(tmp_path, 6)
     first = run(samples[:4], views=1)
     (tmp_path / "cache" / "features.sqlite").unlink()
-    found = run(samples[::-1], first=first)
+    found = run(samples[::-1], first=[first])
     assert run.runtime.photos == 4 * 2 + 2 * 3
     assert (found.computed, found.cached) == (14, 0)
     for row, i in zip(found.array, range(5, -1, -1), strict=True):

@@ -13,6 +13,7 @@ from finetune_cli.cli.options import (
     OverridesArgument,
     QuietOption,
     RayAddressOption,
+    config_or_override,
     engine_overrides,
     load_config,
     nearby,
@@ -37,8 +38,8 @@ class Problem(StrEnum):
 
 def doctor(
     source: Annotated[
-        Path, typer.Argument(metavar="CONFIG|RUN", help="The YAML file, or a run directory.", show_default=False)
-    ],
+        str | None, typer.Argument(metavar="CONFIG|RUN", help="The YAML file, or a run directory.", show_default=False)
+    ] = None,
     overrides: OverridesArgument = None,
     output: Annotated[
         Path, typer.Option(metavar="DIR", help="The folder for doctor.html and fixes.csv.", show_default="here")
@@ -57,7 +58,10 @@ def doctor(
 ) -> None:
     """Look for copies, wrong labels, outliers and bad photos; nothing is changed."""
     console = new_console(quiet)
-    path, config = _config(source, [*(overrides or []), *engine_overrides(engine, ray_address)])
+    named, overrides = config_or_override(source, overrides)
+    if named is None and overrides is None:
+        raise UsageError("there are no photos to examine", "name a config or a run, or data.train=FOLDER")
+    path, config = _config(named, [*(overrides or []), *engine_overrides(engine, ray_address)])
     from finetune_cli import files
     from finetune_cli.doctor import examine, page, table
 
@@ -77,21 +81,22 @@ def doctor(
         console.print(f"{counted(kept, 'decision')} of the earlier {table.FILE} kept")
     console.print(f"wrote {nearby((output / page.FILE).absolute())} and {nearby((output / table.FILE).absolute())}")
     if found.findings:
-        fixes = shlex.quote(str(nearby((output / table.FILE).absolute())))
-        command = f"finetune train {shlex.quote(str(nearby(path)))} data.fixes={fixes}"
-        console.print(f"edit its column action, then: {command}")
+        words = [str(nearby(path))] if path is not None else []
+        words += [override for override in overrides or () if not override.startswith("data.fixes=")]
+        words.append(f"data.fixes={nearby((output / table.FILE).absolute())}")
+        console.print(f"edit its column action, then: finetune train {shlex.join(words)}")
     counts = {problem.value: found.count(problem.value, serious=problem == Problem.label) for problem in fail_on or ()}
     if any(counts.values()):
         listed = ", ".join(f"{count} with {problem}" for problem, count in counts.items() if count)
         raise GateError(f"there are photos with problems: {listed}", f"see {page.FILE} and {table.FILE}")
 
 
-def _config(source: Path, overrides: list[str] | None) -> tuple[Path, "Config"]:
-    """The config at `source`, or that of the run `source`, and where it is."""
+def _config(named: Path | None, overrides: list[str] | None) -> tuple[Path | None, "Config"]:
+    """The config at `named`, or that of the run `named`, and where it is; without a name, what `overrides` say."""
     from finetune_cli.runs import run
 
-    located = run.located(source)
-    if located.is_dir():
+    located = run.located(named) if named is not None else None
+    if located is not None and located.is_dir():
         path = run.Run.load(located).file("config.yaml")
         return path, load_config(path, overrides, own=True)
-    return source, load_config(source, overrides)
+    return named, load_config(named, overrides)

@@ -88,25 +88,23 @@ def examine(config: Config, observer: Observer) -> Examination:
 
         first = None
         if dataset.in_store(settings.photos):
-            request = extractor().first_request
-            first = prepare.FirstLook(extractor(), lambda _split, _made: request, {})
+            first = prepare.FirstLook(extractor(), lambda split, _made: extractor().first_request(split), {})
         return prepare.with_photos(settings, observer, work, {}, prepare.Indexing(contradictions=True, first=first))
 
 
 def _examined(data: Dataset, settings: Settings, extractor: Extractor, observer: Observer) -> Examination:
-    names = _names(data)
-    everything = [sample for part in data.splits.values() for sample in part]
-    samples = sorted(everything, key=lambda sample: (_ORDER[names.split(sample)], byte_order(names.path(sample))))
     with FeatureStore(settings.cache.path, settings.cache.writable, extractor.prove) as store:
-        features = extractor.first_views(store, samples)
-        linked = near.link([features], extractor.first_request, store, settings, observer)
+        parts = extractor.first_views(store, data)
+        linked = near.link(parts, extractor.first_request, store, settings, observer)
     for warning in store.warnings:
         observer.warn(warning)
-    data = dataset.without(data, features.bad)
+    data = dataset.without(data, [photo for part in parts.values() for photo in part.bad])
     dataset.refuse_empty(data.classes, data.splits, data.bad)
-    found = [*_copies(features.samples, names), *_near_duplicates(linked, names)]
-    found += _judged(features, linked, settings, names, observer)
-    found += _quality(features.samples, settings, names, observer)
+    names = _names(data)
+    samples = sorted((sample for part in data.splits.values() for sample in part), key=names.order)
+    found = [*_copies(samples, names), *_near_duplicates(linked, names)]
+    found += _judged(parts, linked, settings, names, observer)
+    found += _quality(samples, settings, names, observer)
     return Examination(data, settings, tuple(found), data.bad, tuple(map(len, linked.found.large)))
 
 
@@ -129,6 +127,10 @@ class _Names:
     def label(self, sample: Sample) -> str:
         """The name of its class."""
         return self.classes[sample.label]
+
+    def order(self, sample: Sample) -> tuple[int, bytes]:
+        """Photos are in the order of the splits, and then of their names."""
+        return _ORDER[self.split(sample)], byte_order(self.path(sample))
 
     def pair(self, problem: str, photo: Sample, other: Sample, relation: str) -> Finding:
         """A finding about two photos that show the same picture."""
@@ -164,21 +166,20 @@ def _near_duplicates(linked: Linked, names: _Names) -> list[Finding]:
     """Of each linked photo, the strongest link to an earlier one; those across classes and splits all."""
     found, told = [], set()
     for link in linked.found.links:
-        first, second = sorted((link.first, link.second))
-        other, photo = linked.photos[first], linked.photos[second]
+        other, photo = sorted((linked.photos[link.first], linked.photos[link.second]), key=names.order)
         finding = names.pair("near-duplicate", photo, other, f"the same picture (score {link.score:.2f}) as")
-        if finding.serious or second not in told:
-            told.add(second)
+        if finding.serious or photo.digest not in told:
+            told.add(photo.digest)
             found.append(finding)
     return sorted(found, key=lambda finding: not finding.serious)
 
 
 def _judged(
-    features: Features, linked: Linked, settings: Settings, names: _Names, observer: Observer
+    parts: Mapping[str, Features], linked: Linked, settings: Settings, names: _Names, observer: Observer
 ) -> Iterator[Finding]:
     """Labels in doubt, and outliers; of copies, the first one is examined."""
-    row_of = {sample.digest: i for i, sample in reversed(list(enumerate(features.samples)))}
-    rows = np.array(features.array[[row_of[sample.digest] for sample in linked.photos], 0])
+    row_of = {sample.digest: part.array[i, 0] for part in parts.values() for i, sample in enumerate(part.samples)}
+    rows = np.stack([row_of[sample.digest] for sample in linked.photos])
     together = split.merged(
         [(sample.digest, sample.group) for sample in linked.photos],
         [{linked.photos[i].digest for i in group} for group in (*linked.found.groups, *linked.found.large)],

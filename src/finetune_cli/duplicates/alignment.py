@@ -12,8 +12,7 @@ brightened score 0.65 to 1, and the most similar pairs of different photos below
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,24 +30,12 @@ _LEAST_OVERLAP = 0.4
 _MOST_STRETCH = 1.25
 _LEAST_SCALE, _MOST_SCALE = 0.45, 1.2
 _LEAST_DETAIL = 1.0  # grey levels: a picture of less, such as a blank frame, resembles nothing
-_REMEMBERED = 4096  # prepared thumbnails
+_REMEMBERED = 4096  # thumbnails
+
+_Middle = tuple[int, Picture]  # the side of the picture whose middle it is
 
 
-@dataclass(frozen=True, eq=False)
-class _Prepared:
-    """A thumbnail without its low frequencies, ``float32``: whole, coarse, and its middle at every scale.
-
-    `middles`: (scale, margin in pixels, template), and the same templates mirrored. `detail` is whether there is any.
-    """
-
-    fine: Picture
-    coarse: Picture
-    middles: tuple[tuple[float, int, Picture, Picture], ...]
-    detail: bool
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(NamedTuple):
     """Where the middle of a thumbnail was found in another: correlation, scale, and offset in shares of the side."""
 
     value: float
@@ -62,66 +49,74 @@ class Alignment:
 
     def __init__(self, thumbnails: NDArray[np.uint8]) -> None:
         self._thumbnails = thumbnails
-        self._prepared: Callable[[int], _Prepared] = functools.lru_cache(_REMEMBERED)(self._prepare)
+        # What a thumbnail is made of, by its number; most pairs need only one part of each of their two.
+        self._coarse: Callable[[int], Picture] = functools.lru_cache(_REMEMBERED)(self._at_coarse_size)
+        self._middles: Callable[[int], tuple[_Middle, ...]] = functools.lru_cache(_REMEMBERED)(self._at_every_scale)
+        self._fine: Callable[[int], Picture] = functools.lru_cache(_REMEMBERED)(self._at_full_size)
 
-    def _prepare(self, i: int) -> _Prepared:
-        return _prepare(self._thumbnails[i])
+    def score(self, first: int, second: int, mirrored: bool | None = None) -> float:
+        """The correlation, at most 1, of two photos laid over each other; 0 if they do not fit at all.
 
-    def score(self, first: int, second: int) -> float:
-        """The correlation, at most 1, of two photos laid over each other; 0 if they do not fit at all."""
-        a, b = self._prepared(first), self._prepared(second)
-        if not (a.detail and b.detail):
+        mirrored: whether one is mirrored before; None: what is better.
+        """
+        best, scene, inserted, mirror = max(
+            (_search(self._coarse(a), self._middles(b), mirror), a, b, mirror)
+            for a, b in ((first, second), (second, first))
+            for mirror in ((False, True) if mirrored is None else (mirrored,))
+        )
+        if best.value < _LEAST_COARSE:
             return 0.0
-        places = [
-            (_search(scene.coarse, templates), scene, inserted, mirror)
-            for scene, inserted in ((a, b), (b, a))
-            for mirror, templates in enumerate(_templates(inserted))
-        ]
-        place, scene, inserted, mirror = max(places, key=lambda found: found[0].value)
-        if place.value < _LEAST_COARSE:
+        pictures = self._fine(scene), self._fine(inserted)
+        if min(float(picture.std()) for picture in pictures) < _LEAST_DETAIL:
             return 0.0
-        picture = np.ascontiguousarray(inserted.fine[:, ::-1]) if mirror else inserted.fine
-        return _correlation(scene.fine, picture, place)
+        return _correlation(pictures[0], np.ascontiguousarray(pictures[1][:, :: -1 if mirror else 1]), best)
+
+    def _at_full_size(self, i: int) -> Picture:
+        return detail(self._thumbnails[i].astype(np.float32), _BLUR)
+
+    def _at_coarse_size(self, i: int) -> Picture:
+        return smaller(self._thumbnails[i], _COARSE, _COARSE_BLUR)
+
+    def _at_every_scale(self, i: int) -> tuple[_Middle, ...]:
+        sides = (round(_COARSE * scale) for scale in _SCALES)
+        return tuple((side, middle(smaller(self._thumbnails[i], side, _COARSE_BLUR))) for side in sides)
 
 
-def _prepare(thumbnail: NDArray[np.uint8]) -> _Prepared:
+def smaller(thumbnail: NDArray[np.uint8], side: int, sigma: float) -> Picture:
+    """The `detail` of a thumbnail of `side` x `side` pixels."""
     import cv2
 
     whole = thumbnail.astype(np.float32)
-    fine = _detail(whole, _BLUR)
-    middles = []
-    for scale in _SCALES:
-        side = round(_COARSE * scale)
-        margin = round(side * (1 - _MIDDLE) / 2)
-        smaller = _detail(cv2.resize(whole, (side, side), interpolation=cv2.INTER_AREA), _COARSE_BLUR)
-        middle = np.ascontiguousarray(smaller[margin : side - margin, margin : side - margin])
-        middles.append((side / _COARSE, margin, middle, np.ascontiguousarray(middle[:, ::-1])))
-    coarse = _detail(cv2.resize(whole, (_COARSE, _COARSE), interpolation=cv2.INTER_AREA), _COARSE_BLUR)
-    return _Prepared(fine, coarse, tuple(middles), bool(fine.std() >= _LEAST_DETAIL))
+    return detail(cv2.resize(whole, (side, side), interpolation=cv2.INTER_AREA), sigma)
 
 
-def _detail(picture: Picture, sigma: float) -> Picture:
+def margin(side: int) -> int:
+    """How many of the `side` pixels of a picture are before its middle, and after it."""
+    return round(side * (1 - _MIDDLE) / 2)
+
+
+def middle(picture: Picture) -> Picture:
+    """What is searched for in another picture."""
+    inside = slice(margin(len(picture)), len(picture) - margin(len(picture)))
+    return np.ascontiguousarray(picture[inside, inside])
+
+
+def detail(picture: Picture, sigma: float) -> Picture:
+    """`picture` without its low frequencies: less what a Gaussian of `sigma` pixels makes of it."""
     import cv2
 
     return np.asarray(picture - cv2.GaussianBlur(picture, (0, 0), sigma), np.float32)
 
 
-def _templates(prepared: _Prepared) -> tuple[list[tuple[float, int, Picture]], list[tuple[float, int, Picture]]]:
-    """The middles as they are, and mirrored."""
-    return (
-        [(scale, margin, plain) for scale, margin, plain, _mirrored in prepared.middles],
-        [(scale, margin, mirrored) for scale, margin, _plain, mirrored in prepared.middles],
-    )
-
-
-def _search(scene: Picture, templates: list[tuple[float, int, Picture]]) -> _Place:
+def _search(scene: Picture, middles: tuple[_Middle, ...], mirrored: bool) -> _Place:
     import cv2
 
     best = _Place(-1.0)
-    for scale, margin, template in templates:
+    for side, picture in middles:
+        template = np.ascontiguousarray(picture[:, ::-1]) if mirrored else picture
         _low, value, _where, (x, y) = cv2.minMaxLoc(cv2.matchTemplate(scene, template, cv2.TM_CCOEFF_NORMED))
         if best.value < value <= 1.01:  # OpenCV gives infinity where there is no contrast
-            best = _Place(value, scale, (x - margin) / _COARSE, (y - margin) / _COARSE)
+            best = _Place(value, side / _COARSE, (x - margin(side)) / _COARSE, (y - margin(side)) / _COARSE)
     return best
 
 

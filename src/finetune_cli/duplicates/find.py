@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from finetune_cli.duplicates import groups, hashes, neighbours
 from finetune_cli.duplicates.alignment import Alignment
+from finetune_cli.duplicates.screening import Screening
 from finetune_cli.parallel import ordered_map
 from finetune_cli.progress import Advance, ignore_progress
 
@@ -27,7 +28,7 @@ _BAR, _HIGHEST_BAR = 0.6, 0.86
 _COMPARED = 600  # pairs of different photos that the bar is raised by
 _CHUNK = 256
 _EXACT = 1 << 24  # float32 holds whole numbers up to this
-VERSION = 1  # part of the cache key: raise it when `find` gives something else than before
+VERSION = 2  # part of the cache key: raise it when `find` gives something else than before
 
 # A group above this share of a class, and above this many photos, is reported and not used: it would decide the split.
 LARGEST_SHARE, SMALLEST_LARGE = 0.05, 25
@@ -89,7 +90,7 @@ def find(
     ``int64 (n,)``. Memory: about 4 KB a photo, and 64 MB a thread. `advance` counts comparisons, and learns their
     total, which grows: photos that have a near-duplicate are compared with more of their neighbours.
     """
-    comparison = _Comparison(Alignment(thumbnails), labels, workers)
+    comparison = _Comparison(thumbnails, labels, workers)
     found: list[list[int]] = []
     group_of = np.arange(len(labels))
     for stage in _candidates(thumbnails, features, workers):
@@ -109,10 +110,11 @@ def find(
 class _Comparison:
     """Scores of pairs (lower, higher), each computed once, and the least score of a link."""
 
-    def __init__(self, alignment: Alignment, labels: NDArray[np.int64], workers: int) -> None:
-        self._alignment = alignment
+    def __init__(self, thumbnails: NDArray[np.uint8], labels: NDArray[np.int64], workers: int) -> None:
+        self._screening = Screening(thumbnails, workers)
+        self._alignment = Alignment(thumbnails)
         self._workers = workers
-        self._bar = _bar(alignment, labels)
+        self._bar = _bar(self._alignment, labels)
         self._scores: dict[tuple[int, int], float] = {}
         self._asked = 0
 
@@ -121,10 +123,16 @@ class _Comparison:
         new = sorted(pairs - self._scores.keys())
         self._asked += len(new)
 
-        def scores(start: int) -> list[tuple[tuple[int, int], float]]:
-            return [(pair, self._alignment.score(*pair)) for pair in new[start : start + _CHUNK]]
+        passing, mirrored = self._screening.screened(np.array(new, np.intp).reshape(-1, 2))
+        self._scores.update((new[i], 0.0) for i in np.flatnonzero(~passing))
+        advance(int((~passing).sum()), self._asked)
+        likely = np.flatnonzero(passing)
 
-        for part in ordered_map(scores, range(0, len(new), _CHUNK), self._workers):
+        def scores(start: int) -> list[tuple[tuple[int, int], float]]:
+            some = likely[start : start + _CHUNK]
+            return [(new[i], self._alignment.score(new[i][0], new[i][1], bool(mirrored[i]))) for i in some]
+
+        for part in ordered_map(scores, range(0, len(likely), _CHUNK), self._workers):
             self._scores.update(part)
             advance(len(part), self._asked)
 

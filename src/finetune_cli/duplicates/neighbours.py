@@ -22,12 +22,19 @@ def directions(features: NDArray[np.floating[Any]], centred: bool = True) -> NDA
     unlike all others is low. Of more than 4,096 rows, the 256 principal
     components of a sample are kept, because a search takes time in proportion to d.
     """
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    with threadpool_limits(1, user_api="blas"):  # more threads wait for each other where other programs run
+        return _directions(features, centred)
+
+
+def _directions(features: NDArray[np.floating[Any]], centred: bool) -> NDArray[np.float32]:
     count, width = features.shape
     sample = np.array(features[:: max(1, count // _SAMPLED)][:_SAMPLED], np.float64)
     mean = sample.mean(axis=0) if centred else np.zeros(width)
     basis = np.eye(width, dtype=np.float32)
     if count > _MANY and width > _REDUCED:
-        basis = np.linalg.svd(sample - mean, full_matrices=False)[2][:_REDUCED].T.astype(np.float32)
+        basis = _principal_components(sample - mean)
     found = np.empty((count, basis.shape[1]), np.float32)
     for start in range(0, count, _MANY):
         block = slice(start, start + _MANY)
@@ -35,6 +42,13 @@ def directions(features: NDArray[np.floating[Any]], centred: bool = True) -> NDA
         found[block] = rows @ basis if basis.shape[1] < width else rows
         found[block] /= np.maximum(np.linalg.norm(found[block], axis=1, keepdims=True), 1e-12)
     return found
+
+
+def _principal_components(sample: NDArray[np.float64]) -> NDArray[np.float32]:
+    """The first ones ``(D, d)`` of a centred sample ``(s, D)``, by the products of its rows: fewer than its columns."""
+    vectors = np.linalg.eigh(sample @ sample.T)[1]  # by ascending variance
+    components = sample.T @ vectors[:, : -_REDUCED - 1 : -1]
+    return np.asarray(components / np.maximum(np.linalg.norm(components, axis=0), 1e-12), np.float32)
 
 
 def nearest(
@@ -46,7 +60,7 @@ def nearest(
     ``float32 (n, k)``, the highest first, with k = `count`, or n - 1 if that is less. Memory is bounded by the block
     that each of the `workers` threads holds.
     """
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     total = len(rows)
     count = min(count, total - 1)

@@ -111,7 +111,7 @@ class Resources:
     """What a feature pass works with; none of it changes a value.
 
     make_runtime: called only if the cache lacks something. scratch: the folder of the array. engine: what decodes and
-    infers. batch_size: views that a thread infers at once. first: view 0 of some of the photos, from an earlier pass of
+    infers. batch_size: views that a thread infers at once. first: view 0 of some of the photos, from earlier passes of
     the same precision. files: the backbone for an engine that uses other processes.
     """
 
@@ -120,7 +120,7 @@ class Resources:
     scratch: Path
     engine: Engine
     batch_size: int
-    first: Features | None = None
+    first: Sequence[Features] = ()
     files: BackboneFiles | None = None
 
 
@@ -138,8 +138,8 @@ def extract(
     originals: dict[str, int] = {}  # copies of a photo share its digest, and so its features
     for i, sample in enumerate(samples):
         originals.setdefault(sample.digest, i)
-    if resources.first is not None:
-        rows.take_first(resources.first)
+    for first in resources.first:
+        rows.take_first(first)
     missing, found = _from_store(list(originals.values()), rows, store, advance)
     wanted = sum(view != THUMBNAIL for views in missing.values() for view in views)
     bad: dict[int, BadPhoto] = {}

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,11 @@ from finetune_cli.devices import Device, Precision
 from finetune_cli.engines.engine import Engine, Local
 from finetune_cli.inference import runtimes
 from finetune_cli.inference.runtimes import Runtime
+from finetune_cli.photos.dataset import Dataset
 from finetune_cli.photos.listing import ListedPhoto
 from finetune_cli.photos.objects import Examined
 from finetune_cli.photos.scan import Sample
-from finetune_cli.progress import Advance, Observer
+from finetune_cli.progress import Observer
 from finetune_cli.training import extract
 from finetune_cli.training.converted import Converted
 from finetune_cli.training.extract import FeatureRequest, Features, Resources
@@ -55,14 +56,13 @@ class Extractor:
         split: str,
         samples: Sequence[Sample],
         thumbnails: bool = False,
-        first: Features | None = None,
+        first: Sequence[Features] = (),
     ) -> Features:
         """The features of `samples`, `float32 (n, views, D)`, through `store`.
 
         `first`: view 0 of some of them, if it was computed before in the precision of this split.
         """
-        with self.observer.stage(f"features of {split}", len(samples)) as advance:
-            return self._extract(store, samples, self.request(split, thumbnails), advance, first)
+        return self._extract(f"features of {split}", store, samples, self.request(split, thumbnails), first)
 
     def look(self, store: FeatureStore, photos: Sequence[ListedPhoto], request: FeatureRequest) -> Iterator[Examined]:
         """Read photos in a store for the first time, with what `request` asks; see `extract.look`."""
@@ -72,35 +72,37 @@ class Extractor:
 
     def request(self, split: str, thumbnails: bool = False) -> FeatureRequest:
         """What is computed of the photos of a split."""
-        image, fingerprint = self.settings.image, self.backbone.fingerprint
-        if split == "train":
-            return FeatureRequest(image, fingerprint, self.precision, self.settings.augmenter, thumbnails)
-        return FeatureRequest(image, fingerprint, "float32", thumbnails=thumbnails)
+        request = replace(self.first_request(split), thumbnails=thumbnails)
+        return replace(request, augmenter=self.settings.augmenter) if split == "train" else request
 
-    @property
-    def first_request(self) -> FeatureRequest:
+    def first_request(self, split: str) -> FeatureRequest:
         """What `first_views` computes."""
-        return FeatureRequest(self.settings.image, self.backbone.fingerprint, self.precision, thumbnails=True)
+        precision = self.precision if split == "train" else "float32"
+        return FeatureRequest(self.settings.image, self.backbone.fingerprint, precision, thumbnails=True)
 
-    def first_views(self, store: FeatureStore, samples: Sequence[Sample]) -> Features:
-        """View 0 of `samples` in the precision of training photos, with thumbnails: what near-duplicates are found by.
+    def first_views(self, store: FeatureStore, data: Dataset) -> dict[str, Features]:
+        """View 0 of the photos of each split, with thumbnails: what near-duplicates are found by.
 
-        It is computed before it is known which of them are training photos.
+        Photos of an automatic split are computed in the precision of the split that they are in before near-duplicates
+        are known: most of them stay there.
         """
-        with self.observer.stage("features of all photos", len(samples)) as advance:
-            return self._extract(store, samples, self.first_request, advance)
+        return {
+            split: self._extract(f"view 0 of {split}", store, samples, self.first_request(split))
+            for split, samples in data.splits.items()
+        }
 
     def _extract(
         self,
+        stage: str,
         store: FeatureStore,
         samples: Sequence[Sample],
         request: FeatureRequest,
-        advance: Advance,
-        first: Features | None = None,
+        first: Sequence[Features] = (),
     ) -> Features:
-        return extract.extract(samples, request, self.backbone.width, self._resources(store, first), advance)
+        with self.observer.stage(stage, len(samples)) as advance:
+            return extract.extract(samples, request, self.backbone.width, self._resources(store, first), advance)
 
-    def _resources(self, store: FeatureStore, first: Features | None = None) -> Resources:
+    def _resources(self, store: FeatureStore, first: Sequence[Features] = ()) -> Resources:
         scratch = self.settings.cache.scratch
         engine = self.engine or Local(self.workers)
         return Resources(store, self.runtime, scratch, engine, self.batch_size, first, self.files)

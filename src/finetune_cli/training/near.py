@@ -2,7 +2,7 @@
 
 import csv
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,25 +83,30 @@ def may_split_otherwise(data: Dataset, near_duplicates: str) -> str | None:
 
 
 def link(
-    parts: Sequence[Features], request: FeatureRequest, store: FeatureStore, settings: Settings, observer: Observer
+    parts: Mapping[str, Features],
+    request: Callable[[str], FeatureRequest],
+    store: FeatureStore,
+    settings: Settings,
+    observer: Observer,
 ) -> Linked:
-    """The near-duplicates among the photos of `parts`, which have thumbnails: from `store`, or found now.
+    """The near-duplicates among the photos of `parts`, by split, with thumbnails: from `store`, or found now.
 
-    `request`: what view 0 of training photos was computed from. Raises `StorageError` when there is no room for a copy
-    of view 0.
+    `request`: what view 0 of the photos of a split was computed from. Raises `StorageError` when there is no room for a
+    copy of view 0.
     """
-    where: dict[str, tuple[int, int]] = {}
-    for p, part in enumerate(parts):
+    where: dict[str, tuple[str, int]] = {}
+    for split, part in parts.items():
         for i, sample in enumerate(part.samples):
-            where.setdefault(sample.digest, (p, i))
-    photos = tuple(parts[p].samples[i] for p, i in where.values())
-    key = _key(request, photos)
+            where.setdefault(sample.digest, (split, i))
+    photos = tuple(parts[split].samples[i] for split, i in where.values())
+    key = _key([request(split) for split, _i in where.values()], photos)
     found = Found.unpacked(store.get([key]).get(key), len(photos))
     if found is None:
-        features = scratch_array(settings.cache.scratch, (len(photos), parts[0].array.shape[2]))
-        for row, (p, i) in enumerate(where.values()):
-            features[row] = parts[p].array[i, 0]
-        thumbnails: NDArray[np.uint8] = np.stack([parts[p].thumbnails[i] for p, i in where.values()])
+        width = next(iter(parts.values())).array.shape[2]
+        features = scratch_array(settings.cache.scratch, (len(photos), width))
+        for row, (split, i) in enumerate(where.values()):
+            features[row] = parts[split].array[i, 0]
+        thumbnails: NDArray[np.uint8] = np.stack([parts[split].thumbnails[i] for split, i in where.values()])
         labels = np.array([sample.label for sample in photos], np.int64)
         with observer.stage("near-duplicates", None, "comparisons") as advance:
             found = find(thumbnails, features, labels, settings.workers, advance)
@@ -110,11 +115,11 @@ def link(
     return Linked(photos, found)
 
 
-def _key(request: FeatureRequest, photos: Sequence[Sample]) -> bytes:
+def _key(requests: Sequence[FeatureRequest], photos: Sequence[Sample]) -> bytes:
     """The key, in the feature cache, of what `find` found: all that it depends on."""
-    key = hashlib.sha256(f"near-duplicates {VERSION}".encode() + request.key("", 0))
-    for sample in photos:
-        key.update(f"\0{sample.digest} {sample.label}".encode())
+    key = hashlib.sha256(f"near-duplicates {VERSION}".encode() + requests[0].key("", 0))
+    for request, sample in zip(requests, photos, strict=True):
+        key.update(f"\0{sample.digest} {sample.label} {request.precision}".encode())
     return key.digest()
 
 

@@ -271,7 +271,7 @@ def _first_look(extractor: Extractor, seconds: dict[str, float]) -> FirstLook:
 
     def wanted(split: str, split_is_made: bool) -> FeatureRequest:
         if split == "train" and not split_is_made and data.folds is None:
-            return replace(extractor.first_request, thumbnails=thumbnails)
+            return replace(extractor.first_request("train"), thumbnails=thumbnails)
         return extractor.request(split, thumbnails)
 
     return FirstLook(extractor, wanted, seconds)
@@ -356,35 +356,30 @@ def _with_near_duplicates(
     Raises `DataError` for photos that cannot be decoded, before more is computed.
     """
     observer, settings = extractor.observer, extractor.settings
-    first: dict[str, Features] = {}
     if data.val_split is None:
         parts = _features(extractor, store, data, seconds, thumbnails=True)
     else:
         with timed(seconds, "features"):
-            if data.test:
-                first["test"] = extractor(store, "test", data.test, thumbnails=True)
-            first["pool"] = extractor.first_views(store, [*data.train, *data.val])
-        bad = [photo for part in first.values() for photo in part.bad]
+            parts = extractor.first_views(store, data)
+        bad = [photo for part in parts.values() for photo in part.bad]
         data = dataset.without(data, bad)
         scan.refuse_bad(data.bad, data.photos, settings.config.data.on_bad_image)
         dataset.refuse_empty(data.classes, data.splits, data.bad)
-        parts = first
     with timed(seconds, "near-duplicates"):
-        linked = near.link(list(parts.values()), extractor.first_request, store, settings, observer)
+        linked = near.link(parts, extractor.first_request, store, settings, observer)
     data = near.keep_together(linked, data, settings.photos.trained_on, observer)
-    if first:
+    if data.val_split is not None:
+        first = {split: parts[split] for split in ("train", "val")}
         with timed(seconds, "features"):
-            pool = first.pop("pool")
-            parts = {
-                "train": extractor(store, "train", data.train, first=pool),
-                "val": extractor(store, "val", data.val, first=pool if extractor.precision == "float32" else None),
-                **first,
-            }
-        parts["train"] = replace(
-            parts["train"],
-            computed=parts["train"].computed + pool.computed,
-            cached=parts["train"].cached + pool.cached,
-        )
+            for split, own in first.items():
+                # In one precision, what moved to the other side is known, too.
+                known = list(first.values()) if extractor.precision == "float32" else [own]
+                part = extractor(store, split, data.splits[split], first=known)
+                parts[split] = replace(
+                    part,
+                    computed=part.computed + own.computed,
+                    cached=part.cached + own.cached,
+                )
     parts = {split: near.regrouped(part, data) for split, part in parts.items()}
     leaks = linked.leaks(data)
     near.warn_of_leaks(leaks, observer)
