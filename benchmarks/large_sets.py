@@ -1,18 +1,15 @@
-"""What near-duplicates, `finetune doctor` and `unknown` cost and find on sets that are larger than those at hand.
+"""What near-duplicates cost in the feature pass of a set that is larger than those at hand.
 
-    python benchmarks/large_sets.py make DATA WORK        30,000 photos, made of those in DATA, into WORK/photos
-    python benchmarks/large_sets.py train WORK            the feature pass with and without near-duplicates
-    python benchmarks/large_sets.py doctor WORK           `finetune doctor` beside the feature pass
-    python benchmarks/large_sets.py stages WORK           decoding, the backbone, thumbnails and hashes, apart
-    python benchmarks/large_sets.py unknown WORK          what 2,000 references lose against all of them
-    python benchmarks/large_sets.py link PHOTOS [SECONDS] the linking of drawn features and thumbnails: time and memory
+    python benchmarks/large_sets.py make DATA WORK [--photos 30000]   photos, made of those in DATA, into WORK/photos
+    python benchmarks/large_sets.py train WORK                        the feature pass without and with near-duplicates
 
 DATA holds the folders hymenoptera, scenes and digits. A made photo has four parts of different photos of a class, each
-a crop of 50 to 80 % of both sides, mirrored or not, that meet at a point drawn between 35 and 65 % of both sides. By
-construction none is a near-duplicate of another, but 3 % of all: copies, cropped to 90 % or re-encoded. The seeds are
+a crop of 50 to 80 % of both sides, mirrored or not, that meet at a point drawn between 35 and 65 % of both sides. No
+photo is meant to be a near-duplicate of another, but 3 % of all: copies, cropped to 90 % or re-encoded. The seeds are
 fixed. Figures are core-seconds (user and system), because seconds mean little on a machine that does other things.
 """
 
+import argparse
 import contextlib
 import io
 import random
@@ -30,7 +27,7 @@ from finetune_cli.training.requirements import check_settings
 
 SIDE = 256
 COPIES = 0.03
-# Of each set: the folders of its training photos and of its test photos, and the classes that are made of it.
+# Of each set: the folders of its training photos and of its test photos.
 SETS = {"hymenoptera": ("train", "val"), "scenes": ("train", "test"), "digits": ("train", "test")}
 
 
@@ -135,15 +132,26 @@ def measured(name: str, function: Callable[[Observer], object]) -> None:
             print("  #", text[:160], flush=True)
 
 
-def train(work: Path, what: str) -> None:
-    config = config_of(work, f"new-{what}", f"data.near_duplicates={what}")
-    measured(f"prepare, near_duplicates: {what}", lambda observer: prepare(check_settings(config), observer))
+def train(work: Path) -> None:
+    for what in ("ignore", "together"):
+        config = config_of(work, f"cache-{what}", f"data.near_duplicates={what}")
+        measured(f"near_duplicates: {what}", lambda observer, c=config: prepare(check_settings(c), observer))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="what", required=True)
+    maker = commands.add_parser("make")
+    maker.add_argument("data", type=Path)
+    maker.add_argument("work", type=Path)
+    maker.add_argument("--photos", type=int, default=30_000)
+    commands.add_parser("train").add_argument("work", type=Path)
+    arguments = parser.parse_args()
+    if arguments.what == "make":
+        make(arguments.data, arguments.work, arguments.photos)
+    else:
+        train(arguments.work)
 
 
 if __name__ == "__main__":
-    import sys
-
-    if sys.argv[1] == "make":
-        make(Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else 30_000)
-    elif sys.argv[1] == "train":
-        train(Path(sys.argv[2]), sys.argv[3])
+    main()
