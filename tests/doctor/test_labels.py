@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from finetune_cli.doctor.labels import FOLDS, doubts
+from finetune_cli.doctor.labels import FITS, doubts
 from finetune_cli.head.data import HeadData
 
 
@@ -24,9 +24,9 @@ def test_wrong_labels_are_found_with_high_confidence_and_the_right_suggestion():
     assert {doubt.photo for doubt in found} == set(wrong.tolist())
     assert all(doubt.suggested == labels[doubt.photo] for doubt in found)
     assert len(high) >= 5
-    assert all(doubt.probability <= 0.2 and doubt.of == 10 and doubt.neighbours >= 8 for doubt in high)
+    assert all(doubt.probability <= 0.075 and doubt.of == 10 and doubt.neighbours >= 8 for doubt in high)
     assert [doubt.high for doubt in found] == sorted((doubt.high for doubt in found), reverse=True)
-    assert sum(calls) == 2 * FOLDS
+    assert sum(calls) == FITS
 
 
 def test_correct_labels_raise_no_high_doubts():

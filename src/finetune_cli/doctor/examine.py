@@ -187,7 +187,7 @@ def _judged(
     groups = group_numbers((group, sample.digest) for group, sample in zip(together, linked.photos, strict=True))
     label_of = np.array([sample.label for sample in linked.photos], np.int64)
     data = HeadData.of(rows, label_of, len(names.classes), groups=groups)
-    with observer.stage("labels by cross-validation", 2 * labels.FOLDS, "fits") as advance:
+    with observer.stage("labels by cross-validation", labels.FITS, "fits") as advance:
         doubts = labels.doubts(data, settings.workers, settings.config.training.seed, advance)
     for doubt in doubts:
         photo, suggested = linked.photos[doubt.photo], names.classes[doubt.suggested]
