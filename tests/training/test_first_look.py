@@ -11,6 +11,7 @@ from PIL import Image
 from finetune_cli import storage
 from finetune_cli.cache.digests import Facts
 from finetune_cli.cache.features import FeatureStore
+from finetune_cli.engines.engine import Local
 from finetune_cli.errors import StorageError
 from finetune_cli.photos.decode import ImageSettings
 from finetune_cli.photos.listing import ListedPhoto
@@ -61,8 +62,8 @@ def request(thumbnails=True):
     return extract.FeatureRequest(ImageSettings(size=32), "f", "float32", Augmenter(), thumbnails)
 
 
-def resources(cache, folder, prove=lambda: None):
-    return extract.Resources(cache, lambda _precision: Runtime(), folder, 2, 4, None, prove)
+def resources(cache, folder):
+    return extract.Resources(cache, lambda _precision: Runtime(), folder, Local(2), 4)
 
 
 def test_facts_and_versions_come_back():
@@ -120,9 +121,9 @@ def test_nothing_is_kept_of_a_backbone_that_is_not_proved(store, tmp_path):
     def refuse():
         raise StorageError("not proved", "")
 
-    with FeatureStore(tmp_path / "cache") as cache:
+    with FeatureStore(tmp_path / "cache", prove=refuse) as cache:
         with pytest.raises(StorageError, match="not proved"):
-            list(extract.look(listed, request(), resources(cache, tmp_path, refuse)))
+            list(extract.look(listed, request(), resources(cache, tmp_path)))
         digest = hashlib.sha256(next(iter(content.values()))).hexdigest()
         assert not cache.has([request().key(digest, 0)])
         assert not cache.has([replace(request(), thumbnails=False).key(digest, 1)])

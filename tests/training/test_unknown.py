@@ -20,7 +20,7 @@ from finetune_cli.errors import ConfigError, DataError, Interrupted, RunError
 from finetune_cli.evaluation.photos import photos_of_run
 from finetune_cli.fields import Fields
 from finetune_cli.head.lbfgs import fit_lbfgs
-from finetune_cli.inference.predictor import InsightfulPredictor, RunPredictor
+from finetune_cli.inference.predictor import InsightfulPredictor, RunPredictor, Source
 from finetune_cli.metrics.calibration import fit_temperature
 from finetune_cli.metrics.novelty import NoveltyScore
 from finetune_cli.photos import scan
@@ -270,7 +270,7 @@ def test_a_training_learns_to_answer_unknown(settings, whole, tmp_path):
     assert set(facts.detection) == {"ant", "bee", "wasp"}
     assert json.loads(whole.read("metrics.json"))["unknown"] == facts.to_json()
     known = stored.read(whole)
-    predictor = InsightfulPredictor(whole, 1, known=known)
+    predictor = InsightfulPredictor(Source.of(whole, known), 1)
     samples = photos_of_run(whole, None, 1, lambda _n: None, "val").samples
     pixels = np.stack([scan.decode_sample(each, whole.image_settings) for each in samples])
     features = predictor.insight(pixels).features
@@ -428,7 +428,7 @@ def test_the_photos_that_set_the_threshold_choose_no_tuned_model(settings, tmp_p
     assert run.manifest.unknown.tuned == run.manifest.backbone.tuned
     assert run.manifest.fine_tuning["compared"]["val"]["photos"] == 30
     known = stored.read(run)
-    predictor = InsightfulPredictor(run, 1, known=known)
+    predictor = InsightfulPredictor(Source.of(run, known), 1)
     samples = photos_of_run(run, None, 1, lambda _n: None, "val").samples
     pixels = np.stack([scan.decode_sample(each, run.image_settings) for each in samples])
     features = predictor.insight(pixels).features

@@ -108,7 +108,8 @@ class Session:
     def __exit__(self, *_exception: object) -> None:
         """Disconnect; a cluster that was started here ends, and its files are removed."""
         if self._started:
-            self._call(self.ray.shutdown)
+            with _quiet():  # a signal that came before is on its way already, and says what to do next
+                self._thread.submit(self.ray.shutdown).result()
         self._thread.shutdown()
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
