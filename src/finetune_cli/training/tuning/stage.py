@@ -136,6 +136,9 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
     trained: list[_Trained] = []
     for number, trial in enumerate(stage.trials):
         trained.append(stage.attempt(number, trial, [each.best for each in trained]))
+        # The later ones are for photos that this one is wrong for.
+        if candidates.choose(frozen, trained[-1].candidates) is not frozen:
+            break
     tuned = [each for training in trained for each in training.candidates]
     kept = candidates.choose(frozen, tuned)
     document = {
