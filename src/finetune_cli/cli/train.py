@@ -155,7 +155,7 @@ def _print_result(console: "Console", run: "Run") -> None:
         takes = (
             "add --dry-run to see how long that takes"
             if seconds is None
-            else f"about {tuning_output.duration(seconds)} more"
+            else f"at most about {tuning_output.duration(seconds)} more"
         )
         changes = "data.folds=null fine_tuning=auto" if in_folds else "fine_tuning=auto"
         console.print(f"  finetune train {shown(shlex.quote(str(folder / 'config.yaml')))} {changes}")

@@ -36,9 +36,9 @@ from finetune_cli.training.tuning.upper import Labelled, UpperSettings
 
 _MEASURED = 48  # photos
 _KEYS_A_QUERY = 10_000
-# What a step costs, in passes forward: one forward, one for the gradient by inputs and one by weights; the gradients of
-# depthwise convolutions take longer (measured with the bundled backbone: 4.2).
-_FORWARD_AND_BACK = 4
+# What a step costs, in passes forward: one forward, one for the gradient by inputs and one by weights (measured with
+# the bundled backbone: 2.7).
+_FORWARD_AND_BACK = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Budget:
 
     @property
     def seconds(self) -> float:
-        """Of all stages that could be measured."""
+        """Of all stages that could be measured, if all trainings are needed."""
         return sum(row.seconds or 0.0 for row in self.rows)
 
     @property
@@ -181,15 +181,16 @@ class _Meter:
                 kept = part.below, store
                 stored = counts.photos * store.views + counts.val_photos
                 yield Row("activations", both, stored, stored * found.a_row, store.bytes)
+            otherwise = "" if trial is trials[0] else "otherwise "
             yield Row(
-                f"fine-tuning, {trial.epochs} epochs of {trial.unfreeze} at {trial.learning_rate:g}",
+                f"{otherwise}fine-tuning, {trial.epochs} epochs of {trial.unfreeze} at {trial.learning_rate:g}",
                 counts.photos,
                 trial.epochs * counts.photos,
                 trial.epochs * epoch,
                 3 * 3 * 4 * found.weights,  # weights and both moments of AdamW in up to three checkpoints
             )
             again = counts.photos * plan.views_again(store, counts)
-            yield Row("head again", counts.photos, again, again * found.a_photo / (_FORWARD_AND_BACK + 1), 0)
+            yield Row(f"{otherwise}head again", counts.photos, again, again * found.a_photo / (_FORWARD_AND_BACK + 1), 0)
 
 
 def _can_be_decoded(sample: Sample, image: ImageSettings) -> bool:
@@ -212,7 +213,7 @@ def _missing(folder: CacheFolder, request: FeatureRequest, samples: Sequence[Sam
 
 
 def rough_seconds(backbone: AnyBackbone, photos: int, views: int, a_view: float) -> float:
-    """About how much longer than the head alone ``fine_tuning=auto`` would take, without measuring anything.
+    """About how much longer than the head alone, at most, ``fine_tuning=auto`` would take, without measuring anything.
 
     photos: training photos, of `views` views each; a_view: seconds that the feature pass took for a view.
     """

@@ -247,7 +247,9 @@ class _Stage:
         state = self._resumed(folder)
         learnt = Labelled(train, self.labels, self.weights)
         judged = Labelled(val, self.val_labels, np.ones(len(self.val_labels)))
-        name = f"fine-tuning {number + 1} of {len(self.trials)} ({trial.unfreeze} at {trial.learning_rate:g})"
+        most = len(self.trials)
+        of = f"at most {most}" if most > 1 else "1"
+        name = f"fine-tuning {number + 1} of {of} ({trial.unfreeze} at {trial.learning_rate:g})"
         with self.observer.stage(name, trial.epochs, "epochs") as advance:
             if state is not None:
                 advance(state.epoch)
