@@ -3,8 +3,8 @@
     python benchmarks/finetuning_epoch.py [BACKBONE] [PHOTOS]
 
 Core-milliseconds (of all threads together, which other programs disturb less than seconds) and milliseconds a photo, of
-the second epoch, on drawn photos; the weights of a backbone that is not bundled are random. The whole network is that of
-a script: everything above the same cut unfrozen but BatchNorm, `train_on_batch`, AdamW, float32.
+the second epoch, on drawn photos; the weights of a backbone that is not bundled are random. The whole network is that
+of a script: everything above the same cut unfrozen but BatchNorm, `train_on_batch`, AdamW, float32.
 """
 
 import os

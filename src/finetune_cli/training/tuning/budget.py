@@ -190,7 +190,8 @@ class _Meter:
                 3 * 3 * 4 * found.weights,  # weights and both moments of AdamW in up to three checkpoints
             )
             again = counts.photos * plan.views_again(store, counts)
-            yield Row(f"{otherwise}head again", counts.photos, again, again * found.a_photo / (_FORWARD_AND_BACK + 1), 0)
+            a_pass = found.a_photo / (_FORWARD_AND_BACK + 1)
+            yield Row(f"{otherwise}head again", counts.photos, again, again * a_pass, 0)
 
 
 def _can_be_decoded(sample: Sample, image: ImageSettings) -> bool:

@@ -57,7 +57,7 @@ class Store:
 
 
 def trials(section: FineTuningConfig, photos: int) -> tuple[Trial, ...]:
-    """The trainings for so many training photos at most, at least one: those of the list that the section leaves open."""
+    """The trainings for so many photos at most, at least one: those of the list that the section leaves open."""
     found: dict[tuple[str, float], Trial] = {}
     for trial in next(listed for most, listed in _LISTS if photos <= most):
         unfreeze = trial.unfreeze if section.unfreeze == "auto" else section.unfreeze
