@@ -1,13 +1,15 @@
-"""Compares fine-tuning with the frozen backbone and with the textbook; prints the table of docs/training.md.
+"""Compares fine-tuning with the frozen backbone and with the textbook; prints the tables of docs/training.md.
 
     python benchmarks/finetuning.py PHOTOS RESULTS.jsonl [--seeds N] [--sets NAME,...] [--ways NAME;...]
 
 PHOTOS is a folder with `hymenoptera/{train,val}`, `scenes/{train,test}` and `digits/{train,test}`. Every way is a
 process of its own, from JPEG files to a saved model, with an empty feature cache; its accuracy and log loss are those
 of the test photos, which it has not seen. Results are appended to RESULTS.jsonl, and what is there already is not
-measured again; the table is made of all of it. `cpu` are the core-seconds of a process, which other programs disturb
-less than `seconds`; `memory` is the most that it had at once. The textbook: a head for 10 epochs, then everything above
-`block10_add` but BatchNorm unfrozen, `ImageDataGenerator` and `fit` through the whole network, Adam, 20 epochs.
+measured again; the tables are made of all of it (`--seeds 0` measures nothing). Below the table of docs/training.md,
+what `auto` keeps is compared with the frozen model of the same run, by McNemar's exact test on the test photos. `cpu`
+are the core-seconds of a process, which other programs disturb less than `seconds`; `memory` is the most that it had
+at once. The textbook: a head for 10 epochs, then everything above `block10_add` but BatchNorm unfrozen,
+`ImageDataGenerator` and `fit` through the whole network, Adam, 20 epochs.
 """
 
 import argparse
@@ -147,6 +149,13 @@ def table(results: list[dict]) -> None:
             cells.append(f"{np.mean(accuracies):.1%}{spread} / {loss:.3f} / {seconds:.0f} s, {cpu:.0f} of CPU{note}")
         if any(cell != "not measured" for cell in cells):
             print(f"| {way} | " + " | ".join(cells) + " |")
+    print("\n| set | seed | kept by auto | frozen | kept | only frozen right | only kept right | p |")
+    print("| --- |" + " --- |" * 7)
+    for r in sorted((r for r in results if r["way"] == "auto"), key=lambda r: (list(SETS).index(r["set"]), r["seed"])):
+        print(
+            f"| {r['set']} | {r['seed']} | {r['kept']} | {r['frozen']['accuracy']:.1%} | {r['accuracy']:.1%} "
+            f"| {r['only_frozen_right']} | {r['only_kept_right']} | {r['p_value']:.2g} |"
+        )
 
 
 def textbook(train: str, test: str, rate: float, seed: int, augmentation: dict) -> None:

@@ -136,7 +136,11 @@ def test_a_gpu_trains_in_the_types_that_it_has(monkeypatch, details, policy):
     monkeypatch.setattr(tf.config.experimental, "get_device_details", lambda _gpu: details)
     assert runtimes.training_policy("gpu", "mixed") == policy
     assert runtimes.training_policy("gpu", "float32") == "float32"
-    assert runtimes.training_policy("cpu", "bfloat16") == "float32"
+
+
+@pytest.mark.parametrize(("precision", "policy"), [("bfloat16", "mixed_bfloat16"), ("float32", "float32")])
+def test_a_cpu_trains_in_the_precision_of_its_features(precision, policy):
+    assert runtimes.training_policy("cpu", precision) == policy
 
 
 def test_a_gpu_that_is_not_there_is_an_error():

@@ -180,7 +180,8 @@ def test_a_resumed_run_ends_with_the_same_bits(place, tuned, tmp_path, moment):
     assert not (folder / "checkpoints").exists()
 
 
-SEVERAL = (Trial("last_stage", 0.02, EPOCHS), Trial("all", 0.002, 3))
+# The first learns nothing, so that the second is needed.
+SEVERAL = (Trial("last_stage", 1e-9, EPOCHS), Trial("all", 0.02, EPOCHS - 1))
 
 
 @pytest.fixture(scope="module")
@@ -197,7 +198,7 @@ BOTH = ("fine_tuning.epochs=auto", "fine_tuning.learning_rate=auto")
 def test_several_trainings_are_tried_and_the_best_is_kept(several, capsys):
     facts = several.manifest.fine_tuning
     assert [(each["unfreeze"], each["learning_rate"], each["epochs"]) for each in facts["trainings"]] == [
-        ("last_stage", 0.02, EPOCHS), ("all", 0.002, 3),
+        ("last_stage", 1e-9, EPOCHS), ("all", 0.02, EPOCHS - 1),
     ]  # fmt: skip
     numbers = [each["training"] for each in facts["candidates"]]
     assert numbers[:6] == [None, 0, 0, 0, 0, 0]
@@ -209,20 +210,29 @@ def test_several_trainings_are_tried_and_the_best_is_kept(several, capsys):
     }
     assert numbers[6:] == [1] * (5 if own[1] < own[0] else 4)
     (kept,) = [each for each in facts["candidates"] if each["kept"]]
+    assert kept["training"] == 1
     # What was measured of the model that is saved is what was measured of the candidate.
     found = several.manifest.metrics["val"]
     assert found.accuracy == kept["accuracy"]
     assert found.document["log_loss"] == pytest.approx(kept["log_loss"], rel=1e-3)
     assert [(row["training"], row["epoch"]) for row in rows(several, "tuning.csv")] == [
-        *(("0", str(i + 1)) for i in range(EPOCHS)), *(("1", str(i + 1)) for i in range(3)),
+        *(("0", str(i + 1)) for i in range(EPOCHS)), *(("1", str(i + 1)) for i in range(EPOCHS - 1)),
     ]  # fmt: skip
     train_command._print_result(Console(), several)
     text = capsys.readouterr().out
-    for rate in ("0.02", "0.002"):
+    for rate in ("1e-09", "0.02"):
         assert sum(f" {rate} " in line for line in text.splitlines()) >= 4
     section = tuning.section(several)
-    assert [each["rate"] for each in section["trainings"]] == ["0.02", "0.002"]
-    assert {each["rate"] for each in section["candidates"]} == {"", "0.02", "0.002"}
+    assert [each["rate"] for each in section["trainings"]] == ["1e-09", "0.02"]
+    assert {each["rate"] for each in section["candidates"]} == {"", "1e-09", "0.02"}
+
+
+def test_the_list_ends_with_the_first_training_that_is_kept(place, tuned, tmp_path, monkeypatch):
+    trials = (Trial("last_stage", 0.02, EPOCHS), Trial("all", 0.02, 99))
+    monkeypatch.setattr(plan, "_LISTS", ((math.inf, trials),))
+    run = place.train(tmp_path, *BOTH)
+    assert len(run.manifest.fine_tuning["trainings"]) == 1
+    assert run.manifest.files["inference/model.bin"] == tuned.manifest.files["inference/model.bin"]
 
 
 def damage(monkeypatch):
@@ -252,7 +262,7 @@ def no_space(monkeypatch):
 @pytest.mark.parametrize(
     "fault",
     [
-        StoppedAfter("fine-tuning epoch 2/3"),
+        StoppedAfter(f"fine-tuning epoch 2/{EPOCHS - 1}"),
         pytest.param(StoppedAfter("fine-tuning: kept"), marks=pytest.mark.slow),
         pytest.param(damage, marks=pytest.mark.slow),
         pytest.param(no_space, marks=pytest.mark.slow),
@@ -495,7 +505,7 @@ def test_the_estimate_is_what_the_passes_and_the_epochs_take(place, frozen, tmp_
     upper = 8 * 8 * (3 * 3 * 12 * 12 + 12 * 2)
     share = upper / (upper + 16 * 16 * 5 * 5 * 3 * 12)
     assert budget.rough_seconds(backbone, loaded, plan.Counts(49, 2, 30), 0.01) == pytest.approx(
-        49 * 0.01 * (4 + 26 * 4 * share)
+        49 * 0.01 * (4 + 26 * 3 * share)
     )
 
 
@@ -554,12 +564,14 @@ def test_a_resumed_run_is_not_planned():
     assert "--dry-run and --resume cannot be combined" in answer.output
 
 
-def test_the_plan_is_a_table(place, frozen, tmp_path, capsys):
-    tuning_output.planned(Console(), budget.budget(place.config(tmp_path), Silent()))
+def test_the_plan_is_a_table(place, frozen, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "_LISTS", ((math.inf, SEVERAL),))
+    tuning_output.planned(Console(), budget.budget(place.config(tmp_path, *BOTH), Silent()))
     text = capsys.readouterr().out
-    assert f"fine-tuning, {EPOCHS} epochs of last_stage at 0.02" in text
-    assert [line.split()[0] for line in text.splitlines() if line[:8].rstrip() in {"total", "features"}] == [
-        "features", "total",
+    assert f"\nfine-tuning, {EPOCHS} epochs of last_stage at 1e-09" in text
+    assert f"\notherwise fine-tuning, {EPOCHS - 1} epochs of all at 0.02" in text
+    assert [line.split("  ")[0] for line in text.splitlines() if line.startswith(("total", "features"))] == [
+        "features", "total, at most",
     ]  # fmt: skip
 
 

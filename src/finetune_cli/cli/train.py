@@ -158,7 +158,9 @@ def _print_result(console: "Console", run: "Run") -> None:
     in_folds = "folds" in manifest.metrics
     if manifest.fine_tuning is None and manifest.metrics["folds" if in_folds else "val"].accuracy < 1:
         seconds = manifest.fine_tuning_seconds
-        takes = "add --dry-run to see how long that takes" if seconds is None else f"about {duration(seconds)} more"
+        takes = (
+            "add --dry-run to see how long that takes" if seconds is None else f"at most about {duration(seconds)} more"
+        )
         console.print(f"  finetune train {shown(shlex.quote(str(folder / 'config.yaml')))} fine_tuning=auto")
         console.print(f"    (the backbone learns, too; kept only if it is better; {takes})")
 

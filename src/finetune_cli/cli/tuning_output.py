@@ -56,6 +56,7 @@ def planned(console: Console, budget: "Budget") -> None:
         return name, photos, views, "-" if seconds is None else f"{seconds:.0f}", human_bytes(disk) if disk else ""
 
     rows = [row(each.stage, each.photos or "", each.views or "", each.seconds, each.disk) for each in budget.rows]
-    rows.append(row("total", "", "", budget.seconds, budget.disk))
+    total = "total, at most" if len(budget.trials) > 1 else "total"
+    rows.append(row(total, "", "", budget.seconds, budget.disk))
     console.table(("stage", "photos", "views", "seconds", "disk"), rows, right=(1, 2, 3, 4))
     console.print("seconds were measured here on a few photos; those marked - are a few; nothing was trained")

@@ -217,13 +217,14 @@ def training_precision(device: str, wanted: str) -> Precision:
 
 
 def training_policy(device: Device, precision: Precision) -> TrainingPolicy:
-    """The types in which Keras trains where features have this `precision`: bfloat16 where a GPU has it, else float16.
+    """The types in which Keras trains where features have this `precision`: bfloat16 where the hardware has it.
 
-    A CPU trains in float32, whatever its features are: it takes twice the time for a step in bfloat16, because
-    TensorFlow's depthwise convolutions are not made for it (measured on one that has AVX-512 with bfloat16).
+    A GPU without it trains in float16. What computes so on a CPU: `training/tuning/folded.py`.
     """
-    if device == "cpu" or precision == "float32":
+    if precision == "float32":
         return "float32"
+    if device == "cpu":
+        return "mixed_bfloat16"
     import tensorflow as tf
 
     # What a `TensorFlowRuntime` has asked for would also change what is measured in float32.

@@ -38,9 +38,9 @@ from finetune_cli.training.tuning.upper import Labelled, UpperSettings
 
 _MEASURED = 48  # photos
 _KEYS_A_QUERY = 10_000
-# What a step costs, in passes forward: one forward, one for the gradient by inputs and one by weights; the gradients of
-# depthwise convolutions take longer (measured with the bundled backbone: 4.2).
-_FORWARD_AND_BACK = 4
+# What a step costs, in passes forward: one forward, one for the gradient by inputs and one by weights (measured with
+# the bundled backbone: 2.7).
+_FORWARD_AND_BACK = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Budget:
 
     @property
     def seconds(self) -> float:
-        """Of all stages that could be measured."""
+        """Of all stages that could be measured, if all trainings are needed."""
         return sum(row.seconds or 0.0 for row in self.rows)
 
     @property
@@ -188,8 +188,10 @@ class _Meter:
                 kept = part.below, store
                 stored = counts.photos * store.views + counts.val_photos
                 yield Row("activations", both, stored, stored * found.a_row, store.bytes)
+            otherwise = "" if trial is trials[0] else "otherwise "
             yield Row(
-                f"fine-tuning, {trial.epochs} epochs of {trial.unfreeze} at {trial.learning_rate:g}{of_folds}",
+                f"{otherwise}fine-tuning, {trial.epochs} epochs of {trial.unfreeze} at {trial.learning_rate:g}"
+                f"{of_folds}",
                 counts.photos,
                 trial.epochs * counts.photos * times,
                 trial.epochs * epoch,
@@ -198,7 +200,7 @@ class _Meter:
             )
             again = counts.photos * plan.views_again(store, counts) * times
             a_pass = found.a_photo / (_FORWARD_AND_BACK + 1)
-            yield Row(f"head again{of_folds}", counts.photos, again, again * a_pass, 0)
+            yield Row(f"{otherwise}head again{of_folds}", counts.photos, again, again * a_pass, 0)
             if folds is not None and trial == longest:
                 final = Row(
                     f"fine-tuning on all photos, {trial.epochs} epochs at most",
@@ -256,7 +258,7 @@ def _missing(folder: CacheFolder, request: FeatureRequest, samples: Sequence[Sam
 
 
 def rough_seconds(backbone: AnyBackbone, config: Config, counts: Counts, a_view: float) -> float:
-    """About how much longer than the head alone the fine-tuning of `config` takes, by default that of ``auto``.
+    """About how much longer than the head alone, at most, the fine-tuning of `config` takes, by default of ``auto``.
 
     Nothing is measured but `a_view`, seconds that the feature pass takes for a view.
     """

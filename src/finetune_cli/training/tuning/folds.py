@@ -82,6 +82,8 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
     tried: list[_Tried] = []
     for number in range(len(stage.trials)):
         tried.append(folds.attempt(number, [each.best for each in tried]))
+        if candidates.choose(frozen, tried[-1].candidates) is not frozen:
+            break  # as in `stage.run`
     tuned = [each for training in tried for each in training.candidates]
     kept = candidates.choose(frozen, tuned)
     final = None if kept.training is None else folds.final(kept, tried[kept.training])

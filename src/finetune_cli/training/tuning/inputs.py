@@ -21,6 +21,7 @@ from finetune_cli.training.extractor import Extractor
 from finetune_cli.training.tuning import activations
 from finetune_cli.training.tuning.activations import Lower, Pixels, Recomputed, Scratch, Source
 from finetune_cli.training.tuning.cuts import Cut
+from finetune_cli.training.tuning.folded import folded
 from finetune_cli.training.tuning.plan import Store
 from finetune_cli.training.tuning.upper import Upper
 
@@ -35,7 +36,9 @@ class Inputs:
 
 def upper(part: Cut, head: Head, device: str) -> Upper:
     """What is trained: the part above the cut or, on a GPU, the whole network with the part below it frozen."""
-    return Upper(part.upper, head) if device == "cpu" else Upper(part.whole, head, part.upper.layers)
+    if device == "cpu":
+        return Upper(part.upper, head, steps=folded(part.upper))
+    return Upper(part.whole, head, part.upper.layers)
 
 
 def lower(part: Cut, extractor: Extractor, precision: Precision, views: Augmenter | None) -> Lower:

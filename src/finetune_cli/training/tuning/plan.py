@@ -28,8 +28,9 @@ class Trial:
     epochs: int
 
 
-# What `auto` tries, by the most training photos that a list is for. The first of a list is for photos unlike those that
-# the backbone knows, the second for photos more like them, which learn with less. Measured: docs/training.md.
+# What `auto` tries, by the most training photos that a list is for; it ends with the first that is kept. The first of a
+# list is for photos unlike those that the backbone knows, the second for photos more like them, which learn with less.
+# Measured: docs/training.md.
 _LISTS: tuple[tuple[float, tuple[Trial, ...]], ...] = (
     (2_000, (Trial(LAST_STAGE, 0.001, 20), Trial(LAST_STAGE, 0.0003, 6))),
     (10_000, (Trial(LAST_STAGE, 0.001, 10), Trial(LAST_STAGE, 0.0003, 4))),
@@ -56,7 +57,7 @@ class Store:
 
 
 def trials(section: FineTuningConfig, photos: int) -> tuple[Trial, ...]:
-    """The trainings for so many training photos, at least one: those of the list that the section leaves open."""
+    """The trainings for so many photos at most, at least one: those of the list that the section leaves open."""
     found: dict[tuple[str, float], Trial] = {}
     for trial in next(listed for most, listed in _LISTS if photos <= most):
         unfreeze = trial.unfreeze if section.unfreeze == "auto" else section.unfreeze

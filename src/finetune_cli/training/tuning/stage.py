@@ -153,6 +153,9 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
     trained: list[_Trained] = []
     for number in range(len(stage.trials)):
         trained.append(_attempt(stage, fitted.head, validation, number, [each.best for each in trained]))
+        # The later ones are for photos that this one is wrong for.
+        if candidates.choose(frozen, trained[-1].candidates) is not frozen:
+            break
     tuned = [each for training in trained for each in training.candidates]
     kept = candidates.choose(frozen, tuned)
     document = {
@@ -191,7 +194,9 @@ def _attempt(stage: "Stage", head: Head, validation: Validation, number: int, be
     model = inputs.upper(place.cut, head, stage.prepared.device)
     start = model.weights()
     facts = stage.facts(trial, place, start)
-    name = f"fine-tuning {number + 1} of {len(stage.trials)} ({trial.unfreeze} at {trial.learning_rate:g})"
+    most = len(stage.trials)
+    of = f"at most {most}" if most > 1 else "1"
+    name = f"fine-tuning {number + 1} of {of} ({trial.unfreeze} at {trial.learning_rate:g})"
     val = Labelled(place.val, stage.val_labels, np.ones(len(stage.val_labels)))
     try:
         state = stage.trained(

@@ -29,6 +29,7 @@ from finetune_cli.keras_setup import import_keras
 from finetune_cli.parallel import ordered_map
 from finetune_cli.text import counted
 from finetune_cli.training.tuning.activations import Rows, Source
+from finetune_cli.training.tuning.folded import Steps
 
 _WARM_UP = 0.1  # of all steps
 _CLIP = 1.0
@@ -102,10 +103,13 @@ class Upper:
     """The upper part with a head on it; its layers are those of the backbone, which changes with it.
 
     `model`: a `keras.Model` from activations to features (N, D). `learning`: those of its layers that learn, by default
-    all; the others stay frozen.
+    all; the others stay frozen. `steps`: what the steps go through in its place, with the same weights; what is
+    measured goes through `model`.
     """
 
-    def __init__(self, model: Any, head: Head, learning: Sequence[Any] | None = None) -> None:
+    def __init__(
+        self, model: Any, head: Head, learning: Sequence[Any] | None = None, steps: Steps | None = None
+    ) -> None:
         self._keras = import_keras()
         self._at_once = _FEATURE_BATCH
         self.model = model
@@ -117,7 +121,9 @@ class Upper:
             self._dense = self._keras.layers.Dense(head.kernel.shape[1], name="logits", dtype="float32")
             self._dense.build((None, model.output_shape[-1]))
             self._dense.set_weights([head.kernel, head.bias])
-            self._classifier = _classifier(self._keras, model, self._dense)
+            steps = steps or Steps(model, tuple(model.layers))
+            self._mixed = steps.mixed
+            self._classifier = _classifier(self._keras, steps.model, self._dense)
         # Kept, because another training may have other layers of the same backbone learn.
         self._learning = list(self._classifier.trainable_variables)
 
@@ -219,7 +225,7 @@ class Upper:
                 return chosen, train.source.batch(chosen, chosen_views[chosen])
 
             total = np.zeros(2)
-            with signals.deferred(), _computing_in(self.model, settings.policy):
+            with signals.deferred(), _computing_in(self._mixed, settings.policy):
                 # One thread, which reads the next batch while this one is in use.
                 for chosen, rows in ordered_map(loaded, np.resize(order, batch_shape), 1):
                     total += self._classifier.train_on_batch(rows, targets[train.labels[chosen]], weights[chosen])
@@ -279,18 +285,18 @@ class Upper:
 
 
 @contextlib.contextmanager
-def _computing_in(model: Any, policy: TrainingPolicy) -> Iterator[None]:
-    """Let the layers of `model` compute as `policy` says. What Keras builds in the block keeps to that, what it has
+def _computing_in(layers: Sequence[Any], policy: TrainingPolicy) -> Iterator[None]:
+    """Let `layers` compute as `policy` says. What Keras builds in the block keeps to that, what it has
     built before does not change; the weights are float32 in any case.
     """
-    before = [layer.dtype_policy for layer in model.layers]
+    before = [layer.dtype_policy for layer in layers]
     try:
         if policy != "float32":
-            for layer in model.layers:
+            for layer in layers:
                 layer.dtype_policy = policy
         yield
     finally:
-        for layer, own in zip(model.layers, before, strict=True):
+        for layer, own in zip(layers, before, strict=True):
             layer.dtype_policy = own
 
 
