@@ -116,6 +116,7 @@ def extraction(photos: Path, folder: Path) -> None:
     from finetune_cli.backbones import build
     from finetune_cli.backbones.source import Wanted
     from finetune_cli.cache.features import FeatureStore
+    from finetune_cli.engines.engine import Local
     from finetune_cli.inference import runtimes
     from finetune_cli.parallel import cores
     from finetune_cli.photos.augment import Augmenter
@@ -151,7 +152,7 @@ def extraction(photos: Path, folder: Path) -> None:
                     with tempfile.TemporaryDirectory(dir=folder) as cache, FeatureStore(Path(cache)) as store:
                         compiled = runtimes.OpenVinoRuntime(runtimes.convert(backbone.model), precision, cores())
                         started = time.perf_counter()
-                        resources = extract.Resources(store, lambda _p, c=compiled: c, Path(cache), cores(), 4)
+                        resources = extract.Resources(store, lambda _p, c=compiled: c, Path(cache), Local(cores()), 4)
                         extract.extract(samples, request, backbone.width, resources, lambda _n: None)
                         rates.append((label, 256 / (time.perf_counter() - started), cores() / cost))
             for label in ("view 0", "2 views"):
