@@ -315,7 +315,7 @@ def test_a_plan_tells_the_stages_of_all_folds(place, frozen, tmp_path):
 
 
 def test_the_estimate_counts_the_folds(place, frozen, tmp_path, monkeypatch):
-    """Of 26 epochs at 4 passes of the upper half: 2 folds of 49 photos learn and one validates; 20 at the end."""
+    """Of 26 epochs at 3 passes of the upper half: 2 folds of 49 photos learn and one validates; 20 at the end."""
     monkeypatch.setattr(budget, "share_above", lambda _model, _unfreeze: 0.5)
     config = place.config(tmp_path, "fine_tuning=null", folds=FOLDS)
     counts = budget.Counts(PHOTOS, 2, PHOTOS)
@@ -324,7 +324,7 @@ def test_the_estimate_counts_the_folds(place, frozen, tmp_path, monkeypatch):
         model = None
 
     found = budget.rough_seconds(Built(), config, counts, 0.01)
-    passes = 2 * 2 + 0.5 * (26 * (4 * 2 + 1) + 2 * 2 + 4 * 20)
+    passes = 2 * 2 + 0.5 * (26 * (3 * 2 + 1) + 2 * 2 + 3 * 20)
     assert found == pytest.approx(PHOTOS * 0.01 * passes)
 
 
