@@ -226,8 +226,10 @@ def announced(settings: Settings, observer: Observer) -> Callable[[Dataset, AnyB
         a_view = _Meter(backbone, extractor, few).a_view()
         counts = Counts(len(data.train), settings.augmenter.views, len(data.train))
         seconds = rough_seconds(backbone, config, counts, a_view)
-        trainings = folds * len(plan.trials(config.fine_tuning, len(data.train))) + 1
-        observer.note(f"cross-validation of the fine-tuning: {trainings} trainings, about {duration(seconds)}")
+        trials = len(plan.trials(config.fine_tuning, len(data.train)))
+        most = "at most " if trials > 1 else ""
+        trainings = f"{most}{folds * trials + 1} trainings, {most}about {duration(seconds)}"
+        observer.note(f"cross-validation of the fine-tuning: {trainings}")
 
     return check
 
