@@ -87,7 +87,7 @@ def find(
     """The near-duplicates among n different photos.
 
     `thumbnails`: ``uint8 (n, SIDE, SIDE)``; `features`: ``float32 (n, D)`` of view 0, perhaps a memory map; `labels`:
-    ``int64 (n,)``. Memory: about 4 KB a photo, and 64 MB a thread. `advance` counts comparisons, and learns their
+    ``int64 (n,)``. Memory: about 8 KB a photo, and 64 MB a thread. `advance` counts comparisons, and learns their
     total, which grows: photos that have a near-duplicate are compared with more of their neighbours.
     """
     comparison = _Comparison(thumbnails, labels, workers)
