@@ -1,4 +1,4 @@
-"""Photos, and a backbone whose frozen features are poor, for trainings that tune it."""
+"""Photos, and a backbone whose frozen features are poor, for trainings that tune it and may be stopped."""
 
 import shutil
 from pathlib import Path
@@ -7,6 +7,7 @@ import runs_fixture
 
 from finetune_cli.config.load import load_config
 from finetune_cli.config.schema import Config
+from finetune_cli.errors import Interrupted
 from finetune_cli.keras_setup import import_keras
 from finetune_cli.progress import Silent
 from finetune_cli.runs.run import Run
@@ -62,3 +63,16 @@ class Place:
 
     def train(self, folder: Path, *overrides: str, folds: int | None = None, observer: Silent | None = None) -> Run:
         return pipeline.train(self.config(folder, *overrides, folds=folds), observer or Silent())
+
+
+class StoppedAfter(Silent):
+    """Stops the training, as a signal would, when a note begins so."""
+
+    def __init__(self, beginning: str) -> None:
+        super().__init__()
+        self.beginning = beginning
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        if text.startswith(self.beginning):
+            raise Interrupted(15)

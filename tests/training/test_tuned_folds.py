@@ -7,7 +7,7 @@ import signal
 import numpy as np
 import pytest
 import trainings
-from narrow_place import Place
+from narrow_place import Place, StoppedAfter
 
 from finetune_cli.cli import train as train_command
 from finetune_cli.cli.console import Console
@@ -160,19 +160,6 @@ def test_unknown_is_learned_from_the_backbones_that_have_not_seen_a_photo(watche
         assert fold.references.shape == (len(fold.outside), 2)
         assert not np.allclose(fold.features, watched.final[fold.rows], rtol=0.01)
     assert not watched.run.manifest.fine_tuning["trainings"][0]["diverged"]
-
-
-class StoppedAfter(Silent):
-    """Stops the training, as a signal would, when a note begins so."""
-
-    def __init__(self, beginning: str) -> None:
-        super().__init__()
-        self.beginning = beginning
-
-    def note(self, text: str) -> None:
-        super().note(text)
-        if text.startswith(self.beginning):
-            raise Interrupted(15)
 
 
 SAME = ("inference/model.bin", "predictions.csv", "flipped.csv", "unknown-references.npy", "unknown-scores.npy")

@@ -12,7 +12,7 @@ import signal
 import numpy as np
 import pytest
 import trainings
-from narrow_place import EPOCHS, Place
+from narrow_place import EPOCHS, Place, StoppedAfter
 from typer.testing import CliRunner
 
 from finetune_cli import files
@@ -149,19 +149,6 @@ def test_the_same_seed_gives_the_same_bits(place, tuned, tmp_path):
     for name in ("inference/model.bin", "inference/model.xml", "predictions.csv", "flipped.csv"):
         assert again.manifest.files[name] == tuned.manifest.files[name], name
     assert without_seconds(rows(again, "tuning.csv")) == without_seconds(rows(tuned, "tuning.csv"))
-
-
-class StoppedAfter(Silent):
-    """Stops the training, as a signal would, when a note begins so."""
-
-    def __init__(self, beginning: str) -> None:
-        super().__init__()
-        self.beginning = beginning
-
-    def note(self, text: str) -> None:
-        super().note(text)
-        if text.startswith(self.beginning):
-            raise Interrupted(15)
 
 
 @pytest.mark.parametrize("moment", ["fine-tuning epoch 3/", f"fine-tuning epoch {EPOCHS}/", "fine-tuning: kept"])
