@@ -8,6 +8,7 @@ import os
 import posixpath
 from collections.abc import Iterable
 from dataclasses import dataclass
+from io import BufferedReader, BytesIO
 from pathlib import Path, PurePosixPath
 from typing import TypeAlias
 
@@ -113,6 +114,11 @@ def join(folder: Place, name: str) -> Place:
 def read(where: Place) -> bytes:
     """The whole content. Raises `OSError` as `files.open_regular` does, and `StorageError` when a store fails."""
     return storage.read(where.text) if isinstance(where, Address) else files.read_regular(where)
+
+
+def opened(where: Place) -> BufferedReader | BytesIO:
+    """The content as a binary file, of an object the whole of it at once. Raises as `read` does."""
+    return BytesIO(storage.read(where.text)) if isinstance(where, Address) else files.open_regular(where)
 
 
 def stored(photos: Iterable[Place]) -> bool:

@@ -1,12 +1,13 @@
-"""CSV files that are read back as they were written, and that cannot inject formulas into a spreadsheet."""
+"""CSV files that are read back as they were written, and that cannot inject formulas into a spreadsheet; pyarrow."""
 
 import csv
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from finetune_cli import files
+from finetune_cli.errors import MissingExtra
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 
@@ -68,6 +69,16 @@ def parse_csv(data: bytes, header: Sequence[str]) -> list[list[str]]:
     ):
         raise ValueError(f"it is not a table with the columns {', '.join(header)}")
     return [[undo_defuse(cell) for cell in row] for row in rows[1:]]
+
+
+def import_pyarrow(purpose: str) -> tuple[Any, Any]:
+    """The modules `pyarrow` and `pyarrow.parquet`. Raises `MissingExtra`, which says that `purpose` needs them."""
+    try:
+        import pyarrow as pa
+        from pyarrow import parquet
+    except ImportError as exc:
+        raise MissingExtra(purpose, "parquet") from exc
+    return pa, parquet
 
 
 def parse_numbers(data: bytes) -> list[dict[str, float]]:

@@ -82,9 +82,6 @@ class DigestCache:
         if self._file is None:
             return [None] * len(photos)
         keys = [_key(path) for path, _status in photos]
-        if self._fresh:
-            self._file.write("DELETE FROM photos WHERE path = ?", [(key,) for key in keys])
-            return [None] * len(photos)
         found = self._rows(keys)
         answers: list[Facts | None] = []
         for key, (path, status) in zip(keys, photos, strict=True):
@@ -107,9 +104,6 @@ class DigestCache:
         if self._file is None or not addresses:
             return [None] * len(addresses)
         keys = [address.encode("utf-8", "surrogateescape") for address in addresses]
-        if self._fresh:
-            self._file.write("DELETE FROM photos WHERE path = ?", [(key,) for key in keys])
-            return [None] * len(keys)
         found = self._rows(keys)
         return [Recorded(row[:5], Facts(row[5].hex(), *row[6:])) if (row := found.get(key)) else None for key in keys]
 
@@ -125,8 +119,11 @@ class DigestCache:
             self._write()
 
     def _rows(self, keys: Sequence[bytes]) -> dict[bytes, tuple[Any, ...]]:
-        """The undamaged rows of these keys, unpacked."""
+        """The undamaged rows of these keys, unpacked; those that are known to be wrong are dropped."""
         assert self._file is not None
+        if self._fresh:
+            self._file.write("DELETE FROM photos WHERE path = ?", [(key,) for key in keys])
+            return {}
         return {
             key: _FACTS.unpack(facts)
             for key, facts, crc in self._file.select("SELECT path, facts, crc FROM photos WHERE path IN", keys)

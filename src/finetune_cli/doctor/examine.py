@@ -4,6 +4,7 @@ All splits are examined together, by what a training computes anyway: digests, v
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -75,13 +76,10 @@ def examine(config: Config, observer: Observer) -> Examination:
     context = contextlib.nullcontext() if settings.builds_backbone else prepare.conversion_of(settings)
     runtime = config.runtime
     with context as conversion, opened(runtime.engine, runtime.ray_address, runtime.workers, observer) as engine:
-        made: list[Extractor] = []
 
+        @functools.cache
         def extractor() -> Extractor:
-            if not made:
-                made.append(prepare.make_extractor(settings, observer, conversion))
-                made[0].engine = engine
-            return made[0]
+            return prepare.make_extractor(settings, observer, conversion, engine)
 
         def work(data: Dataset) -> Examination:
             return _examined(data, settings, extractor(), observer)

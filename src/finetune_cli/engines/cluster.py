@@ -70,13 +70,13 @@ class Cluster:
             raise
 
     def _map(self, task: Task[Item, Result], items: Iterable[Item | None], threads: int) -> Iterator[Result]:
+        files = task.files()
         if self._session is None:
-            room = sum(map(len, task.files().values()))
-            self._session = Session(self._address, worker_count(self._workers), room)
+            self._session = Session(self._address, worker_count(self._workers), sum(map(len, files.values())))
         if self._team is None:
             limit = None if self._workers == "auto" else self._workers
             self._team = Team(self._session, limit, self._observer)
-        self._team.begin(task)
+        self._team.begin(task, files)
         queue, team = _Queue(items), self._team
         while True:
             for ended in queue.finished():

@@ -71,7 +71,7 @@ def _take_token() -> None:
 
 
 class Session:
-    """Ray, connected; a context manager. `ray`: the package. `own`: whether the cluster was started here.
+    """Ray, connected; a context manager. `ray`: the package.
 
     address: None to start a cluster here, `auto` for the one that this machine belongs to, or ``ray://host:port``.
     cores: how many workers a cluster that is started here has room for. room: bytes of the files that are sent to them.
@@ -83,7 +83,6 @@ class Session:
         self._folder: Path | None = None
         # For the life of the session: what Ray starts dies with the thread that started it (PR_SET_PDEATHSIG).
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="finetune-ray")
-        self.own = address is None
         self._started = not (address is None and self.ray.is_initialized())  # a program may have connected before
         if not self._started:
             return

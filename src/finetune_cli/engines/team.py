@@ -67,9 +67,9 @@ class Team:
         self._versions = remote.versions()
         self._class = self._ray.remote(remote.Worker)
 
-    def begin(self, task: Task[Any, Any]) -> None:
-        """Prepare all workers, and those that join, for `task`."""
-        recipe, files = task.recipe(), task.files()
+    def begin(self, task: Task[Any, Any], files: Mapping[str, bytes]) -> None:
+        """Prepare all workers, and those that join, for `task` and its `files`."""
+        recipe = task.recipe()
         self._tolerated = set(recipe.tolerated)
         self._digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         self._sent = [self._ray.put(recipe), *(self._ray.put(content) for content in files.values())]

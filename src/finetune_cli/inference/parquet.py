@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from finetune_cli.errors import MissingExtra
+from finetune_cli import tables
 from finetune_cli.inference.predict import PredictionRow
 
 _ROW_GROUP = 10_000  # rows that are held in memory
@@ -49,12 +49,7 @@ def writer(file: IO[bytes], top_k: int) -> Iterator[Callable[[PredictionRow], No
 
 def import_pyarrow() -> tuple[Any, Any]:
     """The modules `pyarrow` and `pyarrow.parquet`. Raises `MissingExtra`."""
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as exc:
-        raise MissingExtra("the format parquet", "parquet") from exc
-    return pa, parquet
+    return tables.import_pyarrow("the format parquet")
 
 
 def _utf8(cell: str | float | None) -> str | float | None:

@@ -8,11 +8,12 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from finetune_cli import files, places
-from finetune_cli.errors import DataError, MissingExtra, UsageError
+from finetune_cli import places
+from finetune_cli.errors import DataError, UsageError
 from finetune_cli.photos.listing import SPLITS, ListedPhoto, Listing, byte_order, class_names
 from finetune_cli.places import Address, Place
 from finetune_cli.storage import is_address
+from finetune_cli.tables import import_pyarrow
 from finetune_cli.text import address, first_line, shown
 
 SUFFIXES = frozenset((".csv", ".tsv", ".parquet"))
@@ -75,7 +76,7 @@ def _rows(path: Place) -> Iterator[_Row]:
 
 def _text_rows(path: Place) -> Iterator[_Row]:
     """The rows of a CSV or TSV file, with the numbers of their lines."""
-    binary = files.open_regular(path) if isinstance(path, Path) else io.BytesIO(places.read(path))
+    binary = places.opened(path)
     last = 0
     try:
         with io.TextIOWrapper(binary, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
@@ -97,13 +98,8 @@ def _text_rows(path: Place) -> Iterator[_Row]:
 
 def _parquet_rows(path: Place) -> Iterator[_Row]:
     """The rows of a Parquet file, of which some are in memory at a time; columns that are not needed are not read."""
-    try:
-        import pyarrow as pa
-        from pyarrow import parquet
-    except ImportError as exc:
-        raise MissingExtra(f"tables in Parquet, such as {shown(path)}", "parquet") from exc
-    binary = files.open_regular(path) if isinstance(path, Path) else io.BytesIO(places.read(path))
-    with binary:
+    pa, parquet = import_pyarrow(f"tables in Parquet, such as {shown(path)}")
+    with places.opened(path) as binary:
         try:
             table = parquet.ParquetFile(binary)
             header = table.schema_arrow.names

@@ -193,8 +193,8 @@ class Manifest:
     compared. files: name -> SHA-256 of every other file of the run. fine_tuning: what was tried and kept, None without
     it. fine_tuning_seconds: what it would take here, as estimated by a run without it. unknown: how photos that show
     none of the classes are refused, None if the run cannot tell. storage_retries: how many requests to a store had to
-    be made again. retries: blocks of photos that were done again because a worker of a cluster was lost; the file has
-    the key only if some were.
+    be made again. retries: blocks of photos that were done again because a worker of a cluster was lost. The file has
+    these two only if they are not 0.
     """
 
     created: str
@@ -224,6 +224,7 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """The whole of `run.json`, sealed."""
         parity = self.parity
+        again = {"storage_retries": self.storage_retries, "retries": self.retries}
         return seal(
             {
                 "format": formats.FORMAT,
@@ -258,11 +259,10 @@ class Manifest:
                 "seconds": dict(self.seconds),
                 "metrics": {split: dict(metrics.document) for split, metrics in self.metrics.items()},
                 "files": dict(self.files),
-                **({"storage_retries": self.storage_retries} if self.storage_retries else {}),
                 "fine_tuning_seconds": self.fine_tuning_seconds,
                 "fine_tuning": None if self.fine_tuning is None else dict(self.fine_tuning),
                 "unknown": None if self.unknown is None else self.unknown.to_json(),
-                **({"retries": self.retries} if self.retries else {}),
+                **{key: number for key, number in again.items() if number},
             }
         )
 
@@ -303,8 +303,8 @@ class Manifest:
             fine_tuning=_fine_tuning(fields),
             fine_tuning_seconds=_fine_tuning_seconds(fields),
             unknown=_unknown(fields),
-            storage_retries=fields.integer("storage_retries") if "storage_retries" in fields.document else 0,
-            retries=fields.integer("retries") if "retries" in fields.document else 0,
+            storage_retries=_count(fields, "storage_retries"),
+            retries=_count(fields, "retries"),
         )
         for key, allowed in (("photos", SPLITS), ("roots", SPLITS), ("metrics", MEASURED)):
             if unknown := set(getattr(manifest, key)) - set(allowed):
@@ -342,6 +342,11 @@ def _fine_tuning(fields: Fields) -> Mapping[str, Any] | None:
     if fields.document.get("fine_tuning") is None:
         return None
     return fields.object("fine_tuning").document
+
+
+def _count(fields: Fields, key: str) -> int:
+    """A number that is left out when it is 0."""
+    return fields.integer(key) if key in fields.document else 0
 
 
 def _fine_tuning_seconds(fields: Fields) -> int | None:

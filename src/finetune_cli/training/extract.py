@@ -360,13 +360,12 @@ class FeatureWork:
         positions: list[tuple[int, int]] = []
         computed: _Computed = {}
         bad: dict[int, BadPhoto] = {}
-        for i, listed, views in chunk:
-            sample = listed
+        for i, sample, views in chunk:
             try:
                 if FACTS in views:
-                    sample, photo, computed[i, FACTS] = first_look.read(sample, request.settings)
+                    digest, photo, computed[i, FACTS] = first_look.read(sample, request.settings)
                 else:
-                    photo = scan.decode_sample(sample, request.settings)
+                    digest, photo = sample.digest, scan.decode_sample(sample, request.settings)
             except BadImage as exc:
                 bad[i] = BadPhoto(sample.path, sample.name, exc.reason)
                 continue
@@ -378,7 +377,7 @@ class FeatureWork:
                     continue
                 changed = photo
                 if view and request.augmenter is not None:
-                    changed = request.augmenter.view(photo, sample.digest, view)
+                    changed = request.augmenter.view(photo, digest, view)
                 photos.append(changed)
                 positions.append((i, view))
         if photos:

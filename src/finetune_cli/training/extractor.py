@@ -118,6 +118,10 @@ class Extractor:
 
     def files(self) -> tuple[bytes, bytes]:
         """The two files of the converted backbone, as it is compiled here."""
+        return self._files
+
+    @cached_property
+    def _files(self) -> tuple[bytes, bytes]:
         with tempfile.TemporaryDirectory(prefix="finetune-") as folder:
             graph = Path(folder, "backbone.xml")
             runtimes.save_ir(self._converted.clone(), graph, Path(folder), 4 * self.backbone.parameters)

@@ -5,7 +5,6 @@ features, too. The features go into the cache under that digest, where the steps
 """
 
 import io
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +16,8 @@ from finetune_cli.photos.scan import Sample
 from finetune_cli.places import Address
 
 
-def read(sample: Sample, settings: ImageSettings) -> tuple[Sample, NDArray[np.uint8], NDArray[np.float32]]:
-    """Read `sample`, which has no digest yet: it with its digest, its pixels, and its facts as `unpacked` reads them.
+def read(sample: Sample, settings: ImageSettings) -> tuple[str, NDArray[np.uint8], NDArray[np.float32]]:
+    """Read `sample`, which has no digest yet: its digest, its pixels, and its facts as `unpacked` reads them.
 
     Raises `BadImage` when it cannot be read or decoded, and `StorageError`.
     """
@@ -26,7 +25,7 @@ def read(sample: Sample, settings: ImageSettings) -> tuple[Sample, NDArray[np.ui
     data, version = objects.read(sample.path)
     pixels = scan.decode_bytes(sample, data, settings)
     facts = objects.facts_of(io.BytesIO(data))
-    return replace(sample, digest=facts.digest), pixels, packed(facts, version)
+    return facts.digest, pixels, packed(facts, version)
 
 
 def packed(facts: Facts, version: str | None) -> NDArray[np.float32]:

@@ -5,6 +5,7 @@ all of them see the same photos in the same way.
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from finetune_cli.cache.features import FeatureStore
 from finetune_cli.cache.folder import CacheFolder
 from finetune_cli.config.schema import Config
 from finetune_cli.devices import Device, Precision
+from finetune_cli.engines.engine import Engine
 from finetune_cli.engines.opening import opened
 from finetune_cli.errors import BadImage, ChangedPhoto, Interrupted
 from finetune_cli.head.data import class_weights
@@ -111,17 +113,13 @@ def prepare(
     config, seconds = settings.config, dict[str, float]()
     retries_before = storage.retries()
     start_digest = start_from.digest_of(settings.start)
-    extractor: Extractor | None = None
     conversion: Conversion | None
 
+    @functools.cache
     def made() -> Extractor:
-        nonlocal extractor
-        if extractor is None:
-            _note_augmentation(settings, observer)
-            with timed(seconds, "backbone"):
-                extractor = make_extractor(settings, observer, conversion)
-            extractor.engine = engine
-        return extractor
+        _note_augmentation(settings, observer)
+        with timed(seconds, "backbone"):
+            return make_extractor(settings, observer, conversion, engine)
 
     def work(data: Dataset) -> Prepared:
         class_weights(np.arange(len(data.classes)), config.training.class_weights, data.classes)
@@ -285,13 +283,16 @@ def _note_augmentation(settings: Settings, observer: Observer) -> None:
         observer.warn("augmentation.views is 1, the photo itself: no transform is applied")
 
 
-def make_extractor(settings: Settings, observer: Observer, conversion: Conversion | None = None) -> Extractor:
+def make_extractor(
+    settings: Settings, observer: Observer, conversion: Conversion | None = None, engine: Engine | None = None
+) -> Extractor:
     """`conversion`: of the backbone; `None` for one that Keras builds here, see `Settings.builds_backbone`."""
     with observer.stage("backbone", None, "MB") as advance:
         device = settings.device
         precision = runtimes.training_precision(device, settings.config.runtime.feature_precision)
         built = build.build(settings.backbone, advance) if conversion is None else conversion.start(advance)
-        extractor = Extractor(settings, start_from.backbone_of(settings.start, built), device, precision, observer)
+        backbone = start_from.backbone_of(settings.start, built)
+        extractor = Extractor(settings, backbone, device, precision, observer, engine=engine)
         if conversion is not None:
             extractor.prove = conversion.finish
         return extractor

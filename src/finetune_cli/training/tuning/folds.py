@@ -31,7 +31,7 @@ from finetune_cli.training.prepare import Prepared
 from finetune_cli.training.tuning import candidates, inputs
 from finetune_cli.training.tuning.activations import Part, Source
 from finetune_cli.training.tuning.candidates import Candidate, Validation
-from finetune_cli.training.tuning.stage import FROZEN_IS_KEPT, EpochRow, Outcome, Place, Stage, Task
+from finetune_cli.training.tuning.stage import FROZEN_IS_KEPT, EpochRow, Outcome, Place, Stage, Task, Tried
 from finetune_cli.training.tuning.upper import (
     Diverged,
     Labelled,
@@ -44,21 +44,13 @@ from finetune_cli.training.unknown import FoldFeatures
 
 
 @dataclass(frozen=True, eq=False)
-class _Tried:
-    """A training of the list in all folds: what came of it, nothing if it diverged in one of them.
+class _Tried(Tried):
+    """A training of the list in all folds: no candidates if it diverged in one of them.
 
     l2: with which the head is fitted once more; None if it was not.
     """
 
-    candidates: tuple[Candidate, ...]
-    history: tuple[EpochRow, ...]
-    facts: dict[str, Any]
     l2: float | None = None
-
-    @property
-    def best(self) -> float:
-        """The lowest log loss of the models whose head was not fitted again."""
-        return min((each.log_loss for each in self.candidates if not each.refitted), default=math.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +71,7 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
     folds = _Folds(stage, fitted)
     assert fitted.out_of_fold is not None
     frozen = folds.candidate(fitted.out_of_fold)
-    tried: list[_Tried] = []
-    for number in range(len(stage.trials)):
-        tried.append(folds.attempt(number, [each.best for each in tried]))
-        if candidates.choose(frozen, tried[-1].candidates) is not frozen:
-            break  # as in `stage.run`
+    tried = stage.in_order(folds.attempt, frozen)
     tuned = [each for training in tried for each in training.candidates]
     kept = candidates.choose(frozen, tuned)
     final = None if kept.training is None else folds.final(kept, tried[kept.training])
@@ -219,11 +207,9 @@ class _Folds:
         return np.full((len(self.of_photo), len(self.stage.prepared.data.classes)), np.nan, np.float32)
 
     def _task(self, number: int, fold: int) -> Task:
-        trial, trials = self.stage.trials[number], len(self.stage.trials)
         return Task(
             f"tuning-{number}-fold-{fold}",
-            f"fine-tuning {number + 1} of {trials} ({trial.unfreeze} at {trial.learning_rate:g}), fold {fold} of "
-            f"{self.count}",
+            f"{self.stage.title(number)}, fold {fold} of {self.count}",
             f"fine-tuning (without fold {fold})",
         )
 

@@ -7,11 +7,12 @@ The backbone's own layers learn, so the backbone that goes in is the tuned one a
 With `data.folds`, `folds.py` does this.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,16 +80,9 @@ class Outcome:
 
 
 @dataclass(frozen=True, eq=False)
-class _Trained:
-    """A finished training: the weights that it began and ended with, and what came of it; nothing if it diverged.
+class Tried:
+    """A training of the list, and what came of it: no candidates if it diverged."""
 
-    `again`: the head that was fitted once more on its features; None if it was not.
-    """
-
-    upper: Upper
-    start: Weights
-    end: Weights
-    again: Fitted | None
     candidates: tuple[Candidate, ...]
     history: tuple[EpochRow, ...]
     facts: dict[str, Any]
@@ -97,6 +91,22 @@ class _Trained:
     def best(self) -> float:
         """The lowest validation log loss of the models whose head was not fitted again."""
         return min((each.log_loss for each in self.candidates if not each.refitted), default=math.inf)
+
+
+AnyTried = TypeVar("AnyTried", bound=Tried)
+
+
+@dataclass(frozen=True, eq=False)
+class _Trained(Tried):
+    """A finished training: the weights that it began and ended with.
+
+    `again`: the head that was fitted once more on its features; None if it was not.
+    """
+
+    upper: Upper
+    start: Weights
+    end: Weights
+    again: Fitted | None
 
 
 def checked(settings: Settings) -> Callable[[Dataset, AnyBackbone], None]:
@@ -150,12 +160,7 @@ def run(prepared: Prepared, fitted: Fitted, checkpoint_folder: Path, training_id
     groups = group_numbers((sample.group, sample.digest) for sample in val.samples)
     validation = Validation(stage.val_labels, groups, prepared.config.calibration == "temperature")
     frozen = validation.candidate(fitted.head.logits(val.array[:, 0]))
-    trained: list[_Trained] = []
-    for number in range(len(stage.trials)):
-        trained.append(_attempt(stage, fitted.head, validation, number, [each.best for each in trained]))
-        # The later ones are for photos that this one is wrong for.
-        if candidates.choose(frozen, trained[-1].candidates) is not frozen:
-            break
+    trained = stage.in_order(functools.partial(_attempt, stage, fitted.head, validation), frozen)
     tuned = [each for training in trained for each in training.candidates]
     kept = candidates.choose(frozen, tuned)
     document = {
@@ -194,18 +199,15 @@ def _attempt(stage: "Stage", head: Head, validation: Validation, number: int, be
     model = inputs.upper(place.cut, head, stage.prepared.device)
     start = model.weights()
     facts = stage.facts(trial, place, start)
-    most = len(stage.trials)
-    of = f"at most {most}" if most > 1 else "1"
-    name = f"fine-tuning {number + 1} of {of} ({trial.unfreeze} at {trial.learning_rate:g})"
     val = Labelled(place.val, stage.val_labels, np.ones(len(stage.val_labels)))
     try:
         state = stage.trained(
-            Task(f"tuning-{number}", name, "fine-tuning"), trial, model, stage.learnt(place.train), val
+            Task(f"tuning-{number}", stage.title(number), "fine-tuning"), trial, model, stage.learnt(place.train), val
         )
     except Diverged as exc:
         stage.observer.warn(f"{exc.problem}; nothing of this training is kept: {exc.remedy}")
         model.assign(start)
-        return _Trained(model, start, start, None, (), (), {**facts, "diverged": True})
+        return _Trained((), (), {**facts, "diverged": True}, model, start, start, None)
     facts["batch_size"] = state.batch_size
     scored = []
     for share in (*candidates.SHARES, 1.0):
@@ -219,7 +221,7 @@ def _attempt(stage: "Stage", head: Head, validation: Validation, number: int, be
         scored.append(validation.candidate(again.head.logits(features), number, 1.0, refitted=True))
     model.assign(start)
     rows = tuple({"training": number, **row} for row in state.history)
-    return _Trained(model, start, state.weights, again, tuple(scored), rows, facts)
+    return _Trained(tuple(scored), rows, facts, model, start, state.weights, again)
 
 
 def _head_again(stage: "Stage", model: Upper, place: "Place", val_features: NDArray[np.float32]) -> Fitted:
@@ -274,6 +276,25 @@ class Stage:
         self.policy = runtimes.training_policy(prepared.device, prepared.precision)
         self.extractor = Extractor(prepared.settings, prepared.backbone, prepared.device, prepared.precision, observer)
         self._latest: tuple[tuple[str, Store], Inputs] | None = None
+
+    def in_order(self, attempt: Callable[[int, Sequence[float]], AnyTried], frozen: Candidate) -> list[AnyTried]:
+        """The trainings of the list, up to the first of which something is better than `frozen`.
+
+        The later ones are for photos that this one is wrong for. attempt: gets the number of a training, and the
+        `best` of each one before it.
+        """
+        tried: list[AnyTried] = []
+        for number in range(len(self.trials)):
+            tried.append(attempt(number, [each.best for each in tried]))
+            if candidates.choose(frozen, tried[-1].candidates) is not frozen:
+                break
+        return tried
+
+    def title(self, number: int) -> str:
+        """What the training of that number is called as a stage."""
+        trial, most = self.trials[number], len(self.trials)
+        of = f"at most {most}" if most > 1 else "1"
+        return f"fine-tuning {number + 1} of {of} ({trial.unfreeze} at {trial.learning_rate:g})"
 
     def place(self, trial: Trial) -> Place:
         """Where `trial` begins, with the activations, which are those of the training before if they are the same."""
