@@ -15,7 +15,7 @@ from pathlib import Path
 import engine_tasks
 import numpy as np
 import pytest
-from engine_tasks import Times
+from engine_tasks import Times, until_noted
 from paths import SOURCE
 from PIL import Image
 
@@ -69,7 +69,7 @@ def test_results_are_those_of_threads_in_the_same_order(cluster):
 
 
 def test_two_workers_are_reported(cluster, observer):
-    list(cluster.map(Times(), range(10)))
+    list(cluster.map(Times(), until_noted(observer, "2 workers on 1 machine")))
     assert "2 workers on 1 machine" in observer.notes
 
 

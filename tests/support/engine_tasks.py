@@ -61,3 +61,10 @@ class Times:
             raise ValueError(f"a bug with {argument}")
         os.kill(os.getpid(), signal.SIGKILL)
         return None
+
+
+def until_noted(observer, text):
+    """Items that take 50 ms each, until a note says `text`: how soon a worker is ready depends on the machine."""
+    end = time.monotonic() + 120
+    while text not in observer.notes and time.monotonic() < end:
+        yield ("sleep", 0.05)
