@@ -144,6 +144,10 @@ class Team:
 
     def answered(self, member: Member) -> None:
         """Take what a worker that is not yet ready has answered, and ask the next thing. Raises `FinetuneError`."""
+        self._take(member)
+        self._report()  # also when the last one that was waited for was lost
+
+    def _take(self, member: Member) -> None:
         errors = self._ray.exceptions
         try:
             answer = self._ray.get(member.answer)
@@ -164,7 +168,6 @@ class Team:
             self._leave_out(member, answer.problem)
         else:
             self._compare(member, answer)
-        self._report()
 
     def _greet(self, member: Member, place: Place, versions: Mapping[str, str]) -> None:
         member.host = place.host
