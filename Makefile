@@ -26,7 +26,7 @@ $(VENV)/.installed-dev: $(BIN)/python pyproject.toml constraints.txt
 # An environment of its own: without these packages everything else must work, too.
 .venv-ray/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-ray
-	.venv-ray/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[dev,test-ray]'
+	.venv-ray/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[dev,litert,test-ray]'
 	@touch $@
 
 quickstart: $(VENV)/.installed  ## install, draw practice photos, train, predict one photo
