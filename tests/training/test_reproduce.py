@@ -167,6 +167,16 @@ def test_differences_name_what_came_and_what_went():
     ]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there, typer does need it")
+def test_dependencies_for_another_system_do_not_count(tmp_path, monkeypatch):
+    facts = tmp_path / "colorama-0.4.6.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: colorama\nVersion: 0.4.6\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert metadata.version("colorama") == "0.4.6"
+    assert "colorama" not in environments.packages()
+
+
 def test_all_that_is_depended_on_is_recorded():
     found = environments.packages()
     assert list(found)[:3] == ["finetune-cli", "tensorflow", "keras"]

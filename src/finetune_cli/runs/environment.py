@@ -146,7 +146,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, st
 
 
 def packages() -> dict[str, str]:
-    """Name -> version of what is installed of this package's dependencies, of theirs, and of NVIDIA's libraries."""
+    """Name -> version of what is installed of this package's dependencies, of theirs, and of NVIDIA's libraries.
+
+    Those for another system do not count, even if they are found: Ray brings some of its own.
+    """
+    from packaging.requirements import InvalidRequirement, Requirement
+
     nvidia = [found.name for found in metadata.distributions() if (found.name or "").startswith("nvidia-")]
     versions: dict[str, str] = {}
     wanted = [*_PACKAGES, *nvidia]
@@ -154,13 +159,11 @@ def packages() -> dict[str, str]:
         name = re.sub("[-_.]+", "-", wanted.pop()).lower()
         if name in versions:
             continue
-        with contextlib.suppress(metadata.PackageNotFoundError):
+        with contextlib.suppress(metadata.PackageNotFoundError, InvalidRequirement):
             found = metadata.distribution(name)
             versions[name] = found.version
-            for requirement in found.requires or ():
-                named, _, marker = requirement.partition(";")
-                if "extra" not in marker and (match := re.match(r"[\w.-]+", named.strip())):
-                    wanted.append(match[0])
+            requirements = map(Requirement, found.requires or ())
+            wanted += [each.name for each in requirements if each.marker is None or each.marker.evaluate({"extra": ""})]
     first = [name for name in _PACKAGES if name in versions]
     return {name: versions[name] for name in dict.fromkeys((*first, *sorted(versions)))}
 
